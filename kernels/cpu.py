@@ -1,0 +1,160 @@
+"""The CPU's Backend: allocates outputs and calls the kernels. Contracts are in `backend.Backend`."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_cli.kernels import elementwise, scores, wkv
+from rwkv_cli.kernels.backend import Activation, Array
+from rwkv_cli.kernels.matmul import GROUP, float_matmul, int8_matmul
+
+_ACTIVATIONS = {
+    "sigmoid": elementwise.sigmoid,
+    "silu": elementwise.silu,
+    "tanh": elementwise.tanh,
+    "relu_squared": elementwise.relu_squared,
+}
+
+
+class Int8Weight(NamedTuple):
+    layout: str
+    shape: tuple[int, int]
+    values: NDArray[np.int8]
+    scales: NDArray[np.uint16]
+    unit: int
+
+
+class FloatWeight(NamedTuple):
+    dtype: str
+    bits: NDArray[Any]
+
+
+Weight = Int8Weight | FloatWeight
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """A read-only view, so that kernels see one type of array whether it is mapped or not."""
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def int8_weight(
+    layout: str, shape: tuple[int, int], values: NDArray[np.int8], scales: NDArray[np.uint16], unit: int
+) -> Weight:
+    return Int8Weight(layout, shape, _frozen(values), _frozen(scales), unit)
+
+
+def float_weight(dtype: str, bits: NDArray[Any]) -> Weight:
+    return FloatWeight(dtype, _frozen(bits))
+
+
+def vector(values: Array) -> Array:
+    return _frozen(values)
+
+
+def embed(ids: NDArray[np.int64], table: Weight) -> Array:
+    if isinstance(table, FloatWeight):
+        bits = table.bits[ids]
+        if table.dtype == "F32":
+            return np.asarray(bits, np.float32)
+        if table.dtype == "F16":
+            return bits.view(np.float16).astype(np.float32)
+        return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+    q = table.values[ids].reshape(len(ids), -1, GROUP).astype(np.float32)
+    scale = table.scales[ids].view(np.float16).astype(np.float32) * np.float32(2.0**table.unit)
+    x = (q * scale[:, :, None]).reshape(len(ids), -1)
+    return np.ascontiguousarray(x[:, : table.shape[1]])
+
+
+def linear(x: Array, weight: Weight, activation: Activation = "") -> Array:
+    if isinstance(weight, FloatWeight):
+        y = float_matmul(x, weight.bits, weight.dtype)
+    else:
+        y = int8_matmul(x, weight.layout, weight.shape[0], weight.values, weight.scales, weight.unit)
+    if activation:
+        _ACTIVATIONS[activation](y)
+    return y
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    out = np.empty_like(x)
+    elementwise.layer_norm(x, weight, bias, eps, out)
+    return out
+
+
+def token_shift(x: Array, last: Array) -> Array:
+    delta = np.empty_like(x)
+    elementwise.shift(x, last, delta)
+    return delta
+
+
+def lerp(x: Array, delta: Array, mix: Array) -> Array:
+    out = np.empty_like(x)
+    elementwise.lerp(x, delta, mix, out)
+    return out
+
+
+def add(x: Array, y: Array) -> None:
+    elementwise.add(x, y)
+
+
+def multiply(x: Array, y: Array) -> None:
+    elementwise.multiply(x, y)
+
+
+def split(x: Array, parts: int) -> list[Array]:
+    return [np.ascontiguousarray(part) for part in np.split(x, parts, axis=1)]
+
+
+def decay(x: Array) -> None:
+    elementwise.decay(x)
+
+
+def group_norm(x: Array, weight: Array, bias: Array, heads: int, eps: float) -> None:
+    elementwise.group_norm(x, weight, bias, heads, eps)
+
+
+def wkv4(k: Array, v: Array, w: Array, u: Array, state: Array) -> Array:
+    y = np.empty_like(k)
+    wkv.wkv4(k, v, w, u, state, y)
+    return y
+
+
+def wkv6(r: Array, k: Array, v: Array, w: Array, u: Array, state: Array) -> Array:
+    y = np.empty_like(r)
+    wkv.wkv6(r, k, v, w, u, state, y)
+    return y
+
+
+def delta_terms(k: Array, w: Array, a: Array, k_k: Array, k_a: Array, heads: int) -> tuple[Array, Array]:
+    kappa, beta = np.empty_like(k), np.empty_like(k)
+    elementwise.delta_terms(k, w, a, k_k, k_a, heads, kappa, beta)
+    return kappa, beta
+
+
+def blend(v: Array, first: Array, gate: Array) -> None:
+    elementwise.blend(v, first, gate)
+
+
+def wkv7(r: Array, w: Array, k: Array, v: Array, kappa: Array, beta: Array, state: Array) -> Array:
+    y = np.empty_like(r)
+    wkv.wkv7(r, w, k, v, kappa, beta, state, y)
+    return y
+
+
+def bonus(y: Array, r: Array, k: Array, v: Array, r_k: Array) -> None:
+    elementwise.bonus(y, r, k, v, r_k)
+
+
+def cross_entropy(logits: Array, targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    nll = np.empty(len(logits))
+    scores.cross_entropy(logits, targets, nll)
+    return nll
+
+
+def divergence(p: Array, q: Array) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    kl, same = np.empty(len(p)), np.empty(len(p), np.bool_)
+    scores.divergence(p, q, kl, same)
+    return kl, same

@@ -1,0 +1,171 @@
+"""Norms, shifts, mixes and activations on float32 [T, D], a row a token. All write in place or into `out`."""
+
+import numpy as np
+
+from rwkv_cli.kernels.jit import kernel
+
+
+@kernel()
+def layer_norm(x, weight, bias, eps, out):  # type: ignore[no-untyped-def]
+    """out[t] = (x[t] − mean) / √(var + eps) · weight + bias."""
+    T, D = x.shape
+    for t in range(T):
+        total = np.float32(0)
+        for d in range(D):
+            total += x[t, d]
+        mean = total / np.float32(D)
+        square = np.float32(0)
+        for d in range(D):
+            square += (x[t, d] - mean) * (x[t, d] - mean)
+        scale = np.float32(1) / np.sqrt(square / np.float32(D) + np.float32(eps))
+        for d in range(D):
+            out[t, d] = (x[t, d] - mean) * scale * weight[d] + bias[d]
+
+
+@kernel()
+def group_norm(x, weight, bias, heads, eps):  # type: ignore[no-untyped-def]
+    """Layer norm of each of `heads` equal parts of a row, in place; weight and bias [D]."""
+    T, D = x.shape
+    N = D // heads
+    for t in range(T):
+        for h in range(heads):
+            total = np.float32(0)
+            for d in range(h * N, (h + 1) * N):
+                total += x[t, d]
+            mean = total / np.float32(N)
+            square = np.float32(0)
+            for d in range(h * N, (h + 1) * N):
+                square += (x[t, d] - mean) * (x[t, d] - mean)
+            scale = np.float32(1) / np.sqrt(square / np.float32(N) + np.float32(eps))
+            for d in range(h * N, (h + 1) * N):
+                x[t, d] = (x[t, d] - mean) * scale * weight[d] + bias[d]
+
+
+@kernel()
+def shift(x, last, delta):  # type: ignore[no-untyped-def]
+    """Token shift: delta[t] = x[t−1] − x[t], where x[−1] is `last` [D], which then becomes x[T−1]."""
+    T, D = x.shape
+    for d in range(D):
+        delta[0, d] = last[d] - x[0, d]
+    for t in range(1, T):
+        for d in range(D):
+            delta[t, d] = x[t - 1, d] - x[t, d]
+    for d in range(D):
+        last[d] = x[T - 1, d]
+
+
+@kernel()
+def lerp(x, delta, mix, out):  # type: ignore[no-untyped-def]
+    """out = x + delta · mix; mix is [1, D] or [T, D]."""
+    T, D = x.shape
+    for t in range(T):
+        row = t if mix.shape[0] > 1 else 0
+        for d in range(D):
+            out[t, d] = x[t, d] + delta[t, d] * mix[row, d]
+
+
+@kernel()
+def add(x, y):  # type: ignore[no-untyped-def]
+    """x += y; y is [T, D] or [1, D]."""
+    T, D = x.shape
+    for t in range(T):
+        row = t if y.shape[0] > 1 else 0
+        for d in range(D):
+            x[t, d] += y[row, d]
+
+
+@kernel()
+def multiply(x, y):  # type: ignore[no-untyped-def]
+    """x *= y."""
+    T, D = x.shape
+    for t in range(T):
+        for d in range(D):
+            x[t, d] *= y[t, d]
+
+
+@kernel()
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    T, D = x.shape
+    for t in range(T):
+        for d in range(D):
+            x[t, d] = np.float32(1) / (np.float32(1) + np.exp(-x[t, d]))
+
+
+@kernel()
+def silu(x):  # type: ignore[no-untyped-def]
+    T, D = x.shape
+    for t in range(T):
+        for d in range(D):
+            x[t, d] /= np.float32(1) + np.exp(-x[t, d])
+
+
+@kernel()
+def tanh(x):  # type: ignore[no-untyped-def]
+    T, D = x.shape
+    for t in range(T):
+        for d in range(D):
+            x[t, d] = np.tanh(x[t, d])
+
+
+@kernel()
+def relu_squared(x):  # type: ignore[no-untyped-def]
+    T, D = x.shape
+    for t in range(T):
+        for d in range(D):
+            # written so that NaN stays NaN
+            x[t, d] = np.float32(0) if x[t, d] <= 0 else x[t, d] * x[t, d]
+
+
+@kernel()
+def decay(x):  # type: ignore[no-untyped-def]
+    """x = exp(−exp(x)), the decay of v5 and v6 from its logarithm's logarithm."""
+    T, D = x.shape
+    for t in range(T):
+        for d in range(D):
+            x[t, d] = np.exp(-np.exp(x[t, d]))
+
+
+@kernel()
+def delta_terms(k, w, a, k_k, k_a, heads, kappa, beta):  # type: ignore[no-untyped-def]
+    """RWKV-7's terms of the delta rule from k, w and a before their sigmoids (rwkv_v7_numpy.py), all [T, D].
+
+    w ← exp(−e^{−1/2} σ(w)) · a = σ(a) · κ = k∘k_k / ‖k∘k_k‖ by head · beta ← κ∘a · k ← k∘(1 + (a − 1)∘k_a)
+    """
+    T, D = k.shape
+    N = D // heads
+    for t in range(T):
+        for h in range(heads):
+            square = np.float32(0)
+            for d in range(h * N, (h + 1) * N):
+                kappa[t, d] = k[t, d] * k_k[d]
+                square += kappa[t, d] * kappa[t, d]
+            norm = np.float32(1) / max(np.sqrt(square), np.float32(1e-12))
+            for d in range(h * N, (h + 1) * N):
+                w[t, d] = np.exp(np.float32(-0.606530659712633) / (np.float32(1) + np.exp(-w[t, d])))
+                rate = np.float32(1) / (np.float32(1) + np.exp(-a[t, d]))
+                kappa[t, d] *= norm
+                beta[t, d] = kappa[t, d] * rate
+                k[t, d] *= np.float32(1) + (rate - np.float32(1)) * k_a[d]
+
+
+@kernel()
+def blend(v, first, gate):  # type: ignore[no-untyped-def]
+    """RWKV-7's value residual: v += (first − v) · σ(gate), all [T, D]."""
+    T, D = v.shape
+    for t in range(T):
+        for d in range(D):
+            v[t, d] += (first[t, d] - v[t, d]) / (np.float32(1) + np.exp(-gate[t, d]))
+
+
+@kernel()
+def bonus(y, r, k, v, r_k):  # type: ignore[no-untyped-def]
+    """RWKV-7's bonus: y += (Σ_head r∘k∘r_k) · v, all [T, D], r_k [H, N]."""
+    T = y.shape[0]
+    H, N = r_k.shape
+    for t in range(T):
+        for h in range(H):
+            total = np.float32(0)
+            for i in range(N):
+                total += r[t, h * N + i] * k[t, h * N + i] * r_k[h, i]
+            for i in range(N):
+                y[t, h * N + i] += total * v[t, h * N + i]

@@ -1,0 +1,81 @@
+"""How every kernel is compiled: float flags, CPU features, and a cache that is never stale.
+
+numba's own cache watches only the file of the function it caches, not its callees or imported constants. So the cache
+folder is named by a hash of all kernel sources and of the compilers' versions.
+"""
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding
+import numba
+from numba.core import config
+from numba.core.event import Event, Listener, register
+from platformdirs import user_cache_path
+
+FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
+"""Sums may be reordered and fused. Never nnan or ninf: NaN and infinity keep their meaning."""
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """The folder for compiled kernels: in the user's cache, or a private temporary one where that is read-only."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    folder = user_cache_path("rwkv") / f"kernels-{digest.hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="rwkv-kernels-"))
+    return folder
+
+
+def kernel(parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: njit with the house's flags, cached in `cache_folder`."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        before = config.CACHE_DIR
+        # numba picks the cache's place here, once, from this setting
+        config.CACHE_DIR = os.environ.get("NUMBA_CACHE_DIR") or str(cache_folder())
+        try:
+            return numba.njit(parallel=parallel, fastmath=FASTMATH, cache=True)(function)
+        finally:
+            config.CACHE_DIR = before
+
+    return decorate
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether kernels are compiled for a CPU with AVX-512 VNNI (`vpdpbusd` on 512 bits)."""
+    if config.CPU_NAME:  # NUMBA_CPU_NAME asks for another CPU than this one
+        return "+avx512vnni" in (config.CPU_FEATURES or "")
+    features = llvmlite.binding.get_host_cpu_features()
+    return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vnni"))
+
+
+class _Announce(Listener):  # type: ignore[misc]
+    def __init__(self, say: Callable[[], object]) -> None:
+        self.say, self.said = say, False
+
+    def on_start(self, event: Event) -> None:  # noqa: ARG002 - the library's interface
+        if not self.said:
+            self.said = True
+            self.say()
+
+    def on_end(self, event: Event) -> None:
+        pass
+
+
+def on_first_compilation(say: Callable[[], object]) -> None:
+    """Have `say` called once, if and when a kernel has to be compiled rather than read from the cache."""
+    register("numba:compile", _Announce(say))

@@ -1,0 +1,223 @@
+"""y[T, N] = x[T, K] · wᵀ for weights in int8 (tiles or columns) and float. Source of the layouts: docs/format.md.
+
+int8: x is rounded to int16 in the weights' own groups of 32 (about 15 bits), sums are exact integers. One token or
+many, VNNI or portable: the same numbers but for float32 rounding.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import get_num_threads, prange
+from numpy.typing import NDArray
+
+from rwkv_cli.kernels.group import group_step
+from rwkv_cli.kernels.jit import has_vnni, kernel
+
+GROUP = 32
+_LEVELS = 32512  # 127 · 256: both byte planes of any level fit in int8
+_VNNI = has_vnni()
+_STRIPS, _TOKENS = (2, 6) if _VNNI else (1, 4)
+
+_block = group_step(_STRIPS, _TOKENS, _VNNI)
+_single = group_step(1, 1, _VNNI)
+
+
+@kernel()
+def quantize_activations(x, unit, planes, factors, offsets):  # type: ignore[no-untyped-def]
+    """x [T, K] to `planes` (VNNI: int8 [T, 2, Kp], else int16 [T, 1, Kp]), `factors` and `offsets` [T, Kp/32].
+
+    factor = scale of the group · unit. A NaN or infinity in a group makes its factor NaN, and so every output.
+    """
+    T, K = x.shape
+    Kp = planes.shape[2]
+    for t in range(T):
+        for g in range(Kp // GROUP):
+            top, poison = np.float32(0), np.float32(0)
+            start, stop = g * GROUP, min((g + 1) * GROUP, K)
+            for k in range(start, stop):
+                top = max(top, abs(x[t, k]))
+                poison += x[t, k] * np.float32(0)
+            inverse = np.float32(_LEVELS) / top if top > np.float32(1e-30) else np.float32(0)
+            factors[t, g] = top * np.float32(1 / _LEVELS) * unit + poison
+            total = np.int32(0)
+            for k in range(start, stop):
+                q = np.int32(np.rint(x[t, k] * inverse))
+                total += q
+                if _VNNI:
+                    high = (q + np.int32(128)) >> 8
+                    planes[t, 0, k] = high
+                    planes[t, 1, k] = q - (high << 8)
+                else:
+                    planes[t, 0, k] = q
+            offsets[t, g] = total * np.int32(128)
+            for k in range(stop, start + GROUP):
+                for p in range(planes.shape[1]):
+                    planes[t, p, k] = 0
+
+
+@kernel(parallel=True)
+def _tiles(values, scales, planes, factors, offsets, y, threads):  # type: ignore[no-untyped-def]
+    """values [S, K/4, 16, 4], scales [S, K/32, 16] → y [T, S·16], added to what is there."""
+    S, G = values.shape[0], scales.shape[1]
+    T = planes.shape[0]
+    w, w_strip = values.ctypes.data, values.strides[0]
+    sc, sc_strip = scales.ctypes.data, scales.strides[0]
+    a, a_token, a_plane = planes.ctypes.data, planes.strides[0], planes.strides[1]
+    a_group = GROUP * planes.itemsize
+    f, f_token = factors.ctypes.data, factors.strides[0]
+    o, o_token = offsets.ctypes.data, offsets.strides[0]
+    out, out_token = y.ctypes.data, y.strides[0]
+    blocks = T // _TOKENS * _TOKENS
+    pairs = (S + _STRIPS - 1) // _STRIPS
+    parts = min(threads * 4, pairs)
+    for part in prange(parts):
+        for pair in range(part * pairs // parts, (part + 1) * pairs // parts):
+            first = pair * _STRIPS
+            whole = first + _STRIPS <= S
+            if whole:
+                for t in range(0, blocks, _TOKENS):
+                    for g in range(G):
+                        _block(
+                            w + first * w_strip + g * 512, w_strip,
+                            a + t * a_token + g * a_group, a_token, a_plane,
+                            sc + first * sc_strip + g * 32, sc_strip,
+                            f + t * f_token + g * 4, f_token, o + t * o_token + g * 4, o_token,
+                            out + t * out_token + first * 64, out_token,
+                        )  # fmt: skip
+            for strip in range(first, min(first + _STRIPS, S)):
+                for t in range(blocks if whole else 0, T):
+                    for g in range(G):
+                        _single(
+                            w + strip * w_strip + g * 512, w_strip,
+                            a + t * a_token + g * a_group, a_token, a_plane,
+                            sc + strip * sc_strip + g * 32, sc_strip,
+                            f + t * f_token + g * 4, f_token, o + t * o_token + g * 4, o_token,
+                            out + t * out_token + strip * 64, out_token,
+                        )  # fmt: skip
+
+
+@kernel(parallel=True)
+def _columns_one(values, scales, planes, factors, y, threads):  # type: ignore[no-untyped-def]
+    """values [B, K, W], scales [B, K/32, W], one token → y [1, B·W]. Reads only the rows whose input is not zero."""
+    B, K, W = values.shape
+    parts = min(threads * 2, B)
+    for part in prange(parts):
+        total, group = np.empty(W, np.float32), np.empty(W, np.float32)
+        for b in range(part * B // parts, (part + 1) * B // parts):
+            total[:] = 0
+            for g in range(scales.shape[1]):
+                used = False
+                for k in range(g * GROUP, (g + 1) * GROUP):
+                    q = np.int32(planes[0, 0, k])
+                    if _VNNI:
+                        q = (q << 8) + np.int32(planes[0, 1, k])
+                    if q != 0:
+                        a = np.float32(q)
+                        if not used:
+                            group[:] = 0
+                            used = True
+                        for i in range(W):
+                            group[i] += a * np.float32(values[b, k, i])
+                # a factor that is NaN must reach the output though every activation beside it is zero
+                if used or factors[0, g] != 0:
+                    if not used:
+                        group[:] = 0
+                    bits = scales[b, g].astype(np.uint32) << np.uint32(13)
+                    real = bits.view(np.float32)
+                    for i in range(W):
+                        total[i] += group[i] * (real[i] * factors[0, g])
+            y[0, b * W : (b + 1) * W] = total
+
+
+@kernel(parallel=True)
+def _columns(values, scales, planes, factors, offsets, y):  # type: ignore[no-untyped-def]
+    """The same for T tokens: a group of rows is put into tile order once and serves them all."""
+    B, K, W = values.shape
+    T = planes.shape[0]
+    a, a_token, a_plane = planes.ctypes.data, planes.strides[0], planes.strides[1]
+    a_group = GROUP * planes.itemsize
+    sc = scales.ctypes.data
+    f, f_token = factors.ctypes.data, factors.strides[0]
+    o, o_token = offsets.ctypes.data, offsets.strides[0]
+    out, out_token = y.ctypes.data, y.strides[0]
+    G, strips = scales.shape[1], W // 16
+    for piece in prange(B * strips):
+        b, strip = piece // strips, piece % strips
+        tile = np.empty((G, GROUP // 4, 16, 4), np.int8)
+        for k in range(K):
+            for i in range(16):
+                tile[k // GROUP, k % GROUP // 4, i, k % 4] = values[b, k, strip * 16 + i]
+        w = tile.ctypes.data
+        for t in range(T):
+            for g in range(G):
+                _single(
+                    w + g * 512, 0, a + t * a_token + g * a_group, a_token, a_plane,
+                    sc + ((b * G + g) * W + strip * 16) * 2, 0,
+                    f + t * f_token + g * 4, f_token, o + t * o_token + g * 4, o_token,
+                    out + t * out_token + piece * 64, out_token,
+                )  # fmt: skip
+
+
+@kernel(parallel=True)
+def _floats(bits, kind, x, y, threads):  # type: ignore[no-untyped-def]
+    """bits [N, K] (kind 0: float32, 1: bfloat16, 2: float16) → y [T, N], 4 rows at a time."""
+    N, K = bits.shape
+    T = x.shape[0]
+    quads = (N + 3) // 4
+    parts = min(threads * 4, quads)
+    for part in prange(parts):
+        rows = np.zeros((4, K), np.float32)
+        raw = rows.view(np.uint32)
+        for quad in range(part * quads // parts, (part + 1) * quads // parts):
+            n = quad * 4
+            for i in range(min(4, N - n)):
+                for k in range(K):
+                    if kind == 0:
+                        rows[i, k] = bits[n + i, k]
+                    elif kind == 1:
+                        raw[i, k] = np.uint32(bits[n + i, k]) << np.uint32(16)
+                    else:
+                        h = np.uint32(bits[n + i, k])
+                        raw[i, k] = (h & np.uint32(0x8000)) << np.uint32(16) | (h & np.uint32(0x7FFF)) << np.uint32(13)
+                        rows[i, k] *= np.float32(2.0**112)
+            for t in range(T):
+                s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+                for k in range(K):
+                    s0 += rows[0, k] * x[t, k]
+                    s1 += rows[1, k] * x[t, k]
+                    s2 += rows[2, k] * x[t, k]
+                    s3 += rows[3, k] * x[t, k]
+                y[t, n] = s0
+                if n + 1 < N:
+                    y[t, n + 1] = s1
+                if n + 2 < N:
+                    y[t, n + 2] = s2
+                if n + 3 < N:
+                    y[t, n + 3] = s3
+
+
+def int8_matmul(
+    x: NDArray[np.float32], layout: str, N: int, values: NDArray[np.int8], scales: NDArray[np.uint16], unit: int
+) -> NDArray[np.float32]:
+    """x [T, K] times an int8 matrix [N, K] in layout `tile` or `columns` → [T, N]."""
+    T = len(x)
+    groups = scales.shape[1]
+    planes: NDArray[Any] = np.empty((T, 2, groups * GROUP), np.int8) if _VNNI else np.empty((T, 1, groups * GROUP), np.int16)
+    factors, offsets = np.empty((T, groups), np.float32), np.empty((T, groups), np.int32)
+    quantize_activations(x, np.float32(2.0 ** (112 + unit)), planes, factors, offsets)
+    Np = values.shape[0] * (values.shape[2])
+    y = np.zeros((T, Np), np.float32)
+    if layout == "tile":
+        _tiles(values, scales, planes, factors, offsets, y, get_num_threads())
+    elif T == 1:
+        _columns_one(values, scales, planes, factors, y, get_num_threads())
+    else:
+        _columns(values, scales, planes, factors, offsets, y)
+    return y if Np == N else np.ascontiguousarray(y[:, :N])
+
+
+def float_matmul(x: NDArray[np.float32], bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """x [T, K] times a float matrix [N, K] given as the bits of F32, BF16 or F16 → [T, N]."""
+    y = np.empty((len(x), len(bits)), np.float32)
+    _floats(bits, ("F32", "BF16", "F16").index(dtype), x, y, get_num_threads())
+    return y

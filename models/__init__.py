@@ -1,0 +1,8 @@
+"""RWKV-4, 5, 6 and 7: configuration, tensors, forward pass, state."""
+
+from rwkv_cli.models.base import Model
+from rwkv_cli.models.config import Config
+from rwkv_cli.models.registry import UnsupportedModelError
+from rwkv_cli.models.state import State
+
+__all__ = ["Config", "Model", "State", "UnsupportedModelError"]

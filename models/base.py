@@ -1,0 +1,123 @@
+"""The model: one driver for every version, frozen after load."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_cli.kernels.backend import Backend, DeviceError, pick
+from rwkv_cli.models.config import Array, Config
+from rwkv_cli.models.layers import Carry
+from rwkv_cli.models.registry import MODULES, tensors
+from rwkv_cli.models.state import State
+from rwkv_cli.quant import Checkpoint, Floats, FormatError
+
+CHUNK = 256
+"""Tokens that go through the layers together: what bounds the memory of a long prompt."""
+
+Ids = Sequence[int] | NDArray[Any]
+
+
+class Model:
+    """An RWKV model: weights and nothing else. Give it tokens and a state, get logits and the next state.
+
+    One model may serve any number of states. Raises FormatError where the checkpoint does not fit its own config.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None) -> None:
+        most = numba.config.NUMBA_NUM_THREADS
+        if threads is not None and not 1 <= threads <= most:
+            raise DeviceError(f"threads must be from 1 to {most} on this machine, not {threads}")
+        self.threads = threads or most
+        self.ops: Backend = pick(device)
+        try:
+            self.config = Config.from_json(checkpoint.metadata("config", dict))
+            self._arch = MODULES[self.config.version]
+        except (KeyError, ValueError, TypeError) as error:
+            raise FormatError(f"{checkpoint.path}: its config is damaged ({error}); convert the model again") from None
+        self._layers: list[dict[str, Any]] = [{} for _ in range(self.config.layers)]
+        self._top: dict[str, Any] = {}
+        present = set(checkpoint.names())
+        for name, entry in tensors(self.config).items():
+            if entry.optional and name not in present:
+                continue
+            weight: Any
+            if entry.kind == "vector":
+                weight = self.ops.vector(checkpoint.vector(name, entry.shape))
+            else:
+                stored = checkpoint.tensor(name, entry.shape)
+                layouts = ("rows",) if entry.kind == "table" else ("tile", "columns")
+                if isinstance(stored, Floats):
+                    weight = self.ops.float_weight(stored.dtype, stored.bits)
+                elif stored.layout in layouts:
+                    weight = self.ops.int8_weight(
+                        stored.layout, stored.shape, stored.values, stored.scales, stored.unit
+                    )
+                else:
+                    raise FormatError(f"{checkpoint.path}: tensor {name} is stored as {stored.layout}")
+            if name == entry.name:
+                self._top[name] = weight
+            else:
+                self._layers[int(name.split(".")[1])][entry.name] = weight
+
+    def new_state(self) -> State:
+        """The state before the first token: empty, or the tuned one that came with the checkpoint."""
+        c = self.config
+        shape, start = self._arch.wkv_state(c)
+        wkv = np.zeros((c.layers, *shape), np.float32)
+        wkv[:] = np.reshape(np.array(start, np.float32), (-1,) + (1,) * (len(shape) - 1))
+        for i, layer in enumerate(self._layers):
+            if "att.time_state" in layer:
+                wkv[i] = layer["att.time_state"]
+        return State(np.zeros((c.layers, c.width), np.float32), np.zeros((c.layers, c.width), np.float32), wkv)
+
+    def forward(self, ids: Ids, state: State | None = None, all_logits: bool = False) -> tuple[Array, State]:
+        """Logits after the last of `ids` ([V]), or after each of them ([T, V]), float32, and the state then.
+
+        `state` is left as it is; None starts afresh. Raises ValueError for no ids, or ids outside the vocabulary.
+        """
+        state = self.new_state() if state is None else state.clone()
+        return self.advance(ids, state, all_logits), state
+
+    def advance(self, ids: Ids, state: State, all_logits: bool = False) -> Array:
+        """`forward` that changes `state` in place, for loops that keep no earlier one."""
+        tokens = self._checked(ids)
+        numba.set_num_threads(self.threads)
+        logits = []
+        for start in range(0, len(tokens), CHUNK):
+            x = self._blocks(tokens[start : start + CHUNK], state)
+            if all_logits:
+                logits.append(self._head(x))
+        return np.concatenate(logits) if all_logits else self._head(x[-1:])[0]
+
+    def _checked(self, ids: Ids) -> NDArray[np.int64]:
+        tokens = np.asarray(ids)
+        if tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype.kind not in "iu":
+            raise ValueError("ids must be a non-empty sequence of integers")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab:
+            bad = tokens[(tokens < 0) | (tokens >= self.config.vocab)][0]
+            raise ValueError(f"token id {bad} is outside the model's vocabulary of {self.config.vocab}")
+        return tokens.astype(np.int64)
+
+    def _blocks(self, tokens: NDArray[np.int64], state: State) -> Array:
+        """The residual stream after the last layer, [T, D]."""
+        ops, c, top = self.ops, self.config, self._top
+        x = ops.embed(tokens, top["emb.weight"])
+        x = ops.layer_norm(x, top["blocks.0.ln0.weight"], top["blocks.0.ln0.bias"], c.norm_eps)
+        carry: Carry = {}
+        for i, p in enumerate(self._layers):
+            a = ops.layer_norm(x, p["ln1.weight"], p["ln1.bias"], c.norm_eps)
+            delta = ops.token_shift(a, state.att_shift[i])
+            ops.add(x, self._arch.time_mix(ops, c, p, a, delta, state.wkv[i], carry))
+            f = ops.layer_norm(x, p["ln2.weight"], p["ln2.bias"], c.norm_eps)
+            delta = ops.token_shift(f, state.ffn_shift[i])
+            ops.add(x, self._arch.channel_mix(ops, p, f, delta))
+        return x
+
+    def _head(self, x: Array) -> Array:
+        """Logits [T, V] of the residual stream [T, D]."""
+        ops, top = self.ops, self._top
+        x = ops.layer_norm(x, top["ln_out.weight"], top["ln_out.bias"], self.config.norm_eps)
+        return ops.linear(x, top["head.weight"])

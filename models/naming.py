@@ -1,0 +1,78 @@
+"""Other namings of the same tensors, brought to the official one (RWKV-LM's .pth). Values are never touched here.
+
+Sources: transformers, models/rwkv/convert_rwkv_checkpoint_to_hf.py (v4); the remote code of RWKV/rwkv-5-world and
+RWKV/rwkv-6-world as listed in llama.cpp's tensor_mapping.py; flash-linear-attention, utils/convert_from_rwkv7.py.
+"""
+
+import re
+from dataclasses import replace
+
+from rwkv_cli.quant import Source, SourceTensor
+from rwkv_cli.quant.tensor import BITS
+
+_PREFIX = "_forward_module."
+
+_WORLD = [
+    (r"^rwkv\.", ""),
+    (r"^embeddings\.", "emb."),
+    (r"\.pre_ln\.", ".ln0."),
+    (r"\.attention\.", ".att."),
+    (r"\.feed_forward\.", ".ffn."),
+    (r"\.time_mix_key$", ".time_mix_k"),
+    (r"\.time_mix_value$", ".time_mix_v"),
+    (r"\.time_mix_receptance$", ".time_mix_r"),
+    (r"\.time_mix_gate$", ".time_mix_g"),
+]
+
+_FLA = [
+    (r"^model\.embeddings\.", "emb."),
+    (r"^model\.norm\.", "ln_out."),
+    (r"^lm_head\.", "head."),
+    (r"^model\.layers\.", "blocks."),
+    (r"\.pre_norm\.", ".ln0."),
+    (r"\.attn_norm\.", ".ln1."),
+    (r"\.ffn_norm\.", ".ln2."),
+    (r"\.attn\.g_norm\.", ".att.ln_x."),
+    (r"\.attn\.r_proj\.", ".att.receptance."),
+    (r"\.attn\.k_proj\.", ".att.key."),
+    (r"\.attn\.v_proj\.", ".att.value."),
+    (r"\.attn\.o_proj\.", ".att.output."),
+    (r"\.attn\.([wavg])_lora\.lora\.0\.weight$", r".att.\g<1>1"),
+    (r"\.attn\.([wavg])_lora\.lora\.2\.weight$", r".att.\g<1>2"),
+    (r"\.attn\.([wav])_lora\.lora\.2\.bias$", r".att.\g<1>0"),
+    (r"\.attn\.", ".att."),
+]
+
+
+def official(source: Source) -> dict[str, SourceTensor]:
+    """The tensors of a checkpoint under their official names, whatever known naming they came in."""
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in source.items()}
+    if any(name.startswith(("rwkv.blocks.", "rwkv.embeddings.")) for name in tensors):
+        return {_rename(name, _WORLD): tensor for name, tensor in tensors.items()}
+    if any(name.startswith("model.layers.") for name in tensors):
+        return _from_fla(tensors)
+    return tensors
+
+
+def _rename(name: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, to in rules:
+        name = re.sub(pattern, to, name)
+    return name
+
+
+def _from_fla(tensors: Source) -> dict[str, SourceTensor]:
+    """fla keeps low-rank factors as [out, in] linears, and older files all six mixes stacked in `x_x`."""
+    out: dict[str, SourceTensor] = {}
+    for name, tensor in tensors.items():
+        new = _rename(name, _FLA)
+        if ".lora." in name and name.endswith(".weight") and len(tensor.shape) == 2:
+            out[new] = replace(tensor, shape=tensor.shape[::-1], strides=tensor.strides[::-1])
+        elif new.endswith(".att.x_x") and tensor.shape and tensor.shape[0] == 6:
+            step = tensor.strides[0] * BITS[tensor.dtype].itemsize
+            for i, x in enumerate("rwkvag"):
+                out[new.removesuffix("x") + x] = replace(
+                    tensor, shape=tensor.shape[1:], strides=tensor.strides[1:], start=tensor.start + i * step
+                )
+        else:
+            out[new] = tensor
+    return out

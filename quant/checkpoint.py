@@ -1,0 +1,110 @@
+"""A converted file, mapped and checked: what `rwkv convert` wrote and every other command reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_cli.quant.errors import FormatError
+from rwkv_cli.quant.safetensors import read_header
+from rwkv_cli.quant.source import open_source
+from rwkv_cli.quant.tensor import BITS, FLOATS, Floats, Int8, stored_shapes
+
+FORMAT_VERSION = 1
+"""Raised when a reader of the old format could misread the new one."""
+
+
+class Checkpoint:
+    """Read-only view of a converted file (docs/format.md). Tensors are views of one memory map: nothing is copied.
+
+    Raises FormatError where the file is not a whole, consistent converted model of a version this program knows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            head = file.read(512)
+        if not head[8:9] == b"{":
+            open_source(path)  # says what else the file is, if it is nothing at all
+            raise FormatError(f"{path}: not a converted model; convert it first: rwkv convert {path}")
+        self.stored, self._text = read_header(path)
+        if self._text.get("format") != "rwkv":
+            raise FormatError(f"{path}: not a converted model; convert it first: rwkv convert {path}")
+        version = self._text.get("format_version", "")
+        if not version.isdecimal():
+            raise FormatError(f"{path}: no format version in the file; convert the model again")
+        if int(version) > FORMAT_VERSION:
+            raise FormatError(f"{path}: written in format {version}, newer than {FORMAT_VERSION}; upgrade rwkv-cli")
+        self._layouts: dict[str, Any] = self.metadata("tensors", dict)
+        # np.asarray drops the memmap subclass, whose slicing is slow
+        self._map: NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, "r"))
+        self.digest = self._text.get("digest", "")
+
+    def metadata(self, key: str, kind: type) -> Any:
+        """The JSON value under `key`, of type `kind`."""
+        try:
+            value = json.loads(self._text[key])
+        except (KeyError, ValueError):
+            value = None
+        if not isinstance(value, kind):
+            raise FormatError(f"{self.path}: metadata {key!r} is missing or damaged; convert the model again")
+        return value
+
+    def names(self) -> list[str]:
+        """Names of the model's tensors (scales and tokenizer not counted)."""
+        return list(self._layouts)
+
+    def layout(self, name: str) -> dict[str, Any]:
+        """How `name` is stored: at least its `layout` and its logical `shape`."""
+        entry = self._layouts.get(name)
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+            raise FormatError(f"{self.path}: tensor {name} is missing or described wrongly; convert the model again")
+        return {"layout": "", **entry}
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A stored array as its bits, read-only."""
+        if name not in self.stored:
+            raise FormatError(f"{self.path}: tensor {name} is missing; convert the model again")
+        tensor = self.stored[name]
+        kind = BITS[tensor.dtype]
+        size = int(np.prod(tensor.shape, dtype=np.int64)) * kind.itemsize
+        raw = self._map[tensor.start : tensor.start + size]
+        if tensor.start % kind.itemsize:
+            raw = raw.copy()
+            raw.flags.writeable = False
+        return raw.view(kind).reshape(tensor.shape)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Floats | Int8:
+        """The tensor `name`, whose logical shape must be `shape`."""
+        entry = self.layout(name)
+        layout, found = entry["layout"], entry["shape"]
+        if found != list(shape):
+            raise FormatError(f"{self.path}: tensor {name} has shape {found}, expected {list(shape)}")
+        if layout in ("vector", "float"):
+            return self._floats(name, shape)
+        unit = entry.get("unit")
+        if layout not in ("rows", "tile", "columns") or len(shape) != 2 or type(unit) is not int or abs(unit) > 100:
+            raise FormatError(f"{self.path}: tensor {name} is described wrongly; convert the model again")
+        values, scales = self.array(name), self.array(name + ".scale")
+        expected = stored_shapes(layout, (shape[0], shape[1]))
+        dtypes = (self.stored[name].dtype, self.stored[name + ".scale"].dtype)
+        if (values.shape, scales.shape) != expected or dtypes != ("I8", "F16"):
+            raise FormatError(f"{self.path}: tensor {name} is stored as {dtypes} {values.shape}, {scales.shape}")
+        return Int8(layout, (shape[0], shape[1]), values, scales, unit)
+
+    def _floats(self, name: str, shape: tuple[int, ...]) -> Floats:
+        bits = self.array(name)
+        dtype = self.stored[name].dtype
+        if bits.shape != shape or dtype not in FLOATS:
+            raise FormatError(f"{self.path}: tensor {name} is stored as {dtype} {bits.shape}, expected {shape}")
+        return Floats(dtype, bits)
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """The float32 tensor `name` of shape `shape`."""
+        tensor = self.tensor(name, shape)
+        if not isinstance(tensor, Floats) or tensor.dtype != "F32":
+            raise FormatError(f"{self.path}: tensor {name} must be float32; convert the model again")
+        return tensor.bits

@@ -1,0 +1,42 @@
+"""safetensors files, mapped. The library checks the header; this adds where each tensor lies."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rwkv_cli.quant.errors import FormatError
+from rwkv_cli.quant.source import SourceTensor, contiguous
+from rwkv_cli.quant.tensor import BITS
+
+
+def open_safetensors(path: Path) -> dict[str, SourceTensor]:
+    """Every tensor of a safetensors file."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
+    """Tensors and metadata. Raises FormatError where the header does not describe the file exactly.
+
+    The format has no gaps (safetensors README, "Format"; enforced by `safe_open`), so offsets follow from the order.
+    """
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    tensors: dict[str, SourceTensor] = {}
+    try:
+        with safe_open(path, "np") as file_:
+            names: list[str] = file_.offset_keys()
+            metadata: dict[str, str] = file_.metadata() or {}
+            for name in names:
+                view: Any = file_.get_slice(name)
+                dtype, shape = view.get_dtype(), tuple(view.get_shape())
+                if dtype not in BITS:
+                    raise FormatError(f"{path}: tensor {name} has dtype {dtype}; {', '.join(BITS)} can be read")
+                tensors[name] = SourceTensor(path, dtype, shape, start, contiguous(shape))
+                size = BITS[dtype].itemsize
+                for n in shape:
+                    size *= n
+                start += size
+    except SafetensorError as error:
+        raise FormatError(f"{path}: broken or truncated safetensors file ({error}); download or convert again") from None
+    return tensors, metadata

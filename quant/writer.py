@@ -1,0 +1,256 @@
+"""Write a converted file: one safetensors, streamed a block of rows at a time, renamed into place when whole."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_cli.quant.checkpoint import FORMAT_VERSION
+from rwkv_cli.quant.errors import FormatError
+from rwkv_cli.quant.int8 import arrange, block_width, quantize_rows, unit_of
+from rwkv_cli.quant.source import SourceTensor
+from rwkv_cli.quant.tensor import BITS, stored_shapes
+
+_BLOCK_BYTES = 32 << 20
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor to write. `layout` is one of `Int8`'s, or `float` (source's bits) or `vector` (float32)."""
+
+    name: str
+    source: SourceTensor
+    layout: str
+    shape: tuple[int, ...]
+    derive: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    """What turns the source's values into this tensor; None: as they are."""
+
+    @property
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Names, dtypes and shapes in the file."""
+        if self.layout == "vector":
+            return {self.name: ("F32", self.shape)}
+        if self.layout == "float":
+            return {self.name: (self.source.dtype, self.shape)}
+        values, scales = stored_shapes(self.layout, (self.shape[0], self.shape[1]))
+        return {self.name: ("I8", values), self.name + ".scale": ("F16", scales)}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of one tensor: relative error ‖stored − source‖ / ‖source‖ (Frobenius)."""
+
+    name: str
+    layout: str
+    weights: int
+    source_bytes: int
+    stored_bytes: int
+    error: float
+
+
+def file_size(plan: Sequence[Planned], extra: Mapping[str, NDArray[Any]]) -> int:
+    """Bytes of the tensors of a file, its header not counted."""
+    sizes = [prod(shape) * BITS[dtype].itemsize for p in plan for dtype, shape in p.stored.values()]
+    return sum(sizes) + sum(array.nbytes for array in extra.values())
+
+
+def write(
+    path: Path,
+    plan: Sequence[Planned],
+    metadata: dict[str, Any],
+    extra: Mapping[str, NDArray[Any]],
+    overwrite: bool,
+    progress: Callable[[int], object],
+) -> list[Written]:
+    """Write `plan`'s tensors and the uint8/int32 arrays of `extra` to `path`; `metadata` must be JSON.
+
+    `progress` is called with the source bytes done since the last call. The file appears under `path` only when it is
+    whole and on disk; whatever goes wrong before leaves nothing behind. Raises FormatError for NaN or infinity,
+    OSError (FileExistsError if `path` is there and not `overwrite`) where the system refuses.
+    """
+    need, free = file_size(plan, extra), shutil.disk_usage(path.parent).free
+    if need > free:
+        raise OSError(f"{path}: needs {need / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free")
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for planned in plan:
+        layout.update(planned.stored)
+    for name, array in extra.items():
+        layout[name] = ({"uint8": "U8", "int32": "I32"}[str(array.dtype)], array.shape)
+    # the widest units first, so that every array of a kind is aligned to 64 bytes or its own size
+    names = sorted(layout, key=lambda name: ({"I8": 0, "F32": 1, "I32": 1}.get(layout[name][0], 2), layout[name][0] == "U8"))
+    tensors: dict[str, dict[str, Any]] = {}
+    for planned in plan:
+        tensors[planned.name] = {"layout": planned.layout, "shape": list(planned.shape)}
+
+    with _temporary(path, overwrite) as file:
+        written: list[Written] = []
+        digest = hashlib.sha256()
+        offsets, end = _offsets(names, layout)
+        start = _header_room(layout, metadata, tensors)
+        file.truncate(start + end)
+        for planned in plan:
+            out = _TensorWriter(file, {n: start + offsets[n] for n in planned.stored})
+            written.append(_write_tensor(out, planned, tensors[planned.name], digest, progress))
+        for name, array in extra.items():
+            file.seek(start + offsets[name])
+            file.write(np.ascontiguousarray(array).tobytes())
+        file.seek(0)
+        file.write(_header(start, names, layout, offsets, metadata, tensors, digest.hexdigest()))
+    return written
+
+
+def _offsets(names: Sequence[str], layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[str, int], int]:
+    offsets, end = {}, 0
+    for name in names:
+        dtype, shape = layout[name]
+        offsets[name] = end
+        end += prod(shape) * BITS[dtype].itemsize
+    return offsets, end
+
+
+def _header(
+    start: int,
+    names: Sequence[str],
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    offsets: Mapping[str, int],
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    digest: str,
+) -> bytes:
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": "rwkv",
+            "format_version": str(FORMAT_VERSION),
+            "digest": f"sha256:{digest}",
+            "tensors": json.dumps(tensors, separators=(",", ":")),
+            **{key: json.dumps(value, separators=(",", ":")) for key, value in metadata.items()},
+        }
+    }
+    for name in names:
+        dtype, shape = layout[name]
+        end = offsets[name] + prod(shape) * BITS[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offsets[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return (start - 8).to_bytes(8, "little") + text.ljust(start - 8)
+
+
+def _header_room(
+    layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> int:
+    """Bytes before the data: the header with the widest numbers it can come to hold, aligned."""
+    wide = dict.fromkeys(layout, 10**15)
+    units = {name: {**entry, "unit": -999} for name, entry in tensors.items()}
+    size = len(_header(8, list(layout), layout, wide, metadata, units, "0" * 64))
+    return -(-size // _ALIGN) * _ALIGN
+
+
+class _TensorWriter:
+    """Appends to each stored part of one tensor at its own place in the file."""
+
+    def __init__(self, file: IO[bytes], offsets: dict[str, int]) -> None:
+        self.file, self.offsets, self.count = file, offsets, 0
+
+    def append(self, name: str, array: NDArray[Any]) -> None:
+        self.file.seek(self.offsets[name])
+        self.file.write(np.ascontiguousarray(array).data)
+        self.offsets[name] += array.nbytes
+        self.count += array.nbytes
+
+
+def _blocks(planned: Planned) -> Iterator[tuple[int, int]]:
+    """Row ranges of a tensor of at most 32 MiB of float32, each a whole number of layout blocks."""
+    rows, columns = planned.shape[0], prod(planned.shape[1:])
+    step = max(1, _BLOCK_BYTES // 4 // max(columns, 1))
+    if planned.layout not in ("vector", "float"):
+        width = block_width(planned.layout, rows)
+        step = max(width, step // width * width)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _write_tensor(
+    out: _TensorWriter, planned: Planned, entry: dict[str, Any], digest: Any, progress: Callable[[int], object]
+) -> Written:
+    source, whole = planned.source, None
+    if planned.derive is not None:
+        whole = planned.derive(source.float32())
+        if whole.shape != planned.shape:
+            raise FormatError(f"{source.path}: tensor {planned.name} came out as {whole.shape}, not {planned.shape}")
+
+    def rows(start: int, stop: int) -> NDArray[np.float32]:
+        return source.float32(start, stop) if whole is None else whole[start:stop]
+
+    digest.update(f"{planned.name}{list(planned.shape)}".encode())
+    top, square = 0.0, 0.0
+    for start, stop in _blocks(planned):
+        w = rows(start, stop)
+        if not np.isfinite(w).all():
+            raise FormatError(f"{source.path}: tensor {planned.name} holds NaN or infinity; the file is damaged")
+        top = max(top, float(np.abs(w).max(initial=0.0)))
+        square += float(np.vdot(w, w))
+        digest.update(np.ascontiguousarray(w).data)
+        if planned.layout == "vector":
+            out.append(planned.name, w)
+        elif planned.layout == "float":
+            same = whole is None
+            out.append(planned.name, source.bits(start, stop) if same else _bits_of(w, source.dtype))
+    error = 0.0
+    if top > 1e10:
+        raise FormatError(f"{source.path}: tensor {planned.name} holds a value of {top:.1e}; the file is damaged")
+    if planned.layout not in ("vector", "float"):
+        unit = entry["unit"] = unit_of(top)
+        width = block_width(planned.layout, planned.shape[0])
+        for start, stop in _blocks(planned):
+            values, scales, squared = quantize_rows(rows(start, stop), unit)
+            values, scales = arrange(planned.layout, width, values, scales)
+            out.append(planned.name, values)
+            out.append(planned.name + ".scale", scales)
+            error += squared
+    size = prod(planned.shape) * BITS[source.dtype].itemsize
+    progress(size)
+    relative = float(np.sqrt(error / square)) if square else 0.0
+    return Written(planned.name, planned.layout, prod(planned.shape), size, out.count, relative)
+
+
+def _bits_of(w: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Back to the source's bits; exact, since deriving only moved values about."""
+    w = np.ascontiguousarray(w)
+    if dtype == "BF16":
+        return (w.view(np.uint32) >> 16).astype(np.uint16)
+    return w.astype(np.float16).view(np.uint16) if dtype == "F16" else w
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
+    """A file beside `path` that becomes `path` if the block succeeds and vanishes if it does not."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; give --force to replace it")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        if overwrite:
+            os.replace(name, path)
+        else:
+            os.link(name, path)  # fails where a file has appeared meanwhile
+            os.unlink(name)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise

@@ -1,0 +1,34 @@
+"""Quantized local inference of RWKV language models.
+
+    import rwkv_cli
+    model = rwkv_cli.load("model.safetensors")
+    logits, state = model.forward(model.tokenizer.encode("Once upon a time"))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rwkv_cli.engine import LanguageModel
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(path: str | Path, device: str = "cpu", threads: int | None = None) -> LanguageModel:
+    """Load a converted model (written by `rwkv convert`), memory-mapped.
+
+    The model has `forward(ids, state=None, all_logits=False) -> (logits, state)` with float32 logits `[V]` or `[T, V]`,
+    `new_state()`, `config`, and `tokenizer` with `encode` and `decode` (None if conversion found none). `state` is left
+    as it is; it has `clone()` and `save(path)`. `threads` defaults to all cores.
+
+    Raises OSError, or a ValueError that says what is wrong with the file, the device or the number of threads.
+    """
+    from pathlib import Path
+
+    from rwkv_cli.engine import LanguageModel
+
+    return LanguageModel.load(Path(path), device, threads)

@@ -1,0 +1,222 @@
+"""rwkv convert"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rwkv_cli.models import Config
+    from rwkv_cli.quant.writer import Planned, Written
+    from rwkv_cli.tokenizer import Tokenizer
+
+
+@click.command("convert")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path), required=False)
+@click.option("--quant", type=click.Choice(["int8", "none"]), default="int8", show_default=True,
+              help="int8: 8.5 bits a weight; none: the source's values.")
+@click.option("--tokenizer", default="auto", show_default=True, metavar="auto|world|PATH",
+              help="What to put in: auto finds it by the vocabulary's size and beside SRC; a tokenizer.json or a "
+                   "World vocabulary file can be named.")
+@click.option("--template", type=click.Choice(["auto", "world", "g1", "raven", "qa", "plain"]), default="auto",
+              show_default=True, help="How the model was taught to chat; auto tells it from the file name.")
+@click.option("--force", is_flag=True, help="Replace DST if it is there.")
+@click.option("--dry-run", is_flag=True, help="Check SRC and show what would be written, but write nothing.")
+def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: str, force: bool, dry_run: bool) -> None:
+    """Convert a released checkpoint to one file that the other commands run.
+
+    SRC is a torch .pth, a safetensors file with official tensor names, or a Hugging Face folder, of RWKV-4, 5, 6 or 7.
+    DST defaults to SRC's name with .int8.safetensors (or .float.safetensors) in place of its ending.
+
+    \b
+    rwkv convert RWKV-x070-World-0.1B.pth
+    rwkv convert rwkv-4-pile-169m/ pile.safetensors --tokenizer 20B_tokenizer.json
+    """
+    from rwkv_cli import templates
+    from rwkv_cli.models import UnsupportedModelError, naming, registry
+    from rwkv_cli.options import announce_compilation
+    from rwkv_cli.quant import open_source, writer
+
+    dst = dst or default_destination(src, quant)
+    source = naming.official(open_source(src))
+    if not dry_run and dst.exists() and not force:
+        raise click.ClickException(f"{dst} exists; give --force to replace it, or another DST")
+    if dst.exists() and src.exists() and dst.samefile(src):
+        raise click.ClickException(f"{dst} is the source itself; give another DST")
+    try:
+        shapes = {name: tensor.shape for name, tensor in source.items()}
+        config = registry.detect(shapes)
+        plan = planned(registry.match(config, shapes), source, quant)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{src}: {error}") from None
+    found = find_tokenizer(tokenizer, src, config.vocab)
+    kind, arrays = stored_tokenizer(found)
+    chat = templates.guess(src.resolve().name, kind, config.vocab) if template == "auto" else template
+    metadata = {
+        "config": config.as_json(), "quantization": quant, "tokenizer": kind, "template": chat,
+        "source": src.resolve().name,
+    }  # fmt: skip
+    if found is None:
+        click.echo(f"Warning: no tokenizer fits the vocabulary of {config.vocab}; the model will run by token ids from "
+                   "Python only. Give one with --tokenizer PATH.", err=True)  # fmt: skip
+    done: list[Written] = []
+    if not dry_run:
+        announce_compilation()
+        done = _write(dst, plan, metadata, arrays, force, writer.write)
+    _report(config, plan, done, arrays, kind, chat)
+    if dry_run:
+        click.echo(f"Dry run: {dst} was not written.", err=True)
+    else:
+        click.echo(f"Wrote {dst}", err=True)
+
+
+def default_destination(src: Path, quant: str) -> Path:
+    """SRC's name with the new ending, beside SRC."""
+    src = src.resolve()
+    stem = src.name if src.is_dir() else src.stem
+    return src.parent / f"{stem}.{'int8' if quant == 'int8' else 'float'}.safetensors"
+
+
+def planned(matched: dict[str, Any], source: Any, quant: str) -> list[Planned]:
+    """How each matched tensor is stored: the model says what kind it is, this says what becomes of a kind."""
+    from rwkv_cli.quant.writer import Planned
+
+    layouts = {"matrix": "tile", "sparse": "columns", "table": "rows"}
+    return [
+        Planned(
+            name, source[origin],
+            "vector" if entry.kind == "vector" else layouts[entry.kind] if quant == "int8" else "float",
+            entry.shape, entry.derive or _reshape(entry.shape),
+        )
+        if entry.derive or entry.kind == "vector"
+        else Planned(name, source[origin], layouts[entry.kind] if quant == "int8" else "float", entry.shape)
+        for name, (entry, origin) in matched.items()
+    ]  # fmt: skip
+
+
+def _reshape(shape: tuple[int, ...]) -> Any:
+    return lambda a: a.reshape(shape)
+
+
+def find_tokenizer(choice: str, src: Path, vocab: int) -> Tokenizer | None:
+    """The tokenizer asked for, or with `auto` the one that fits: by the vocabulary's size, or a file beside SRC.
+
+    Raises TokenizerError if the one asked for does not fit.
+    """
+    from rwkv_cli.tokenizer import ByteTokenizer, TokenizerError, WorldTokenizer, official_vocabulary
+
+    tokenizer: Tokenizer
+    if choice == "auto":
+        folder = src if src.is_dir() else src.resolve().parent
+        for name in ("tokenizer.json", "20B_tokenizer.json"):
+            if (folder / name).is_file():
+                tokenizer = read_tokenizer_file(folder / name)
+                # vocabularies are padded by a few hundred rows at most: another one lies here by chance
+                if tokenizer.size <= vocab < tokenizer.size + 512:
+                    return tokenizer
+        if vocab == 65536:
+            return WorldTokenizer.from_vocabulary(official_vocabulary())
+        return ByteTokenizer() if vocab == 256 else None
+    path = official_vocabulary() if choice == "world" else Path(choice)
+    tokenizer = read_tokenizer_file(path)
+    if tokenizer.size > vocab:
+        raise TokenizerError(f"{path}: has ids up to {tokenizer.size - 1}, but the model's vocabulary is {vocab}")
+    return tokenizer
+
+
+def read_tokenizer_file(path: Path) -> Tokenizer:
+    """A tokenizer.json, or a World vocabulary as text."""
+    from rwkv_cli.tokenizer import JsonTokenizer, WorldTokenizer
+
+    data = path.read_bytes()
+    if data.lstrip()[:1] == b"{":
+        return JsonTokenizer(data, str(path))
+    return WorldTokenizer.from_vocabulary(path)
+
+
+def stored_tokenizer(tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:
+    """Kind and arrays that a converted file holds of a tokenizer."""
+    import numpy as np
+
+    from rwkv_cli.tokenizer import JsonTokenizer, WorldTokenizer
+
+    if isinstance(tokenizer, WorldTokenizer):
+        return tokenizer.kind, tokenizer.arrays()
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.kind, {"tokenizer.json": np.frombuffer(tokenizer.text, np.uint8)}
+    return ("none" if tokenizer is None else tokenizer.kind), {}
+
+
+def _write(dst: Path, plan: list[Planned], metadata: Any, arrays: Any, force: bool, write: Any) -> list[Written]:
+    from math import prod
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from rwkv_cli.quant.tensor import BITS
+
+    console = Console(stderr=True)
+    total = sum(prod(p.shape) * BITS[p.source.dtype].itemsize for p in plan)
+    columns = TextColumn("Converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        done: list[Written] = write(dst, plan, metadata, arrays, force, lambda n: progress.advance(task, n))
+        return done
+
+
+def _report(
+    config: Config, plan: list[Planned], done: list[Written], arrays: Any, tokenizer: str, template: str
+) -> None:
+    """What the model is and what became of it, as tables on stdout."""
+    from math import prod
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from rwkv_cli.quant.tensor import BITS
+    from rwkv_cli.quant.writer import file_size
+
+    console = Console(highlight=False)
+    weights = sum(prod(p.shape) for p in plan)
+    before = sum(prod(p.shape) * BITS[p.source.dtype].itemsize for p in plan)
+    after = file_size(plan, {})
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    heads = f", {config.heads} heads of {config.head_size}" if config.version != "4" else ""
+    for name, value in [
+        ("architecture", f"RWKV-{config.version}"),
+        ("layers", str(config.layers)),
+        ("width", f"{config.width}{heads}, channel mix {config.ffn}"),
+        ("vocabulary", f"{config.vocab}, tokenizer {tokenizer}, chat template {template}"),
+        ("parameters", f"{weights / 1e6:,.1f} M"),
+        ("size", f"{before / 1e6:,.1f} MB → {(after + sum(a.nbytes for a in arrays.values())) / 1e6:,.1f} MB"),
+        ("bits per weight", f"{after * 8 / weights:.2f}"),
+    ]:
+        facts.add_row(name, value)
+    console.print(facts)
+    kinds: dict[str, list[Written]] = defaultdict(list)
+    for item in done:
+        if item.layout not in ("vector", "float"):
+            kinds[kind_name(item.name)].append(item)
+    if kinds:
+        table = Table("tensor", "MB", "bits", "mean error", "worst error", box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, items in kinds.items():
+            stored, count = sum(i.stored_bytes for i in items), sum(i.weights for i in items)
+            errors = [i.error for i in items]
+            table.add_row(
+                name, f"{stored / 1e6:,.2f}", f"{stored * 8 / count:.2f}",
+                f"{sum(errors) / len(errors):.3%}", f"{max(errors):.3%}",
+            )  # fmt: skip
+        console.print()
+        console.print(table)
+
+
+def kind_name(name: str) -> str:
+    """A tensor's name without its layer and ending: att.key, ffn.value, emb."""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join(parts[2:] if parts[0] == "blocks" else parts)

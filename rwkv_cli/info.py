@@ -1,0 +1,84 @@
+"""rwkv info"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("info")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor: name, layout, shape, bytes.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def command(model: Path, tensors: bool, as_json: bool) -> None:
+    """Show what a converted file holds. Nothing but its header is read.
+
+    \b
+    rwkv info RWKV-x070-World-0.1B.int8.safetensors --tensors
+    """
+    from rwkv_cli.quant import Checkpoint
+
+    facts = describe(Checkpoint(model))
+    if as_json:
+        if not tensors:
+            del facts["tensors"]
+        click.echo(json.dumps(facts))
+    else:
+        _show(facts, tensors)
+
+
+def describe(checkpoint: Any) -> dict[str, Any]:
+    """Everything there is to know of a converted file without reading its weights."""
+    rows = []
+    for name in checkpoint.names():
+        stored = [checkpoint.array(part) for part in (name, name + ".scale") if part in checkpoint.stored]
+        entry = checkpoint.layout(name)
+        rows.append({
+            "name": name, "layout": entry["layout"], "shape": entry["shape"],
+            "dtype": checkpoint.stored[name].dtype, "bytes": sum(array.nbytes for array in stored),
+        })  # fmt: skip
+    parameters = sum(prod(row["shape"]) for row in rows)
+    return {
+        "path": str(checkpoint.path),
+        "bytes": checkpoint.path.stat().st_size,
+        "parameters": parameters,
+        "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / max(parameters, 1),
+        "config": checkpoint.metadata("config", dict),
+        **{key: checkpoint.metadata(key, str) for key in ("quantization", "tokenizer", "template", "source")},
+        "digest": checkpoint.digest,
+        "tensors": rows,
+    }
+
+
+def _show(facts: dict[str, Any], tensors: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    config = facts["config"]
+    ranks = ", ".join(f"{name} {rank}" for name, rank in config.get("ranks", {}).items())
+    for name, value in [
+        ("file", facts["path"]),
+        ("architecture", f"RWKV-{config.get('version')}"),
+        *((key.replace("_", " "), config.get(key)) for key in ("layers", "width", "heads", "head_size", "ffn", "vocab")),
+        *([("low ranks", ranks)] if ranks else []),
+        ("parameters", f"{facts['parameters'] / 1e6:,.1f} M"),
+        ("size", f"{facts['bytes'] / 1e6:,.1f} MB"),
+        ("bits per weight", f"{facts['bits_per_weight']:.2f}"),
+        *((key, facts[key]) for key in ("quantization", "tokenizer", "template", "source", "digest")),
+    ]:
+        table.add_row(name, str(value))
+    console.print(table)
+    if tensors:
+        listing = Table("tensor", "layout", "dtype", "shape", "bytes", box=None, pad_edge=False)
+        listing.columns[4].justify = "right"
+        for row in facts["tensors"]:
+            shape = " × ".join(map(str, row["shape"]))
+            listing.add_row(row["name"], row["layout"], row["dtype"], shape, f"{row['bytes']:,}")
+        console.print()
+        console.print(listing)

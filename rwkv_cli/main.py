@@ -1,0 +1,82 @@
+"""The command `rwkv`: registers the commands, loads one only when it is called, and words every expected error."""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from rwkv_cli import __version__
+
+COMMANDS = {
+    "convert": "Convert a released checkpoint to a quantized file.",
+    "generate": "Continue a text.",
+    "chat": "Talk with a model.",
+    "ppl": "Measure perplexity on text files.",
+    "info": "Show what a converted file holds.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - the library's interface
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"rwkv_cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (OSError, ValueError, MemoryError) as error:
+            message = _expected(error)
+            if message is None:
+                raise
+            raise click.ClickException(message) from None
+
+
+def _expected(error: Exception) -> str | None:
+    """The sentence for an error that a user can cause; None for a bug, whose traceback is wanted."""
+    from rwkv_cli.kernels.backend import DeviceError
+    from rwkv_cli.models.registry import UnsupportedModelError
+    from rwkv_cli.quant.errors import FormatError
+    from rwkv_cli.tokenizer import TokenizerError
+
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, FormatError | UnsupportedModelError | TokenizerError | DeviceError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory{f' ({error})' if str(error) else ''}; close other programs or take a smaller model"
+    if isinstance(error, OSError) and error.errno is not None:
+        name = f"{error.filename}: " if error.filename is not None else ""
+        return f"{name}{error.strerror}"
+    return str(error) if isinstance(error, OSError) else None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="rwkv")
+def cli() -> None:
+    """Run RWKV language models on this machine, quantized to int8.
+
+    \b
+    rwkv convert RWKV-x070-World-0.1B.pth       once: .pth to .safetensors
+    rwkv chat -m RWKV-x070-World-0.1B.int8.safetensors
+    """
+
+
+def main() -> None:
+    """Entry point: a closed pipe ends the program quietly, as it does other filters."""
+    try:
+        cli()
+    except BrokenPipeError:
+        # whatever is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

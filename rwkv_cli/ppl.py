@@ -1,0 +1,111 @@
+"""rwkv ppl"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rwkv_cli.options import model_options, open_model
+
+if TYPE_CHECKING:
+    from rwkv_cli.engine import LanguageModel
+    from rwkv_cli.scoring import Score
+
+
+class _StartToken(click.ParamType):
+    name = "ID|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """-1 stands for none."""
+        if value == "none":
+            return -1
+        if isinstance(value, str) and value.isdecimal():
+            return int(value)
+        if value == 0:
+            return 0
+        self.fail(f"{value!r} is neither a token id nor none", param, ctx)
+
+
+@click.command("ppl")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE...")
+@model_options
+@click.option("--compare", type=click.Path(path_type=Path), metavar="OTHER",
+              help="Score this model too, on the same tokens, and say how far MODEL is from it.")
+@click.option("--context", type=click.IntRange(min=1), metavar="N",
+              help="Forget everything after every N tokens; default: the state is carried through the file.")
+@click.option("--start-token", type=_StartToken(), default=0, show_default=True,
+              help="Token before each text (0 ends a text), or none: the first token is then not scored.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score the first N tokens of each file only.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a file.")
+def command(
+    files: tuple[Path, ...], model: Path, threads: int | None, device: str, compare: Path | None,
+    context: int | None, start_token: int, limit: int | None, as_json: bool,
+) -> None:
+    """Measure perplexity on text files of any size, each read once in constant memory.
+
+    With --compare, OTHER is the reference: KL is KL(OTHER ‖ MODEL), and differences are MODEL minus OTHER.
+
+    \b
+    rwkv ppl wiki.test.raw -m model.int8.safetensors
+    rwkv ppl wiki.test.raw -m model.int8.safetensors --compare model.float.safetensors
+    """  # fmt: skip
+    from rwkv_cli.scoring import Scorer
+
+    lm = open_model(model, device, threads)
+    other = open_model(compare, device, threads) if compare is not None else None
+    if start_token >= lm.config.vocab:
+        raise click.BadParameter(f"{start_token} is outside the vocabulary of {lm.config.vocab}", param_hint="--start-token")
+    if other is not None:
+        _check_same_tokens(lm, other)
+    for file in files:
+        scorer = Scorer(lm, other, context, None if start_token < 0 else start_token, limit)
+        score = _with_progress(file, scorer)
+        if as_json:
+            click.echo(json.dumps({"model": str(model), "file": str(file), **score.as_json()}))
+        else:
+            _show(file, score, model, compare)
+
+
+def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:
+    a, b = lm.text_tokenizer, other.text_tokenizer
+    same = a.kind == b.kind and a.size == b.size and lm.config.vocab == other.config.vocab
+    if same and a.kind == "json":
+        same = a.text == b.text  # type: ignore[attr-defined]
+    if not same:
+        raise click.ClickException(f"{lm.path} and {other.path} have different tokenizers; their tokens do not compare")
+
+
+def _with_progress(file: Path, scorer: Any) -> Score:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn(file.name, markup=False), BarColumn(), TextColumn("{task.percentage:.0f} %  {task.fields[rate]}"), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=1.0, rate="")
+
+        def show(share: float, score: Score) -> None:
+            progress.update(task, completed=share, rate=f"{score.tokens_per_second:.0f} tok/s  ppl {score.ppl:.4g}")
+
+        result: Score = scorer.run(file, show)
+        return result
+
+
+def _show(file: Path, s: Score, model: Path, compare: Path | None) -> None:
+    start = "none" if s.start_token is None else str(s.start_token)
+    context = "whole file" if s.context is None else f"{s.context} tokens"
+    click.echo(f"file           {file}")
+    click.echo(f"perplexity     {s.ppl:.4f} ± {s.ppl_stderr:.4f}")
+    click.echo(f"NLL            {s.nll:.6f} ± {s.nll_stderr:.6f} nats per token")
+    click.echo(f"bits per byte  {s.bits_per_byte:.4f}")
+    click.echo(f"tokens         {s.tokens} ({s.bytes} bytes), context {context}, start token {start}")
+    click.echo(f"speed          {s.tokens_per_second:.1f} tokens per second")
+    if s.comparison is not None:
+        c = s.comparison
+        click.echo(f"against        {compare}: perplexity {c.other_ppl:.4f}")
+        click.echo(f"KL             {c.kl_mean:.3e} mean, {c.kl_p999:.3e} at 99.9 %")
+        click.echo(f"top-1          {100 * c.top1_agreement:.3f} % the same")
+        click.echo(f"NLL difference {c.nll_diff:+.6f} ± {c.nll_diff_stderr:.6f} nats per token")

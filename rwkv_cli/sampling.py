@@ -1,0 +1,81 @@
+"""From logits to a token, in the order of the reference (rwkv package, utils.py, `sample_logits`).
+
+Penalties come off the logits; then softmax, top-p, top-k and min-p on probabilities at temperature 1; the temperature
+comes last, as a power of what is left.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings. The defaults are the reference's (PIPELINE_ARGS)."""
+
+    temperature: float = 1.0
+    top_p: float = 0.85
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.2
+    frequency_penalty: float = 0.2
+    penalty_decay: float = 0.996
+
+
+@dataclass
+class Sampler:
+    """Picks tokens and remembers which it picked. Same settings and seed, same choices."""
+
+    settings: Sampling
+    seed: int
+    exempt: frozenset[int] = frozenset()
+    """Tokens that are never penalized."""
+    _counts: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float), init=False)
+
+    def __post_init__(self) -> None:
+        self._random = np.random.Generator(np.random.PCG64(self.seed))
+
+    def pick(self, logits: NDArray[np.float32]) -> int:
+        """A token for logits [V]."""
+        s = self.settings
+        logits = logits.astype(np.float64)
+        if self._counts:
+            ids = np.fromiter(self._counts, np.int64)
+            counts = np.fromiter(self._counts.values(), np.float64)
+            logits[ids] -= s.presence_penalty + s.frequency_penalty * counts
+        if s.temperature == 0 or s.top_k == 1:
+            token = int(np.argmax(logits))
+        else:
+            kept, p = candidates(logits, s)
+            token = int(kept[np.searchsorted(np.cumsum(p), self._random.random(), side="right").clip(max=len(p) - 1)])
+        self._remember(token)
+        return token
+
+    def _remember(self, token: int) -> None:
+        if not (self.settings.presence_penalty or self.settings.frequency_penalty):
+            return
+        for other in self._counts:
+            self._counts[other] *= self.settings.penalty_decay
+        if token not in self.exempt:
+            self._counts[token] += 1
+
+
+def candidates(logits: NDArray[np.float64], s: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Tokens that may be picked, likeliest first, and their probabilities; temperature is not 0."""
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    p = p[order]
+    count = len(p)
+    if s.top_p < 1:
+        # the first token that reaches top_p is in, and so are all as likely as it
+        last = min(int(np.searchsorted(np.cumsum(p), s.top_p)), count - 1)
+        count = int(np.searchsorted(-p, -p[last], side="right"))
+    if s.top_k > 0:
+        count = min(count, s.top_k)
+    if s.min_p > 0:
+        count = min(count, max(1, int(np.searchsorted(-p, -s.min_p * p[0], side="right"))))
+    p = (p[:count] / p[0]) ** (1 / s.temperature)
+    return order[:count], p / p.sum()
