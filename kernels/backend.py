@@ -20,47 +20,73 @@ class DeviceError(ValueError):
 
 
 class Backend(Protocol):
-    def int8_weight(self, layout: str, shape: tuple[int, int], values: NDArray[np.int8],
-                    scales: NDArray[np.uint16], unit: int) -> Weight:
+    def int8_weight(
+        self,
+        layout: str,
+        shape: tuple[int, int],
+        values: NDArray[np.int8],
+        scales: NDArray[np.uint16],
+        unit: int,
+    ) -> Weight:
         """A stored int8 matrix [N, K] (docs/format.md), checked by the caller."""
+
     def float_weight(self, dtype: str, bits: NDArray[Any]) -> Weight:
         """A stored float matrix [N, K] as the bits of F32, F16 or BF16."""
+
     def vector(self, values: Array) -> Array:
         """A small float tensor, put where the kernels can read it."""
+
     def embed(self, ids: NDArray[np.int64], table: Weight) -> Array:
         """Rows `ids` [T] of a table [V, D]."""
+
     def linear(self, x: Array, weight: Weight, activation: Activation = "") -> Array:
         """activation(x · weightᵀ): [T, K] → [T, N]."""
+
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         """Layer norm of each row; weight and bias [D]."""
+
     def token_shift(self, x: Array, last: Array) -> Array:
         """x[t−1] − x[t]; x[−1] is `last` [D], which is then set to the last row."""
+
     def lerp(self, x: Array, delta: Array, mix: Array) -> Array:
         """x + delta · mix; mix [1, D] or [T, D]."""
+
     def add(self, x: Array, y: Array) -> None:
         """x += y; y [T, D] or [1, D]."""
+
     def multiply(self, x: Array, y: Array) -> None:
         """x *= y."""
+
     def split(self, x: Array, parts: int) -> list[Array]:
         """`parts` equal ranges of columns."""
+
     def decay(self, x: Array) -> None:
         """x = exp(−exp(x))."""
+
     def group_norm(self, x: Array, weight: Array, bias: Array, heads: int, eps: float) -> None:
         """Layer norm of each of `heads` parts of each row."""
+
     def wkv4(self, k: Array, v: Array, w: Array, u: Array, state: Array) -> Array:
         """RWKV-4's average; w, u [D], state [3, D]."""
+
     def wkv6(self, r: Array, k: Array, v: Array, w: Array, u: Array, state: Array) -> Array:
         """RWKV-5's and 6's recurrence; w [T, D] or [1, D], u [H, N], state [H, N, N] as [key, value]."""
+
     def delta_terms(self, k: Array, w: Array, a: Array, k_k: Array, k_a: Array, heads: int) -> tuple[Array, Array]:
         """RWKV-7's κ and β; turns k and w into what `wkv7` takes."""
+
     def blend(self, v: Array, first: Array, gate: Array) -> None:
         """v += (first − v) · σ(gate)."""
+
     def wkv7(self, r: Array, w: Array, k: Array, v: Array, kappa: Array, beta: Array, state: Array) -> Array:
         """RWKV-7's recurrence; state [H, N, N] as [value, key]."""
+
     def bonus(self, y: Array, r: Array, k: Array, v: Array, r_k: Array) -> None:
         """y += (Σ_head r∘k∘r_k) · v; r_k [H, N]."""
+
     def cross_entropy(self, logits: Array, targets: NDArray[np.int64]) -> NDArray[np.float64]:
         """−log p(target) of each row, in nats."""
+
     def divergence(self, p: Array, q: Array) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """KL(p ‖ q) of each row, in nats, and whether both rows have the same maximum."""
 

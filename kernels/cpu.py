@@ -56,11 +56,11 @@ def vector(values: Array) -> Array:
 
 def embed(ids: NDArray[np.int64], table: Weight) -> Array:
     if isinstance(table, FloatWeight):
-        bits = table.bits[ids]
+        bits: NDArray[Any] = table.bits[ids]
         if table.dtype == "F32":
             return np.asarray(bits, np.float32)
         if table.dtype == "F16":
-            return bits.view(np.float16).astype(np.float32)
+            return np.asarray(bits.view(np.float16), np.float32)
         return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
     q = table.values[ids].reshape(len(ids), -1, GROUP).astype(np.float32)
     scale = table.scales[ids].view(np.float16).astype(np.float32) * np.float32(2.0**table.unit)

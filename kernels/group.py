@@ -94,9 +94,7 @@ def _sums_portable(e: _Emitter, strips: list[Any], tokens: list[Any]) -> dict[tu
                     b.mul(e.widen(e.pick(w[s], odd), I32), e.widen(e.pick(a, odd), I32)),
                 )
                 sums[s, t] = b.add(sums[s, t], pairs) if (s, t) in sums else pairs
-    return {
-        key: b.add(e.pick(pairs, range(0, 32, 2)), e.pick(pairs, range(1, 32, 2))) for key, pairs in sums.items()
-    }
+    return {key: b.add(e.pick(pairs, range(0, 32, 2)), e.pick(pairs, range(1, 32, 2))) for key, pairs in sums.items()}
 
 
 def group_step(strips: int, tokens: int, vnni: bool) -> Callable[..., None]:
@@ -109,14 +107,28 @@ def group_step(strips: int, tokens: int, vnni: bool) -> Callable[..., None]:
     stand for 2**-112 of their value.
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def step(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    @intrinsic
+    def step(  # type: ignore[no-untyped-def]
         typingctx, w, w_stride, a, a_stride, a_plane, scale, scale_stride,  # noqa: ARG001
         factor, factor_stride, offset, offset_stride, y, y_stride,  # noqa: ARG001
     ):  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
             e, b = _Emitter(builder), builder
-            w, w_stride, a, a_stride, a_plane, scale, scale_stride, factor, factor_stride, offset, offset_stride, y, y_stride = args
+            (
+                w,
+                w_stride,
+                a,
+                a_stride,
+                a_plane,
+                scale,
+                scale_stride,
+                factor,
+                factor_stride,
+                offset,
+                offset_stride,
+                y,
+                y_stride,
+            ) = args
 
             def steps(base: Any, stride: Any, n: int) -> list[Any]:
                 return [b.add(base, b.mul(stride, I64(i))) for i in range(n)]
@@ -142,4 +154,4 @@ def group_step(strips: int, tokens: int, vnni: bool) -> Callable[..., None]:
 
         return types.void(*([types.int64] * 13)), generate
 
-    return step  # type: ignore[no-any-return]
+    return step

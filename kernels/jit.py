@@ -15,12 +15,18 @@ from typing import Any
 import llvmlite
 import llvmlite.binding
 import numba
-from numba.core import config
 from numba.core.event import Event, Listener, register
 from platformdirs import user_cache_path
 
+config: Any = numba.core.config
+"""numba's settings, made at run time."""
+
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 """Sums may be reordered and fused. Never nnan or ninf: NaN and infinity keep their meaning."""
+
+
+FIXED_ORDER = {"contract"}
+"""For a kernel whose float operations another one repeats bit for bit."""
 
 
 @functools.cache
@@ -39,7 +45,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def kernel(parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def kernel(parallel: bool = False, fastmath: set[str] = FASTMATH) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: njit with the house's flags, cached in `cache_folder`."""
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -47,7 +53,7 @@ def kernel(parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
         # numba picks the cache's place here, once, from this setting
         config.CACHE_DIR = os.environ.get("NUMBA_CACHE_DIR") or str(cache_folder())
         try:
-            return numba.njit(parallel=parallel, fastmath=FASTMATH, cache=True)(function)
+            return numba.njit(parallel=parallel, fastmath=fastmath, cache=True)(function)
         finally:
             config.CACHE_DIR = before
 
@@ -63,7 +69,7 @@ def has_vnni() -> bool:
     return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vnni"))
 
 
-class _Announce(Listener):  # type: ignore[misc]
+class _Announce(Listener):
     def __init__(self, say: Callable[[], object]) -> None:
         self.say, self.said = say, False
 

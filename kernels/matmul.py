@@ -11,7 +11,7 @@ from numba import get_num_threads, prange
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels.group import group_step
-from rwkv_cli.kernels.jit import has_vnni, kernel
+from rwkv_cli.kernels.jit import FIXED_ORDER, has_vnni, kernel
 
 GROUP = 32
 _LEVELS = 32512  # 127 · 256: both byte planes of any level fit in int8
@@ -96,13 +96,13 @@ def _tiles(values, scales, planes, factors, offsets, y, threads):  # type: ignor
                         )  # fmt: skip
 
 
-@kernel(parallel=True)
+@kernel(parallel=True, fastmath=FIXED_ORDER)
 def _columns_one(values, scales, planes, factors, y, threads):  # type: ignore[no-untyped-def]
     """values [B, K, W], scales [B, K/32, W], one token → y [1, B·W]. Reads only the rows whose input is not zero."""
-    B, K, W = values.shape
+    B, _, W = values.shape
     parts = min(threads * 2, B)
     for part in prange(parts):
-        total, group = np.empty(W, np.float32), np.empty(W, np.float32)
+        total, group = np.empty(W, np.float32), np.empty(W, np.int32)
         for b in range(part * B // parts, (part + 1) * B // parts):
             total[:] = 0
             for g in range(scales.shape[1]):
@@ -112,12 +112,11 @@ def _columns_one(values, scales, planes, factors, y, threads):  # type: ignore[n
                     if _VNNI:
                         q = (q << 8) + np.int32(planes[0, 1, k])
                     if q != 0:
-                        a = np.float32(q)
                         if not used:
                             group[:] = 0
                             used = True
                         for i in range(W):
-                            group[i] += a * np.float32(values[b, k, i])
+                            group[i] += np.int32(q * np.int32(values[b, k, i]))
                 # a factor that is NaN must reach the output though every activation beside it is zero
                 if used or factors[0, g] != 0:
                     if not used:
@@ -125,7 +124,7 @@ def _columns_one(values, scales, planes, factors, y, threads):  # type: ignore[n
                     bits = scales[b, g].astype(np.uint32) << np.uint32(13)
                     real = bits.view(np.float32)
                     for i in range(W):
-                        total[i] += group[i] * (real[i] * factors[0, g])
+                        total[i] += np.float32(group[i]) * (real[i] * factors[0, g])
             y[0, b * W : (b + 1) * W] = total
 
 
@@ -197,12 +196,19 @@ def _floats(bits, kind, x, y, threads):  # type: ignore[no-untyped-def]
 
 
 def int8_matmul(
-    x: NDArray[np.float32], layout: str, N: int, values: NDArray[np.int8], scales: NDArray[np.uint16], unit: int
+    x: NDArray[np.float32],
+    layout: str,
+    N: int,
+    values: NDArray[np.int8],
+    scales: NDArray[np.uint16],
+    unit: int,
 ) -> NDArray[np.float32]:
     """x [T, K] times an int8 matrix [N, K] in layout `tile` or `columns` → [T, N]."""
     T = len(x)
     groups = scales.shape[1]
-    planes: NDArray[Any] = np.empty((T, 2, groups * GROUP), np.int8) if _VNNI else np.empty((T, 1, groups * GROUP), np.int16)
+    planes: NDArray[Any] = (
+        np.empty((T, 2, groups * GROUP), np.int8) if _VNNI else np.empty((T, 1, groups * GROUP), np.int16)
+    )
     factors, offsets = np.empty((T, groups), np.float32), np.empty((T, groups), np.int32)
     quantize_activations(x, np.float32(2.0 ** (112 + unit)), planes, factors, offsets)
     Np = values.shape[0] * (values.shape[2])

@@ -27,7 +27,7 @@ class Model:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None) -> None:
-        most = numba.config.NUMBA_NUM_THREADS
+        most: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009 - made at run time
         if threads is not None and not 1 <= threads <= most:
             raise DeviceError(f"threads must be from 1 to {most} on this machine, not {threads}")
         self.threads = threads or most

@@ -14,7 +14,7 @@ Shapes = Mapping[str, Shape]
 """Shapes of a checkpoint's tensors by their official names."""
 
 Kind = Literal["matrix", "sparse", "table", "vector"]
-"""matrix: an input's every element is used; sparse: its input is mostly zero; table: read by row; vector: stays float."""
+"""matrix: multiplies a dense input; sparse: one that is mostly zero; table: read by row; vector: stays float."""
 
 
 @dataclass(frozen=True)

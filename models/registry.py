@@ -58,10 +58,17 @@ def detect(shapes: Shapes) -> Config:
     except KeyError as error:
         raise UnsupportedModelError(f"tensor {error.args[0]} is missing") from None
     except (ValueError, IndexError):
-        raise UnsupportedModelError("emb.weight or the time mixing of layer 0 has the wrong number of dimensions") from None
+        raise UnsupportedModelError(
+            "emb.weight or the time mixing of layer 0 has the wrong number of dimensions"
+        ) from None
     if heads * head_size != width:
         raise UnsupportedModelError(f"{heads} heads of {head_size} do not make up the width {width} of emb.weight")
     return Config(version, len(layers), width, vocab, heads, head_size, ffn, ranks)
+
+
+def _unused_in_first(module: ModuleType) -> frozenset[str]:
+    """Tensors that layer 0 never uses, whether a file holds them or not."""
+    return getattr(module, "UNUSED_IN_FIRST", frozenset())
 
 
 def tensors(config: Config) -> dict[str, Entry]:
@@ -69,9 +76,14 @@ def tensors(config: Config) -> dict[str, Entry]:
     D, V = config.width, config.vocab
     module = MODULES[config.version]
     table: dict[str, Entry] = {}
-    for entry in [matrix("emb", V, D, "table"), *norm("blocks.0.ln0", D), *norm("ln_out", D), matrix("head", V, D)]:
+    for entry in [
+        matrix("emb", V, D, "table"),
+        *norm("blocks.0.ln0", D),
+        *norm("ln_out", D),
+        matrix("head", V, D),
+    ]:
         table[entry.name] = entry
-    skip = getattr(module, "UNUSED_IN_FIRST", frozenset())
+    skip = _unused_in_first(module)
     for i in range(config.layers):
         for entry in [*norm("ln1", D), *norm("ln2", D), *module.entries(config)]:
             if i > 0 or entry.name not in skip:
@@ -82,7 +94,7 @@ def tensors(config: Config) -> dict[str, Entry]:
 def match(config: Config, shapes: Shapes) -> dict[str, tuple[Entry, str]]:
     """Entry and source name for each tensor to convert, checked: nothing missing, extra or of the wrong shape."""
     plan: dict[str, tuple[Entry, str]] = {}
-    skip = getattr(MODULES[config.version], "UNUSED_IN_FIRST", frozenset())
+    skip = _unused_in_first(MODULES[config.version])
     expected = {f"blocks.0.{name}" for name in skip}
     for name, entry in tensors(config).items():
         source = name.removesuffix(entry.name) + entry.origin

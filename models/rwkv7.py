@@ -17,9 +17,7 @@ def configure(shapes: Shapes) -> tuple[str, int, int, dict[str, int]]:
 def entries(c: Config) -> list[Entry]:
     D, H, N = c.width, c.heads, c.head_size
     pairs = [
-        entry
-        for x in "wavg"
-        for entry in (low_rank(f"att.{x}1", c.ranks[x], D), low_rank(f"att.{x}2", D, c.ranks[x]))
+        entry for x in "wavg" for entry in (low_rank(f"att.{x}1", c.ranks[x], D), low_rank(f"att.{x}2", D, c.ranks[x]))
     ]
     return [
         *(reshaped(f"att.x_{x}", (1, D)) for x in "rwkvag"),

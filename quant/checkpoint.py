@@ -26,7 +26,7 @@ class Checkpoint:
         self.path = path
         with path.open("rb") as file:
             head = file.read(512)
-        if not head[8:9] == b"{":
+        if head[8:9] != b"{":
             open_source(path)  # says what else the file is, if it is nothing at all
             raise FormatError(f"{path}: not a converted model; convert it first: rwkv convert {path}")
         self.stored, self._text = read_header(path)
@@ -58,7 +58,7 @@ class Checkpoint:
 
     def layout(self, name: str) -> dict[str, Any]:
         """How `name` is stored: at least its `layout` and its logical `shape`."""
-        entry = self._layouts.get(name)
+        entry: Any = self._layouts.get(name)
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
             raise FormatError(f"{self.path}: tensor {name} is missing or described wrongly; convert the model again")

@@ -28,7 +28,7 @@ def _quantize(w, unit, candidates, values, scales, errors):  # type: ignore[no-u
     for n in prange(rows):
         group = np.empty(SIZE, np.float32)
         half = np.empty(1, np.uint32)
-        error = 0.0
+        error = np.float64(0)
         for g in range(scales.shape[1]):
             top = np.float32(0)
             for i in range(SIZE):
@@ -84,7 +84,7 @@ def quantize_rows(w: NDArray[np.float32], unit: int) -> tuple[NDArray[np.int8], 
 def arrange(
     layout: str, width: int, values: NDArray[np.int8], scales: NDArray[np.uint16]
 ) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
-    """Rows [R, K] and their scales [R, K/32] in a layout of `Int8`, padded with zero rows to whole blocks of `width`."""
+    """Rows [R, K] and scales [R, K/32] in a layout of `Int8`, padded with zero rows to whole blocks of `width`."""
     if layout == "rows":
         return values, scales
     short = -len(values) % width

@@ -113,7 +113,7 @@ def _unpickle(path: Path, data: bytes) -> Any:
     try:
         for opcode, argument, _ in pickletools.genops(data):
             # a memo index allocates that many slots
-            if opcode.name.endswith("PUT") and int(argument) > len(data):
+            if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
                 raise pickle.UnpicklingError("a memo index out of range")
         return _Unpickler(io.BytesIO(data)).load()
     except Exception as error:  # hostile bytes raise whatever they like; none of it came from a call they chose
@@ -129,9 +129,7 @@ def _flat(path: Path, tree: Any) -> dict[str, _View]:
     return tree
 
 
-def _locate(
-    path: Path, file: Any, size: int, entry: zipfile.ZipInfo | None, name: str, view: _View
-) -> SourceTensor:
+def _locate(path: Path, file: Any, size: int, entry: zipfile.ZipInfo | None, name: str, view: _View) -> SourceTensor:
     storage = view.storage
     if entry is None:
         raise FormatError(f"{path}: tensor {name}: its data (storage {storage.key}) is missing from the file")

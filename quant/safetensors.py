@@ -38,5 +38,7 @@ def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
                     size *= n
                 start += size
     except SafetensorError as error:
-        raise FormatError(f"{path}: broken or truncated safetensors file ({error}); download or convert again") from None
+        raise FormatError(
+            f"{path}: broken or truncated safetensors file ({error}); download or convert again"
+        ) from None
     return tensors, metadata

@@ -39,9 +39,7 @@ class SourceTensor:
             return np.empty(shape, kind)
         span = extent(shape, self.strides)
         flat = np.asarray(np.memmap(self.path, kind, "r", offset, (span,)))
-        return np.lib.stride_tricks.as_strided(
-            flat, shape, [s * kind.itemsize for s in self.strides], writeable=False
-        )
+        return np.lib.stride_tricks.as_strided(flat, shape, [s * kind.itemsize for s in self.strides], writeable=False)
 
     def float32(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """The same rows as float32, a copy, C-contiguous."""

@@ -88,7 +88,10 @@ def write(
     for name, array in extra.items():
         layout[name] = ({"uint8": "U8", "int32": "I32"}[str(array.dtype)], array.shape)
     # the widest units first, so that every array of a kind is aligned to 64 bytes or its own size
-    names = sorted(layout, key=lambda name: ({"I8": 0, "F32": 1, "I32": 1}.get(layout[name][0], 2), layout[name][0] == "U8"))
+    names = sorted(
+        layout,
+        key=lambda name: ({"I8": 0, "F32": 1, "I32": 1}.get(layout[name][0], 2), layout[name][0] == "U8"),
+    )
     tensors: dict[str, dict[str, Any]] = {}
     for planned in plan:
         tensors[planned.name] = {"layout": planned.layout, "shape": list(planned.shape)}
@@ -180,7 +183,11 @@ def _blocks(planned: Planned) -> Iterator[tuple[int, int]]:
 
 
 def _write_tensor(
-    out: _TensorWriter, planned: Planned, entry: dict[str, Any], digest: Any, progress: Callable[[int], object]
+    out: _TensorWriter,
+    planned: Planned,
+    entry: dict[str, Any],
+    digest: Any,
+    progress: Callable[[int], object],
 ) -> Written:
     source, whole = planned.source, None
     if planned.derive is not None:
@@ -237,6 +244,7 @@ def _temporary(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; give --force to replace it")
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    part = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -244,13 +252,12 @@ def _temporary(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
+        part.chmod(0o666 & ~mask)
         if overwrite:
-            os.replace(name, path)
+            part.replace(path)
         else:
-            os.link(name, path)  # fails where a file has appeared meanwhile
-            os.unlink(name)
+            os.link(part, path)  # fails where a file has appeared meanwhile
+            part.unlink()
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        part.unlink(missing_ok=True)
         raise

@@ -1,8 +1,8 @@
 """Quantized local inference of RWKV language models.
 
-    import rwkv_cli
-    model = rwkv_cli.load("model.safetensors")
-    logits, state = model.forward(model.tokenizer.encode("Once upon a time"))
+import rwkv_cli
+model = rwkv_cli.load("model.safetensors")
+logits, state = model.forward(model.tokenizer.encode("Once upon a time"))
 """
 
 from __future__ import annotations

@@ -27,10 +27,20 @@ Ctrl-C  end the answer"""
 
 @click.command("chat")
 @model_options
-@click.option("--template", type=click.Choice(["world", "g1", "raven", "qa", "plain"]),
-              help="How turns are written; default: what conversion found.")
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, metavar="N",
-              help="End an answer after N tokens.")
+@click.option(
+    "--template",
+    type=click.Choice(["world", "g1", "raven", "qa", "plain"]),
+    help="How turns are written; default: what conversion found.",
+)
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    metavar="N",
+    help="End an answer after N tokens.",
+)
 @sampling_options
 def command(
     model: Path, threads: int | None, device: str, template: str | None, max_tokens: int, **options: Any
@@ -73,8 +83,8 @@ class Conversation:
         self.unread = self.template.opening
         self.sampler = new_sampler(self.model, self.settings, self.seed)
 
-    def answer(self, text: str) -> Completion:
-        """The model's answer to one turn, to be run by `listen`."""
+    def completion(self) -> Completion:
+        """The model's next answer, to be run by `listen`."""
         from rwkv_cli.engine import Completion
 
         return Completion(self.model, self.state, self.sampler, self.max_tokens, self.template.stops)
@@ -123,7 +133,7 @@ class Conversation:
                 self._say(text)
 
     def _say(self, text: str) -> None:
-        completion = self.answer(text)
+        completion = self.completion()
         with _on_interrupt(lambda: setattr(completion, "cancelled", True)):
             for piece in self.listen(completion, text):
                 sys.stdout.write(piece)

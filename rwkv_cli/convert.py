@@ -17,13 +17,28 @@ if TYPE_CHECKING:
 @click.command("convert")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path), required=False)
-@click.option("--quant", type=click.Choice(["int8", "none"]), default="int8", show_default=True,
-              help="int8: 8.5 bits a weight; none: the source's values.")
-@click.option("--tokenizer", default="auto", show_default=True, metavar="auto|world|PATH",
-              help="What to put in: auto finds it by the vocabulary's size and beside SRC; a tokenizer.json or a "
-                   "World vocabulary file can be named.")
-@click.option("--template", type=click.Choice(["auto", "world", "g1", "raven", "qa", "plain"]), default="auto",
-              show_default=True, help="How the model was taught to chat; auto tells it from the file name.")
+@click.option(
+    "--quant",
+    type=click.Choice(["int8", "none"]),
+    default="int8",
+    show_default=True,
+    help="int8: 8.5 bits a weight; none: the source's values.",
+)
+@click.option(
+    "--tokenizer",
+    default="auto",
+    show_default=True,
+    metavar="auto|world|PATH",
+    help="What to put in: auto finds it by the vocabulary's size and beside SRC; a tokenizer.json or a "
+    "World vocabulary file can be named.",
+)
+@click.option(
+    "--template",
+    type=click.Choice(["auto", "world", "g1", "raven", "qa", "plain"]),
+    default="auto",
+    show_default=True,
+    help="How the model was taught to chat; auto tells it from the file name.",
+)
 @click.option("--force", is_flag=True, help="Replace DST if it is there.")
 @click.option("--dry-run", is_flag=True, help="Check SRC and show what would be written, but write nothing.")
 def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: str, force: bool, dry_run: bool) -> None:
@@ -155,13 +170,26 @@ def _write(dst: Path, plan: list[Planned], metadata: Any, arrays: Any, force: bo
     from math import prod
 
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     from rwkv_cli.quant.tensor import BITS
 
     console = Console(stderr=True)
     total = sum(prod(p.shape) * BITS[p.source.dtype].itemsize for p in plan)
-    columns = TextColumn("Converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("Converting"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         done: list[Written] = write(dst, plan, metadata, arrays, force, lambda n: progress.advance(task, n))
@@ -192,7 +220,10 @@ def _report(
         ("width", f"{config.width}{heads}, channel mix {config.ffn}"),
         ("vocabulary", f"{config.vocab}, tokenizer {tokenizer}, chat template {template}"),
         ("parameters", f"{weights / 1e6:,.1f} M"),
-        ("size", f"{before / 1e6:,.1f} MB → {(after + sum(a.nbytes for a in arrays.values())) / 1e6:,.1f} MB"),
+        (
+            "size",
+            f"{before / 1e6:,.1f} MB → {(after + sum(a.nbytes for a in arrays.values())) / 1e6:,.1f} MB",
+        ),
         ("bits per weight", f"{after * 8 / weights:.2f}"),
     ]:
         facts.add_row(name, value)

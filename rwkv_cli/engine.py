@@ -12,7 +12,14 @@ from rwkv_cli.models import Model, State
 from rwkv_cli.models.base import CHUNK
 from rwkv_cli.quant import Checkpoint, FormatError
 from rwkv_cli.sampling import Sampler, Sampling
-from rwkv_cli.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, TokenizerError, WorldTokenizer
+from rwkv_cli.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    TokenizerError,
+    WorldTokenizer,
+)
 
 
 class LanguageModel(Model):
@@ -149,7 +156,9 @@ class Completion:
 
     def _pick(self, logits: NDArray[np.float32]) -> int:
         if not np.isfinite(logits).all():
-            raise FormatError(f"{self.model.path}: the model's output is not finite; convert it again from a sound file")
+            raise FormatError(
+                f"{self.model.path}: the model's output is not finite; convert it again from a sound file"
+            )
         if self.ignore_eos:
             logits = logits.copy()
             logits[END_OF_TEXT] = -1e30

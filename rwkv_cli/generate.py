@@ -16,15 +16,29 @@ from rwkv_cli.options import model_options, open_model, sampling_options
 @click.command("generate")
 @click.argument("prompt", required=False)
 @model_options
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
-              help="End after N tokens.")
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="End after N tokens.",
+)
 @sampling_options
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end the text.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end instead of text as it comes.")
 def command(
-    prompt: str | None, model: Path, threads: int | None, device: str, max_tokens: int,
-    stops: tuple[str, ...], ignore_eos: bool, as_json: bool, **options: Any,
+    prompt: str | None,
+    model: Path,
+    threads: int | None,
+    device: str,
+    max_tokens: int,
+    stops: tuple[str, ...],
+    ignore_eos: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Continue PROMPT, or what comes on standard input (one line break at its end does not count).
 

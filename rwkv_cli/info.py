@@ -65,7 +65,10 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
     for name, value in [
         ("file", facts["path"]),
         ("architecture", f"RWKV-{config.get('version')}"),
-        *((key.replace("_", " "), config.get(key)) for key in ("layers", "width", "heads", "head_size", "ffn", "vocab")),
+        *(
+            (key.replace("_", " "), config.get(key))
+            for key in ("layers", "width", "heads", "head_size", "ffn", "vocab")
+        ),
         *([("low ranks", ranks)] if ranks else []),
         ("parameters", f"{facts['parameters'] / 1e6:,.1f} M"),
         ("size", f"{facts['bytes'] / 1e6:,.1f} MB"),

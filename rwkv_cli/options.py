@@ -17,11 +17,21 @@ Command = Callable[..., Any]
 def model_options(command: Command) -> Command:
     """-m, --threads and --device; the command gets them as `model: Path`, `threads` and `device`."""
 
-    @click.option("-m", "--model", type=click.Path(path_type=Path), metavar="MODEL",
-                  help="Converted model (.safetensors); default: $RWKV_MODEL.")
+    @click.option(
+        "-m",
+        "--model",
+        type=click.Path(path_type=Path),
+        metavar="MODEL",
+        help="Converted model (.safetensors); default: $RWKV_MODEL.",
+    )
     @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores.")
-    @click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True,
-                  help="Where to run.")
+    @click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda", "auto"]),
+        default="cpu",
+        show_default=True,
+        help="Where to run.",
+    )
     @functools.wraps(command)
     def wrapped(*args: Any, model: Path | None, **kwargs: Any) -> Any:
         return command(*args, model=_named(model), **kwargs)
@@ -78,6 +88,4 @@ def announce_compilation() -> None:
     """Say so, once, if kernels have to be compiled."""
     from rwkv_cli.kernels.jit import on_first_compilation
 
-    on_first_compilation(
-        lambda: click.echo("Compiling kernels for this CPU (once after install, under a minute) …", err=True)
-    )
+    on_first_compilation(lambda: click.echo("Compiling kernels for this CPU (only the first time) …", err=True))

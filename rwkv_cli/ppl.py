@@ -15,34 +15,52 @@ if TYPE_CHECKING:
     from rwkv_cli.scoring import Score
 
 
-class _StartToken(click.ParamType):
+class _StartToken(click.ParamType[int]):
     name = "ID|none"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """-1 stands for none."""
         if value == "none":
             return -1
-        if isinstance(value, str) and value.isdecimal():
-            return int(value)
-        if value == 0:
-            return 0
-        self.fail(f"{value!r} is neither a token id nor none", param, ctx)
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is neither a token id nor none", param, ctx)
+        return int(value)
 
 
 @click.command("ppl")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE...")
 @model_options
-@click.option("--compare", type=click.Path(path_type=Path), metavar="OTHER",
-              help="Score this model too, on the same tokens, and say how far MODEL is from it.")
-@click.option("--context", type=click.IntRange(min=1), metavar="N",
-              help="Forget everything after every N tokens; default: the state is carried through the file.")
-@click.option("--start-token", type=_StartToken(), default=0, show_default=True,
-              help="Token before each text (0 ends a text), or none: the first token is then not scored.")
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    metavar="OTHER",
+    help="Score this model too, on the same tokens, and say how far MODEL is from it.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Forget everything after every N tokens; default: the state is carried through the file.",
+)
+@click.option(
+    "--start-token",
+    type=_StartToken(),
+    default=0,
+    show_default=True,
+    help="Token before each text (0 ends a text), or none: the first token is then not scored.",
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score the first N tokens of each file only.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a file.")
 def command(
-    files: tuple[Path, ...], model: Path, threads: int | None, device: str, compare: Path | None,
-    context: int | None, start_token: int, limit: int | None, as_json: bool,
+    files: tuple[Path, ...],
+    model: Path,
+    threads: int | None,
+    device: str,
+    compare: Path | None,
+    context: int | None,
+    start_token: int,
+    limit: int | None,
+    as_json: bool,
 ) -> None:
     """Measure perplexity on text files of any size, each read once in constant memory.
 
@@ -57,7 +75,9 @@ def command(
     lm = open_model(model, device, threads)
     other = open_model(compare, device, threads) if compare is not None else None
     if start_token >= lm.config.vocab:
-        raise click.BadParameter(f"{start_token} is outside the vocabulary of {lm.config.vocab}", param_hint="--start-token")
+        raise click.BadParameter(
+            f"{start_token} is outside the vocabulary of {lm.config.vocab}", param_hint="--start-token"
+        )
     if other is not None:
         _check_same_tokens(lm, other)
     for file in files:
@@ -66,7 +86,7 @@ def command(
         if as_json:
             click.echo(json.dumps({"model": str(model), "file": str(file), **score.as_json()}))
         else:
-            _show(file, score, model, compare)
+            _show(file, score, compare)
 
 
 def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:
@@ -83,7 +103,12 @@ def _with_progress(file: Path, scorer: Any) -> Score:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = TextColumn(file.name, markup=False), BarColumn(), TextColumn("{task.percentage:.0f} %  {task.fields[rate]}"), TimeRemainingColumn()
+    columns = (
+        TextColumn(file.name, markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %  {task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=1.0, rate="")
 
@@ -94,7 +119,7 @@ def _with_progress(file: Path, scorer: Any) -> Score:
         return result
 
 
-def _show(file: Path, s: Score, model: Path, compare: Path | None) -> None:
+def _show(file: Path, s: Score, compare: Path | None) -> None:
     start = "none" if s.start_token is None else str(s.start_token)
     context = "whole file" if s.context is None else f"{s.context} tokens"
     click.echo(f"file           {file}")

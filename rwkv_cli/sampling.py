@@ -40,15 +40,15 @@ class Sampler:
     def pick(self, logits: NDArray[np.float32]) -> int:
         """A token for logits [V]."""
         s = self.settings
-        logits = logits.astype(np.float64)
+        scores = logits.astype(np.float64)
         if self._counts:
             ids = np.fromiter(self._counts, np.int64)
             counts = np.fromiter(self._counts.values(), np.float64)
-            logits[ids] -= s.presence_penalty + s.frequency_penalty * counts
+            scores[ids] -= s.presence_penalty + s.frequency_penalty * counts
         if s.temperature == 0 or s.top_k == 1:
-            token = int(np.argmax(logits))
+            token = int(np.argmax(scores))
         else:
-            kept, p = candidates(logits, s)
+            kept, p = candidates(scores, s)
             token = int(kept[np.searchsorted(np.cumsum(p), self._random.random(), side="right").clip(max=len(p) - 1)])
         self._remember(token)
         return token

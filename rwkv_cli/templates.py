@@ -37,7 +37,9 @@ TEMPLATES = {
     # reasoning and answers may hold blank lines, so only the next turn ends one
     "g1": Template("User: {text}\n\nAssistant:", ("\n\nUser:",), _WORLD_SAMPLING),
     "raven": Template(
-        "Bob: {text}\n\nAlice:", ("\n\n", "\nBob:"), Sampling(1.2, 0.5, presence_penalty=0.4, frequency_penalty=0.4)
+        "Bob: {text}\n\nAlice:",
+        ("\n\n", "\nBob:"),
+        Sampling(1.2, 0.5, presence_penalty=0.4, frequency_penalty=0.4),
     ),
     "qa": Template("Q: {text}\n\nA:", ("\n\n", "\nQ:"), Sampling(), "\n"),
     "plain": Template("User: {text}\n\nAssistant:", ("\n\n",), Sampling()),

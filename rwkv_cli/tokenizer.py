@@ -42,8 +42,10 @@ class TextStream(Protocol):
 
 class Tokenizer(Protocol):
     kind: str
-    size: int
-    """One more than the largest id."""
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
 
     def encode(self, text: str | bytes) -> list[int]:
         """Raises TokenizerError for bytes that are not UTF-8 where the vocabulary needs text."""
@@ -181,9 +183,11 @@ class WorldTokenizer(_ByteTable):
     def from_vocabulary(cls, path: Path) -> "WorldTokenizer":
         """Read a vocabulary in the official text form: `id literal length` a line, ids from 1."""
         table: dict[int, bytes] = {0: b""}
-        number = 0
+        line = ""
         try:
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                if not line:
+                    continue
                 head, tail = line.index(" "), line.rindex(" ")
                 literal = ast.literal_eval(line[head:tail].strip())
                 token = literal.encode() if isinstance(literal, str) else literal
@@ -193,7 +197,7 @@ class WorldTokenizer(_ByteTable):
                     raise ValueError("the id is out of range or there twice")
                 table[index] = token
         except (ValueError, SyntaxError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"{path}: line {number} is not a World vocabulary's ({error})") from None
+            raise TokenizerError(f"{path}: not a World vocabulary: line {line[:40]!r} ({error})") from None
         try:
             return cls([table.get(i, b"") for i in range(max(table) + 1)])
         except TokenizerError as error:
@@ -287,7 +291,10 @@ class JsonTokenizer:
         width = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
         upto = np.concatenate([[0], np.cumsum(width)])
         stops = [end for _, end in encoded.offsets]
-        return Piece(encoded.ids, upto[np.maximum.accumulate(np.array(stops, np.int64))] if stops else np.zeros(0, np.int64))
+        return Piece(
+            encoded.ids,
+            upto[np.maximum.accumulate(np.array(stops, np.int64))] if stops else np.zeros(0, np.int64),
+        )
 
 
 def _word_border(text: str) -> int:
