@@ -61,7 +61,8 @@ def embed(ids: NDArray[np.int64], table: Weight) -> Array:
             return np.asarray(bits, np.float32)
         if table.dtype == "F16":
             return np.asarray(bits.view(np.float16), np.float32)
-        return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+        wide: NDArray[np.uint32] = np.left_shift(bits, 16, dtype=np.uint32)
+        return wide.view(np.float32)
     q = table.values[ids].reshape(len(ids), -1, GROUP).astype(np.float32)
     scale = table.scales[ids].view(np.float16).astype(np.float32) * np.float32(2.0**table.unit)
     x = (q * scale[:, :, None]).reshape(len(ids), -1)

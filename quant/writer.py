@@ -37,6 +37,14 @@ class Planned:
     """What turns the source's values into this tensor; None: as they are."""
 
     @property
+    def weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        return self.weights * BITS[self.source.dtype].itemsize
+
+    @property
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Names, dtypes and shapes in the file."""
         if self.layout == "vector":
@@ -54,7 +62,6 @@ class Written:
     name: str
     layout: str
     weights: int
-    source_bytes: int
     stored_bytes: int
     error: float
 
@@ -224,10 +231,9 @@ def _write_tensor(
             out.append(planned.name, values)
             out.append(planned.name + ".scale", scales)
             error += squared
-    size = prod(planned.shape) * BITS[source.dtype].itemsize
-    progress(size)
+    progress(planned.source_bytes)
     relative = float(np.sqrt(error / square)) if square else 0.0
-    return Written(planned.name, planned.layout, prod(planned.shape), size, out.count, relative)
+    return Written(planned.name, planned.layout, planned.weights, out.count, relative)
 
 
 def _bits_of(w: NDArray[np.float32], dtype: str) -> NDArray[Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_cli.options import model_options, open_model, sampling_options
+from rwkv_cli.terminal import note, write
 
 if TYPE_CHECKING:
     from rwkv_cli.engine import Completion, LanguageModel
@@ -110,25 +111,25 @@ class Conversation:
         if terminal:
             import readline  # noqa: F401 - gives input() line editing and history
 
-            click.echo(f"{self.model.path.name} · RWKV-{self.model.config.version} · /help lists commands", err=True)
+            note(f"{self.model.path.name} · RWKV-{self.model.config.version} · /help lists commands")
         while True:
             try:
                 line = input("\x01\x1b[1m\x02> \x01\x1b[0m\x02" if terminal and sys.stdout.isatty() else "")
             except EOFError:
                 if terminal:
-                    click.echo(err=True)
+                    note("")
                 return
             except KeyboardInterrupt:
-                click.echo("\n(/exit or Ctrl-D leaves)", err=True)
+                note("\n(/exit or Ctrl-D leaves)")
                 continue
             text = line.strip()
             if text == "/exit":
                 return
             if text == "/reset":
                 self.reset()
-                click.echo("The conversation is forgotten.", err=True)
+                note("The conversation is forgotten.")
             elif text.startswith("/"):
-                click.echo(HELP if text == "/help" else f"{text.split()[0]} is not a command.\n{HELP}", err=True)
+                note(HELP if text == "/help" else f"{text.split()[0]} is not a command.\n{HELP}")
             elif text:
                 self._say(text)
 
@@ -136,8 +137,7 @@ class Conversation:
         completion = self.completion()
         with _on_interrupt(lambda: setattr(completion, "cancelled", True)):
             for piece in self.listen(completion, text):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                write(piece)
         click.echo("\n" if sys.stdout.isatty() else "")
 
 

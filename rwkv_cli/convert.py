@@ -54,7 +54,7 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
     from rwkv_cli import templates
     from rwkv_cli.models import UnsupportedModelError, naming, registry
     from rwkv_cli.options import announce_compilation
-    from rwkv_cli.quant import open_source, writer
+    from rwkv_cli.quant import open_source
 
     dst = dst or default_destination(src, quant)
     source = naming.official(open_source(src))
@@ -81,8 +81,8 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
     done: list[Written] = []
     if not dry_run:
         announce_compilation()
-        done = _write(dst, plan, metadata, arrays, force, writer.write)
-    _report(config, plan, done, arrays, kind, chat)
+        done = _write(dst, plan, metadata, arrays, force)
+    click.echo(report(config, plan, done, arrays, kind, chat))
     if dry_run:
         click.echo(f"Dry run: {dst} was not written.", err=True)
     else:
@@ -166,85 +166,52 @@ def stored_tokenizer(tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:
     return ("none" if tokenizer is None else tokenizer.kind), {}
 
 
-def _write(dst: Path, plan: list[Planned], metadata: Any, arrays: Any, force: bool, write: Any) -> list[Written]:
-    from math import prod
+def _write(dst: Path, plan: list[Planned], metadata: Any, arrays: Any, force: bool) -> list[Written]:
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rwkv_cli.quant.writer import write
+    from rwkv_cli.terminal import progress_bar
 
-    from rwkv_cli.quant.tensor import BITS
-
-    console = Console(stderr=True)
-    total = sum(prod(p.shape) * BITS[p.source.dtype].itemsize for p in plan)
-    columns = (
-        TextColumn("Converting"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-        done: list[Written] = write(dst, plan, metadata, arrays, force, lambda n: progress.advance(task, n))
-        return done
+    parts = "Converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with progress_bar(*parts) as progress:
+        task = progress.add_task("", total=sum(p.source_bytes for p in plan))
+        return write(dst, plan, metadata, arrays, force, lambda n: progress.advance(task, n))
 
 
-def _report(
-    config: Config, plan: list[Planned], done: list[Written], arrays: Any, tokenizer: str, template: str
-) -> None:
-    """What the model is and what became of it, as tables on stdout."""
-    from math import prod
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from rwkv_cli.quant.tensor import BITS
+def report(config: Config, plan: list[Planned], done: list[Written], arrays: Any, tokenizer: str, template: str) -> str:
+    """What the model is and what became of it, as tables."""
     from rwkv_cli.quant.writer import file_size
+    from rwkv_cli.terminal import columns
 
-    console = Console(highlight=False)
-    weights = sum(prod(p.shape) for p in plan)
-    before = sum(prod(p.shape) * BITS[p.source.dtype].itemsize for p in plan)
-    after = file_size(plan, {})
-    facts = Table(show_header=False, box=None, pad_edge=False)
+    weights, before, after = sum(p.weights for p in plan), sum(p.source_bytes for p in plan), file_size(plan, {})
+    total = after + sum(array.nbytes for array in arrays.values())
     heads = f", {config.heads} heads of {config.head_size}" if config.version != "4" else ""
-    for name, value in [
-        ("architecture", f"RWKV-{config.version}"),
-        ("layers", str(config.layers)),
-        ("width", f"{config.width}{heads}, channel mix {config.ffn}"),
-        ("vocabulary", f"{config.vocab}, tokenizer {tokenizer}, chat template {template}"),
-        ("parameters", f"{weights / 1e6:,.1f} M"),
-        (
-            "size",
-            f"{before / 1e6:,.1f} MB → {(after + sum(a.nbytes for a in arrays.values())) / 1e6:,.1f} MB",
-        ),
-        ("bits per weight", f"{after * 8 / weights:.2f}"),
-    ]:
-        facts.add_row(name, value)
-    console.print(facts)
+    tables = [
+        columns([
+            ("architecture", f"RWKV-{config.version}"),
+            ("layers", config.layers),
+            ("width", f"{config.width}{heads}, channel mix {config.ffn}"),
+            ("vocabulary", f"{config.vocab}, tokenizer {tokenizer}, chat template {template}"),
+            ("parameters", f"{weights / 1e6:,.1f} M"),
+            ("size", f"{before / 1e6:,.1f} MB → {total / 1e6:,.1f} MB"),
+            ("bits per weight", f"{after * 8 / weights:.2f}"),
+        ])
+    ]  # fmt: skip
     kinds: dict[str, list[Written]] = defaultdict(list)
     for item in done:
         if item.layout not in ("vector", "float"):
             kinds[kind_name(item.name)].append(item)
     if kinds:
-        table = Table("tensor", "MB", "bits", "mean error", "worst error", box=None, pad_edge=False)
-        for column in table.columns[1:]:
-            column.justify = "right"
+        rows = [("tensor", "MB", "bits", "mean error", "worst error")]
         for name, items in kinds.items():
             stored, count = sum(i.stored_bytes for i in items), sum(i.weights for i in items)
             errors = [i.error for i in items]
-            table.add_row(
-                name, f"{stored / 1e6:,.2f}", f"{stored * 8 / count:.2f}",
-                f"{sum(errors) / len(errors):.3%}", f"{max(errors):.3%}",
-            )  # fmt: skip
-        console.print()
-        console.print(table)
+            mean = sum(errors) / len(errors)
+            rows.append(
+                (name, f"{stored / 1e6:,.2f}", f"{stored * 8 / count:.2f}", f"{mean:.3%}", f"{max(errors):.3%}")
+            )
+        tables.append(columns(rows, right=range(1, 5)))
+    return "\n\n".join(tables)
 
 
 def kind_name(name: str) -> str:

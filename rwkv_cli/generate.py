@@ -51,6 +51,7 @@ def command(
     """  # fmt: skip
     from rwkv_cli.engine import Completion, new_sampler
     from rwkv_cli.sampling import Sampling
+    from rwkv_cli.terminal import write
 
     text = read_prompt(prompt)
     if any(not stop for stop in stops):
@@ -65,8 +66,7 @@ def command(
     completion = Completion(lm, lm.new_state(), sampler, max_tokens, stops, ignore_eos)
     for piece in completion.run(ids):
         if not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            write(piece)
     if as_json:
         click.echo(json.dumps({
             "model": str(model),

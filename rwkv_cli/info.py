@@ -55,33 +55,24 @@ def describe(checkpoint: Any) -> dict[str, Any]:
 
 
 def _show(facts: dict[str, Any], tensors: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from rwkv_cli.terminal import columns
 
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(show_header=False, box=None, pad_edge=False)
     config = facts["config"]
     ranks = ", ".join(f"{name} {rank}" for name, rank in config.get("ranks", {}).items())
-    for name, value in [
+    dimensions = ("layers", "width", "heads", "head_size", "ffn", "vocab")
+    click.echo(columns([
         ("file", facts["path"]),
         ("architecture", f"RWKV-{config.get('version')}"),
-        *(
-            (key.replace("_", " "), config.get(key))
-            for key in ("layers", "width", "heads", "head_size", "ffn", "vocab")
-        ),
+        *((key.replace("_", " "), config.get(key)) for key in dimensions),
         *([("low ranks", ranks)] if ranks else []),
         ("parameters", f"{facts['parameters'] / 1e6:,.1f} M"),
         ("size", f"{facts['bytes'] / 1e6:,.1f} MB"),
         ("bits per weight", f"{facts['bits_per_weight']:.2f}"),
         *((key, facts[key]) for key in ("quantization", "tokenizer", "template", "source", "digest")),
-    ]:
-        table.add_row(name, str(value))
-    console.print(table)
+    ]))  # fmt: skip
     if tensors:
-        listing = Table("tensor", "layout", "dtype", "shape", "bytes", box=None, pad_edge=False)
-        listing.columns[4].justify = "right"
-        for row in facts["tensors"]:
-            shape = " × ".join(map(str, row["shape"]))
-            listing.add_row(row["name"], row["layout"], row["dtype"], shape, f"{row['bytes']:,}")
-        console.print()
-        console.print(listing)
+        rows = [
+            (row["name"], row["layout"], row["dtype"], " × ".join(map(str, row["shape"])), f"{row['bytes']:,}")
+            for row in facts["tensors"]
+        ]
+        click.echo("\n" + columns([("tensor", "layout", "dtype", "shape", "bytes"), *rows], right=[4]))

@@ -84,6 +84,7 @@ def open_model(path: Path, device: str, threads: int | None, text: bool = True) 
     return model
 
 
+@functools.cache
 def announce_compilation() -> None:
     """Say so, once, if kernels have to be compiled."""
     from rwkv_cli.kernels.jit import on_first_compilation

@@ -12,7 +12,7 @@ from rwkv_cli.options import model_options, open_model
 
 if TYPE_CHECKING:
     from rwkv_cli.engine import LanguageModel
-    from rwkv_cli.scoring import Score
+    from rwkv_cli.scoring import Score, Scorer
 
 
 class _StartToken(click.ParamType[int]):
@@ -86,7 +86,7 @@ def command(
         if as_json:
             click.echo(json.dumps({"model": str(model), "file": str(file), **score.as_json()}))
         else:
-            _show(file, score, compare)
+            click.echo(report(file, score, compare))
 
 
 def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:
@@ -98,39 +98,41 @@ def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:
         raise click.ClickException(f"{lm.path} and {other.path} have different tokenizers; their tokens do not compare")
 
 
-def _with_progress(file: Path, scorer: Any) -> Score:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+def _with_progress(file: Path, scorer: Scorer) -> Score:
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = (
-        TextColumn(file.name, markup=False),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %  {task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    from rwkv_cli.terminal import progress_bar
+
+    text = "{task.percentage:.0f} %  {task.fields[rate]}"
+    with progress_bar(TextColumn(file.name, markup=False), BarColumn(), text, TimeRemainingColumn()) as progress:
         task = progress.add_task("", total=1.0, rate="")
 
         def show(share: float, score: Score) -> None:
             progress.update(task, completed=share, rate=f"{score.tokens_per_second:.0f} tok/s  ppl {score.ppl:.4g}")
 
-        result: Score = scorer.run(file, show)
-        return result
+        return scorer.run(file, show)
 
 
-def _show(file: Path, s: Score, compare: Path | None) -> None:
-    start = "none" if s.start_token is None else str(s.start_token)
+def report(file: Path, s: Score, compare: Path | None) -> str:
+    """A score as a table."""
+    from rwkv_cli.terminal import columns
+
+    start = "none" if s.start_token is None else s.start_token
     context = "whole file" if s.context is None else f"{s.context} tokens"
-    click.echo(f"file           {file}")
-    click.echo(f"perplexity     {s.ppl:.4f} ± {s.ppl_stderr:.4f}")
-    click.echo(f"NLL            {s.nll:.6f} ± {s.nll_stderr:.6f} nats per token")
-    click.echo(f"bits per byte  {s.bits_per_byte:.4f}")
-    click.echo(f"tokens         {s.tokens} ({s.bytes} bytes), context {context}, start token {start}")
-    click.echo(f"speed          {s.tokens_per_second:.1f} tokens per second")
+    rows = [
+        ("file", file),
+        ("perplexity", f"{s.ppl:.4f} ± {s.ppl_stderr:.4f}"),
+        ("NLL", f"{s.nll:.6f} ± {s.nll_stderr:.6f} nats per token"),
+        ("bits per byte", f"{s.bits_per_byte:.4f}"),
+        ("tokens", f"{s.tokens} ({s.bytes} bytes), context {context}, start token {start}"),
+        ("speed", f"{s.tokens_per_second:.1f} tokens per second"),
+    ]
     if s.comparison is not None:
         c = s.comparison
-        click.echo(f"against        {compare}: perplexity {c.other_ppl:.4f}")
-        click.echo(f"KL             {c.kl_mean:.3e} mean, {c.kl_p999:.3e} at 99.9 %")
-        click.echo(f"top-1          {100 * c.top1_agreement:.3f} % the same")
-        click.echo(f"NLL difference {c.nll_diff:+.6f} ± {c.nll_diff_stderr:.6f} nats per token")
+        rows += [
+            ("against", f"{compare}: perplexity {c.other_ppl:.4f}"),
+            ("KL", f"{c.kl_mean:.3e} mean, {c.kl_p999:.3e} at 99.9 %"),
+            ("top-1", f"{100 * c.top1_agreement:.3f} % the same"),
+            ("NLL difference", f"{c.nll_diff:+.6f} ± {c.nll_diff_stderr:.6f} nats per token"),
+        ]
+    return columns(rows)

@@ -1,0 +1,58 @@
+"""What every test may use: tiny converted models, the shared data where it lies, and a cache of its own."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import CliRunner, Result
+
+SHARED = Path(os.environ.get("RWKV_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real checkpoints and texts; tests that need it are skipped where it is missing."""
+    if not (SHARED / "checkpoints").is_dir():
+        pytest.skip("no folder of real checkpoints (RWKV_TEST_DATA); test_models.py covers the code on random ones")
+    return SHARED
+
+
+@pytest.fixture
+def rwkv(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command in this process. Any exception but a click error or exit is a failure with its traceback."""
+    from rwkv_cli.main import cli
+
+    monkeypatch.delenv("RWKV_MODEL", raising=False)
+
+    def run(*args: object, input: str | bytes | None = None) -> Result:
+        return CliRunner().invoke(cli, [str(a) for a in args], input=input, catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A tiny random model of a version, converted; made once a session for each set of arguments."""
+    from rwkv_cli.main import cli
+
+    folder = tmp_path_factory.mktemp("models")
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(version: str = "7", quant: str = "int8", **sizes: int) -> Path:
+        key = (version, quant, *sorted(sizes.items()))
+        if key not in made:
+            source = tiny.write_pth(folder / f"{len(made)}.pth", tiny.weights(version, **sizes), "F32")
+            made[key] = folder / f"{len(made)}.safetensors"
+            result = CliRunner().invoke(cli, ["convert", str(source), str(made[key]), "--quant", quant])
+            assert result.exit_code == 0, result.output
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def byte_model(converted: Callable[..., Path]) -> Path:
+    """A tiny RWKV-7 over bytes, which reads and writes any text."""
+    return converted("7", vocab=256)
