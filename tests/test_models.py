@@ -1,0 +1,166 @@
+"""Every version against the float64 oracle, against itself in other cuts, and against the reference's numbers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+import tiny
+from naive import error_ratio
+
+import rwkv_cli
+from rwkv_cli.models import State
+
+IDS = [0, *np.random.default_rng(1).integers(0, 300, 40).tolist()]
+GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
+CHECKPOINTS = {
+    "tiny-rwkv-4v0-660K": "4",
+    "tiny-rwkv-5v1-730K": "5.0",
+    "tiny-rwkv-5v2-730K": "5.2",
+    "tiny-rwkv-6v0-1m": "6",
+    "tiny-rwkv-7v0-834K": "7",
+    "stories-7-6M": "7",
+}
+
+Convert = Callable[..., Path]
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize(("width", "head", "ffn"), [(48, 16, 96), (40, 8, 70), (192, 64, 224), (64, 64, 256)])
+def test_floats_match_the_oracle(converted: Convert, version: str, width: int, head: int, ffn: int) -> None:
+    sizes = {"width": width, "head": head, "ffn": ffn}
+    want = naive.Naive(version, tiny.weights(version, **sizes)).forward(IDS)
+    model = rwkv_cli.load(converted(version, "none", **sizes))
+    got, _ = model.forward(IDS, all_logits=True)
+    assert got.dtype == np.float32
+    assert error_ratio(got, want) < 1e-5
+    assert np.abs(got - want).max() < 1e-4
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+def test_int8_is_near_the_oracle_on_the_weights_it_stores(converted: Convert, version: str) -> None:
+    """What is left beyond the weights' rounding is that of activations to 15 bits."""
+    model = rwkv_cli.load(converted(version))
+    exact = rwkv_cli.load(converted(version, "none"))
+    got, _ = model.forward(IDS, all_logits=True)
+    want, _ = exact.forward(IDS, all_logits=True)
+    assert error_ratio(got, want) < 0.05
+    kl = np.exp(naive.log_softmax(want.astype(float))) * (
+        naive.log_softmax(want.astype(float)) - naive.log_softmax(got.astype(float))
+    )
+    assert kl.sum(-1).mean() < 1e-3
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize("quant", ["int8", "none"])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1000])
+def test_any_cut_gives_the_same(converted: Convert, version: str, quant: str, chunk: int) -> None:
+    model = rwkv_cli.load(converted(version, quant))
+    ids = np.random.default_rng(2).integers(0, 300, 530)
+    whole, end = model.forward(ids, all_logits=True)
+    state, parts = model.new_state(), []
+    for at in range(0, len(ids), chunk):
+        logits, state = model.forward(ids[at : at + chunk], state, all_logits=True)
+        parts.append(logits)
+    got = np.concatenate(parts)
+    for a, b in [(got, whole), *((vars(state)[name], vars(end)[name]) for name in vars(end))]:
+        assert error_ratio(a, b) < 1e-5
+    last, _ = model.forward(ids)
+    assert error_ratio(last, whole[-1]) < 1e-6
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+def test_a_state_is_the_callers(converted: Convert, version: str, tmp_path: Path) -> None:
+    model = rwkv_cli.load(converted(version))
+    _, state = model.forward(IDS)
+    kept = state.clone()
+    one, after = model.forward([5, 6], state)
+    for name in vars(state):
+        np.testing.assert_array_equal(vars(state)[name], vars(kept)[name])
+        assert not np.shares_memory(vars(state)[name], vars(after)[name])
+    state.save(tmp_path / "state")
+    loaded = State.load(tmp_path / "state", model.new_state())
+    for other in (kept, loaded):
+        again, _ = model.forward([5, 6], other)
+        np.testing.assert_array_equal(again, one)
+
+
+def test_a_state_of_another_model_is_refused(converted: Convert, tmp_path: Path) -> None:
+    rwkv_cli.load(converted("7")).new_state().save(tmp_path / "state")
+    with pytest.raises(ValueError, match="the model's is"):
+        State.load(tmp_path / "state", rwkv_cli.load(converted("6", width=64)).new_state())
+    (tmp_path / "junk").write_bytes(b"junk" * 9)
+    with pytest.raises(ValueError, match="not a saved state"):
+        State.load(tmp_path / "junk", rwkv_cli.load(converted("7")).new_state())
+
+
+@pytest.mark.parametrize("version", ["5.2", "6", "7"])
+def test_a_tuned_state_in_the_checkpoint_is_where_texts_start(version: str, tmp_path: Path, rwkv: Any) -> None:
+    tensors = tiny.weights(version)
+    tuned = np.random.default_rng(3).standard_normal((3, 3, 16, 16)).astype(np.float32)
+    merged = tensors | {f"blocks.{i}.att.time_state": tuned[i] for i in range(3)}
+    assert (
+        rwkv("convert", tiny.write_pth(tmp_path / "a.pth", merged, "F32"), tmp_path / "a", "--quant", "none").exit_code
+        == 0
+    )
+    state = rwkv_cli.load(tmp_path / "a").new_state()
+    # files hold [value, key]; v5 and v6 run on [key, value]
+    np.testing.assert_array_equal(state.wkv, tuned if version == "7" else tuned.transpose(0, 1, 3, 2))
+
+
+@pytest.mark.parametrize("ids", [[], [[1]], [1.5], [300], [-1], [2**40]])
+def test_ids_are_checked(converted: Convert, ids: Any) -> None:
+    model = rwkv_cli.load(converted("7"))
+    with pytest.raises(ValueError, match=r"ids must be|outside the model's vocabulary of 300"):
+        model.forward(ids)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("threads", 0), ("threads", 10**6), ("device", "cuda"), ("device", "tpu")]
+)
+def test_what_the_machine_lacks_is_refused(converted: Convert, option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=str(value)):
+        rwkv_cli.load(converted("7"), **{option: value})
+
+
+def test_threads_do_not_change_the_result(converted: Convert) -> None:
+    a, _ = rwkv_cli.load(converted("7"), threads=1).forward(IDS)
+    b, _ = rwkv_cli.load(converted("7")).forward(IDS)
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+def test_numbers_of_the_reference(converted: Convert, version: str) -> None:
+    """goldens.json holds what the rwkv package gives for these models (tools/make_goldens.py)."""
+    golden = GOLDENS[version]
+    model = rwkv_cli.load(converted(version, "none", **golden["sizes"]))
+    logits, _ = model.forward(golden["ids"][:-1], all_logits=True)
+    assert error_ratio(logits[-1], golden["logits"]) < 1e-5
+    nll = model.ops.cross_entropy(logits, np.array(golden["ids"][1:]))
+    np.testing.assert_allclose(nll.sum(), golden["nll_sum"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "version"), CHECKPOINTS.items())
+def test_real_checkpoints(shared: Path, tmp_path: Path, rwkv: Any, name: str, version: str) -> None:
+    folder = shared / "checkpoints"
+    source, golden = folder / f"{name}.pth", folder / f"{name}.golden.json"
+    if (folder / name).is_dir():
+        source, golden = folder / name / "model.pth", folder / name / "golden.json"
+    facts = json.loads(golden.read_text())
+    assert rwkv("convert", source, tmp_path / "m", "--quant", "none").exit_code == 0
+    model = rwkv_cli.load(tmp_path / "m")
+    assert model.config.version == version
+    logits, _ = model.forward(facts["prompt_ids"])
+    assert error_ratio(logits, facts["logits"]) < 5e-6
+    if "ids" in facts:
+        assert model.tokenizer is not None
+        text = (source.parent / "heldout.txt").read_bytes()
+        assert [0, *model.tokenizer.encode(text)] == facts["ids"]
+    ids = facts.get("ids") or [0, *(shared / "text" / "tinyshakespeare.txt").read_bytes()[:512]]
+    every, _ = model.forward(ids[:-1], all_logits=True)
+    nll = model.ops.cross_entropy(every, np.array(ids[1:]))
+    np.testing.assert_allclose(nll, facts["nll"], atol=2e-5)
+    np.testing.assert_allclose(nll.sum(), facts.get("nll_sum") or facts["nll_sum_512"], rtol=1e-5)
