@@ -3,11 +3,11 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import get_num_threads
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels import elementwise, scores, wkv
+from rwkv_cli.kernels import elementwise, matmul, scores, wkv
 from rwkv_cli.kernels.backend import Activation, Array
-from rwkv_cli.kernels.matmul import GROUP, float_matmul, int8_matmul
 
 _ACTIVATIONS = {
     "sigmoid": elementwise.sigmoid,
@@ -63,7 +63,7 @@ def embed(ids: NDArray[np.int64], table: Weight) -> Array:
             return np.asarray(bits.view(np.float16), np.float32)
         wide: NDArray[np.uint32] = np.left_shift(bits, 16, dtype=np.uint32)
         return wide.view(np.float32)
-    q = table.values[ids].reshape(len(ids), -1, GROUP).astype(np.float32)
+    q = table.values[ids].reshape(len(ids), -1, matmul.GROUP).astype(np.float32)
     scale = table.scales[ids].view(np.float16).astype(np.float32) * np.float32(2.0**table.unit)
     x = (q * scale[:, :, None]).reshape(len(ids), -1)
     return np.ascontiguousarray(x[:, : table.shape[1]])
@@ -71,12 +71,32 @@ def embed(ids: NDArray[np.int64], table: Weight) -> Array:
 
 def linear(x: Array, weight: Weight, activation: Activation = "") -> Array:
     if isinstance(weight, FloatWeight):
-        y = float_matmul(x, weight.bits, weight.dtype)
+        y = np.empty((len(x), len(weight.bits)), np.float32)
+        matmul.floats(weight.bits, ("F32", "BF16", "F16").index(weight.dtype), x, y, get_num_threads())
     else:
-        y = int8_matmul(x, weight.layout, weight.shape[0], weight.values, weight.scales, weight.unit)
+        y = _int8_linear(x, weight)
     if activation:
         _ACTIVATIONS[activation](y)
     return y
+
+
+def _int8_linear(x: Array, weight: Int8Weight) -> Array:
+    """The activations are rounded to int16 once, in groups, whatever the layout."""
+    T, N, values, scales = len(x), weight.shape[0], weight.values, weight.scales
+    groups = scales.shape[1]
+    planes, kind = (2, np.int8) if matmul.VNNI else (1, np.int16)
+    levels = np.empty((T, planes, groups * matmul.GROUP), kind)
+    factors, offsets = np.empty((T, groups), np.float32), np.empty((T, groups), np.int32)
+    # float16 scale bits stand for 2**-112 of their value as float32 bits
+    matmul.quantize_activations(x, np.float32(2.0 ** (112 + weight.unit)), levels, factors, offsets)
+    y = np.zeros((T, values.shape[0] * values.shape[2]), np.float32)
+    if weight.layout == "tile":
+        matmul.tiles(values, scales, levels, factors, offsets, y, get_num_threads())
+    elif T == 1:
+        matmul.columns_one(values, scales, levels, factors, y, get_num_threads())
+    else:
+        matmul.columns(values, scales, levels, factors, offsets, y)
+    return y if y.shape[1] == N else np.ascontiguousarray(y[:, :N])
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:

@@ -1,4 +1,8 @@
-"""Norms, shifts, mixes and activations on float32 [T, D], a row a token. All write in place or into `out`."""
+"""Norms, shifts, mixes and activations on float32 [T, D], a row a token. All write in place or into `out`.
+
+A loop that sums never stores floats as well. LLVM would put a test for overlapping arrays before it and a second,
+scalar loop behind that, and where arrays happen to lie would decide in which order the sum is taken.
+"""
 
 import numpy as np
 
@@ -137,13 +141,12 @@ def delta_terms(k, w, a, k_k, k_a, heads, kappa, beta):  # type: ignore[no-untyp
         for h in range(heads):
             square = np.float32(0)
             for d in range(h * N, (h + 1) * N):
-                kappa[t, d] = k[t, d] * k_k[d]
-                square += kappa[t, d] * kappa[t, d]
+                square += k[t, d] * k_k[d] * (k[t, d] * k_k[d])
             norm = np.float32(1) / max(np.sqrt(square), np.float32(1e-12))
             for d in range(h * N, (h + 1) * N):
                 w[t, d] = np.exp(np.float32(-0.606530659712633) / (np.float32(1) + np.exp(-w[t, d])))
                 rate = np.float32(1) / (np.float32(1) + np.exp(-a[t, d]))
-                kappa[t, d] *= norm
+                kappa[t, d] = k[t, d] * k_k[d] * norm
                 beta[t, d] = kappa[t, d] * rate
                 k[t, d] *= np.float32(1) + (rate - np.float32(1)) * k_a[d]
 

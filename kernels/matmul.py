@@ -4,22 +4,19 @@ int8: x is rounded to int16 in the weights' own groups of 32 (about 15 bits), su
 many, VNNI or portable: the same numbers but for float32 rounding.
 """
 
-from typing import Any
-
 import numpy as np
-from numba import get_num_threads, prange
-from numpy.typing import NDArray
+from numba import prange
 
 from rwkv_cli.kernels.group import group_step
 from rwkv_cli.kernels.jit import FIXED_ORDER, has_vnni, kernel
 
 GROUP = 32
 _LEVELS = 32512  # 127 · 256: both byte planes of any level fit in int8
-_VNNI = has_vnni()
-_STRIPS, _TOKENS = (2, 6) if _VNNI else (1, 4)
+VNNI = has_vnni()
+_STRIPS, _TOKENS = (2, 6) if VNNI else (1, 4)
 
-_block = group_step(_STRIPS, _TOKENS, _VNNI)
-_single = group_step(1, 1, _VNNI)
+_block = group_step(_STRIPS, _TOKENS, VNNI)
+_single = group_step(1, 1, VNNI)
 
 
 @kernel()
@@ -43,7 +40,7 @@ def quantize_activations(x, unit, planes, factors, offsets):  # type: ignore[no-
             for k in range(start, stop):
                 q = np.int32(np.rint(x[t, k] * inverse))
                 total += q
-                if _VNNI:
+                if VNNI:
                     high = (q + np.int32(128)) >> 8
                     planes[t, 0, k] = high
                     planes[t, 1, k] = q - (high << 8)
@@ -56,7 +53,7 @@ def quantize_activations(x, unit, planes, factors, offsets):  # type: ignore[no-
 
 
 @kernel(parallel=True)
-def _tiles(values, scales, planes, factors, offsets, y, threads):  # type: ignore[no-untyped-def]
+def tiles(values, scales, planes, factors, offsets, y, threads):  # type: ignore[no-untyped-def]
     """values [S, K/4, 16, 4], scales [S, K/32, 16] → y [T, S·16], added to what is there."""
     S, G = values.shape[0], scales.shape[1]
     T = planes.shape[0]
@@ -97,7 +94,7 @@ def _tiles(values, scales, planes, factors, offsets, y, threads):  # type: ignor
 
 
 @kernel(parallel=True, fastmath=FIXED_ORDER)
-def _columns_one(values, scales, planes, factors, y, threads):  # type: ignore[no-untyped-def]
+def columns_one(values, scales, planes, factors, y, threads):  # type: ignore[no-untyped-def]
     """values [B, K, W], scales [B, K/32, W], one token → y [1, B·W]. Reads only the rows whose input is not zero."""
     B, _, W = values.shape
     parts = min(threads * 2, B)
@@ -109,7 +106,7 @@ def _columns_one(values, scales, planes, factors, y, threads):  # type: ignore[n
                 used = False
                 for k in range(g * GROUP, (g + 1) * GROUP):
                     q = np.int32(planes[0, 0, k])
-                    if _VNNI:
+                    if VNNI:
                         q = (q << 8) + np.int32(planes[0, 1, k])
                     if q != 0:
                         if not used:
@@ -129,7 +126,7 @@ def _columns_one(values, scales, planes, factors, y, threads):  # type: ignore[n
 
 
 @kernel(parallel=True)
-def _columns(values, scales, planes, factors, offsets, y):  # type: ignore[no-untyped-def]
+def columns(values, scales, planes, factors, offsets, y):  # type: ignore[no-untyped-def]
     """The same for T tokens: a group of rows is put into tile order once and serves them all."""
     B, K, W = values.shape
     T = planes.shape[0]
@@ -155,10 +152,12 @@ def _columns(values, scales, planes, factors, offsets, y):  # type: ignore[no-un
                     f + t * f_token + g * 4, f_token, o + t * o_token + g * 4, o_token,
                     out + t * out_token + piece * 64, out_token,
                 )  # fmt: skip
+        # the tile must live until here, and its address alone does not keep it
+        tile[0, 0, 0, 0] = 0
 
 
 @kernel(parallel=True)
-def _floats(bits, kind, x, y, threads):  # type: ignore[no-untyped-def]
+def floats(bits, kind, x, y, threads):  # type: ignore[no-untyped-def]
     """bits [N, K] (kind 0: float32, 1: bfloat16, 2: float16) → y [T, N], 4 rows at a time."""
     N, K = bits.shape
     T = x.shape[0]
@@ -193,37 +192,3 @@ def _floats(bits, kind, x, y, threads):  # type: ignore[no-untyped-def]
                     y[t, n + 2] = s2
                 if n + 3 < N:
                     y[t, n + 3] = s3
-
-
-def int8_matmul(
-    x: NDArray[np.float32],
-    layout: str,
-    N: int,
-    values: NDArray[np.int8],
-    scales: NDArray[np.uint16],
-    unit: int,
-) -> NDArray[np.float32]:
-    """x [T, K] times an int8 matrix [N, K] in layout `tile` or `columns` → [T, N]."""
-    T = len(x)
-    groups = scales.shape[1]
-    planes: NDArray[Any] = (
-        np.empty((T, 2, groups * GROUP), np.int8) if _VNNI else np.empty((T, 1, groups * GROUP), np.int16)
-    )
-    factors, offsets = np.empty((T, groups), np.float32), np.empty((T, groups), np.int32)
-    quantize_activations(x, np.float32(2.0 ** (112 + unit)), planes, factors, offsets)
-    Np = values.shape[0] * (values.shape[2])
-    y = np.zeros((T, Np), np.float32)
-    if layout == "tile":
-        _tiles(values, scales, planes, factors, offsets, y, get_num_threads())
-    elif T == 1:
-        _columns_one(values, scales, planes, factors, y, get_num_threads())
-    else:
-        _columns(values, scales, planes, factors, offsets, y)
-    return y if Np == N else np.ascontiguousarray(y[:, :N])
-
-
-def float_matmul(x: NDArray[np.float32], bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """x [T, K] times a float matrix [N, K] given as the bits of F32, BF16 or F16 → [T, N]."""
-    y = np.empty((len(x), len(bits)), np.float32)
-    _floats(bits, ("F32", "BF16", "F16").index(dtype), x, y, get_num_threads())
-    return y

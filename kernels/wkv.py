@@ -76,7 +76,7 @@ def wkv7(r, w, k, v, kappa, beta, state, y):  # type: ignore[no-untyped-def]
                     dot += S[i, j] * kappa[t, o + j]
                 vi, out = v[t, o + i], np.float32(0)
                 for j in range(N):
-                    s = S[i, j] * w[t, o + j] - dot * beta[t, o + j] + vi * k[t, o + j]
-                    S[i, j] = s
-                    out += s * r[t, o + j]
+                    S[i, j] = S[i, j] * w[t, o + j] - dot * beta[t, o + j] + vi * k[t, o + j]
+                for j in range(N):
+                    out += S[i, j] * r[t, o + j]
                 y[t, o + i] = out

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rwkv_cli.quant.checkpoint import FORMAT_VERSION
 from rwkv_cli.quant.errors import FormatError
-from rwkv_cli.quant.int8 import arrange, block_width, quantize_rows, unit_of
+from rwkv_cli.quant.int8 import Quantizer, arrange, block_width, unit_of
 from rwkv_cli.quant.source import SourceTensor
 from rwkv_cli.quant.tensor import BITS, stored_shapes
 
@@ -78,6 +78,7 @@ def write(
     metadata: dict[str, Any],
     extra: Mapping[str, NDArray[Any]],
     overwrite: bool,
+    quantizer: Quantizer,
     progress: Callable[[int], object],
 ) -> list[Written]:
     """Write `plan`'s tensors and the uint8/int32 arrays of `extra` to `path`; `metadata` must be JSON.
@@ -111,7 +112,8 @@ def write(
         file.truncate(start + end)
         for planned in plan:
             out = _TensorWriter(file, {n: start + offsets[n] for n in planned.stored})
-            written.append(_write_tensor(out, planned, tensors[planned.name], digest, progress))
+            written.append(_write_tensor(out, planned, tensors[planned.name], digest, quantizer))
+            progress(planned.source_bytes)
         for name, array in extra.items():
             file.seek(start + offsets[name])
             file.write(np.ascontiguousarray(array).tobytes())
@@ -194,7 +196,7 @@ def _write_tensor(
     planned: Planned,
     entry: dict[str, Any],
     digest: Any,
-    progress: Callable[[int], object],
+    quantizer: Quantizer,
 ) -> Written:
     source, whole = planned.source, None
     if planned.derive is not None:
@@ -226,12 +228,11 @@ def _write_tensor(
         unit = entry["unit"] = unit_of(top)
         width = block_width(planned.layout, planned.shape[0])
         for start, stop in _blocks(planned):
-            values, scales, squared = quantize_rows(rows(start, stop), unit)
+            values, scales, squared = quantizer(rows(start, stop), unit)
             values, scales = arrange(planned.layout, width, values, scales)
             out.append(planned.name, values)
             out.append(planned.name + ".scale", scales)
             error += squared
-    progress(planned.source_bytes)
     relative = float(np.sqrt(error / square)) if square else 0.0
     return Written(planned.name, planned.layout, planned.weights, out.count, relative)
 

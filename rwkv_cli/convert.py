@@ -169,13 +169,14 @@ def stored_tokenizer(tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:
 def _write(dst: Path, plan: list[Planned], metadata: Any, arrays: Any, force: bool) -> list[Written]:
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from rwkv_cli.kernels.quantize import quantize_rows
     from rwkv_cli.quant.writer import write
     from rwkv_cli.terminal import progress_bar
 
     parts = "Converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with progress_bar(*parts) as progress:
         task = progress.add_task("", total=sum(p.source_bytes for p in plan))
-        return write(dst, plan, metadata, arrays, force, lambda n: progress.advance(task, n))
+        return write(dst, plan, metadata, arrays, force, quantize_rows, lambda n: progress.advance(task, n))
 
 
 def report(config: Config, plan: list[Planned], done: list[Written], arrays: Any, tokenizer: str, template: str) -> str:
