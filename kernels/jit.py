@@ -5,6 +5,7 @@ folder is named by a hash of all kernel sources and of the compilers' versions.
 """
 
 import functools
+import getpass
 import hashlib
 import os
 import tempfile
@@ -31,18 +32,24 @@ FIXED_ORDER = {"contract"}
 
 @functools.cache
 def cache_folder() -> Path:
-    """The folder for compiled kernels: in the user's cache, or a private temporary one where that is read-only."""
+    """The folder for compiled kernels: in the user's cache, or where that is read-only in one of the user's own below
+    the system's temporary folder. What lies there is run, so nobody else may write to it."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    folder = user_cache_path("rwkv") / f"kernels-{digest.hexdigest()[:16]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="rwkv-kernels-"))
-    return folder
+    name = f"kernels-{digest.hexdigest()[:16]}"
+    shared = Path(tempfile.gettempdir()) / f"rwkv-{os.getuid() if hasattr(os, 'getuid') else getpass.getuser()}"
+    for parent in (user_cache_path("rwkv"), shared):
+        try:
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (parent / name).mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=parent / name):
+                pass
+        except OSError:
+            continue
+        if not hasattr(os, "getuid") or (parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o022):
+            return parent / name
+    return Path(tempfile.mkdtemp(prefix="rwkv-kernels-"))
 
 
 def kernel(parallel: bool = False, fastmath: set[str] = FASTMATH) -> Callable[[Callable[..., Any]], Any]:

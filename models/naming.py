@@ -5,9 +5,10 @@ RWKV/rwkv-6-world as listed in llama.cpp's tensor_mapping.py; flash-linear-atten
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
-from rwkv_cli.quant import Source, SourceTensor
+from rwkv_cli.quant import FormatError, Source, SourceTensor
 from rwkv_cli.quant.tensor import BITS
 
 _PREFIX = "_forward_module."
@@ -46,11 +47,16 @@ _FLA = [
 
 def official(source: Source) -> dict[str, SourceTensor]:
     """The tensors of a checkpoint under their official names, whatever known naming they came in."""
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in source.items()}
-    if any(name.startswith(("rwkv.blocks.", "rwkv.embeddings.")) for name in tensors):
-        return {_rename(name, _WORLD): tensor for name, tensor in tensors.items()}
-    if any(name.startswith("model.layers.") for name in tensors):
-        return _from_fla(tensors)
+    named = [(name.removeprefix(_PREFIX), tensor) for name, tensor in source.items()]
+    if any(name.startswith(("rwkv.blocks.", "rwkv.embeddings.")) for name, _ in named):
+        named = [(_rename(name, _WORLD), tensor) for name, tensor in named]
+    elif any(name.startswith("model.layers.") for name, _ in named):
+        named = [pair for name, tensor in named for pair in _from_fla(name, tensor)]
+    tensors: dict[str, SourceTensor] = {}
+    for name, tensor in named:
+        if name in tensors:
+            raise FormatError(f"{tensor.path}: holds {name} twice, under two namings; remove one of them")
+        tensors[name] = tensor
     return tensors
 
 
@@ -60,19 +66,18 @@ def _rename(name: str, rules: list[tuple[str, str]]) -> str:
     return name
 
 
-def _from_fla(tensors: Source) -> dict[str, SourceTensor]:
+def _from_fla(name: str, tensor: SourceTensor) -> Iterator[tuple[str, SourceTensor]]:
     """fla keeps low-rank factors as [out, in] linears, and older files all six mixes stacked in `x_x`."""
-    out: dict[str, SourceTensor] = {}
-    for name, tensor in tensors.items():
-        new = _rename(name, _FLA)
-        if ".lora." in name and name.endswith(".weight") and len(tensor.shape) == 2:
-            out[new] = replace(tensor, shape=tensor.shape[::-1], strides=tensor.strides[::-1])
-        elif new.endswith(".att.x_x") and tensor.shape and tensor.shape[0] == 6:
-            step = tensor.strides[0] * BITS[tensor.dtype].itemsize
-            for i, x in enumerate("rwkvag"):
-                out[new.removesuffix("x") + x] = replace(
-                    tensor, shape=tensor.shape[1:], strides=tensor.strides[1:], start=tensor.start + i * step
-                )
-        else:
-            out[new] = tensor
-    return out
+    new = _rename(name, _FLA)
+    if ".lora." in name and name.endswith(".weight") and len(tensor.shape) == 2:
+        yield new, replace(tensor, shape=tensor.shape[::-1], strides=tensor.strides[::-1])
+    elif new.endswith(".att.x_x") and tensor.shape and tensor.shape[0] == 6:
+        step = tensor.strides[0] * BITS[tensor.dtype].itemsize
+        for i, x in enumerate("rwkvag"):
+            start = tensor.start + i * step
+            yield (
+                new.removesuffix("x") + x,
+                replace(tensor, shape=tensor.shape[1:], strides=tensor.strides[1:], start=start),
+            )
+    else:
+        yield new, tensor

@@ -63,7 +63,11 @@ def detect(shapes: Shapes) -> Config:
         ) from None
     if heads * head_size != width:
         raise UnsupportedModelError(f"{heads} heads of {head_size} do not make up the width {width} of emb.weight")
-    return Config(version, len(layers), width, vocab, heads, head_size, ffn, ranks)
+    config = Config(version, len(layers), width, vocab, heads, head_size, ffn, ranks)
+    try:
+        return Config.from_json(config.as_json())
+    except ValueError as error:
+        raise UnsupportedModelError(f"{error}: {config}") from None
 
 
 def _unused_in_first(module: ModuleType) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """A converted file, mapped and checked: what `rwkv convert` wrote and every other command reads."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,15 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            head = file.read(512)
-        if head[8:9] != b"{":
+        self._text: dict[str, str] = {}
+        if path.is_dir() or not _starts_header(path):
             open_source(path)  # says what else the file is, if it is nothing at all
-            raise FormatError(f"{path}: not a converted model; convert it first: rwkv convert {path}")
-        self.stored, self._text = read_header(path)
+        else:
+            self.stored, self._text = read_header(path)
         if self._text.get("format") != "rwkv":
             raise FormatError(f"{path}: not a converted model; convert it first: rwkv convert {path}")
         version = self._text.get("format_version", "")
-        if not version.isdecimal():
+        if not re.fullmatch("[1-9][0-9]{0,8}", version):
             raise FormatError(f"{path}: no format version in the file; convert the model again")
         if int(version) > FORMAT_VERSION:
             raise FormatError(f"{path}: written in format {version}, newer than {FORMAT_VERSION}; upgrade rwkv-cli")
@@ -46,11 +46,14 @@ class Checkpoint:
         """The JSON value under `key`, of type `kind`."""
         try:
             value = json.loads(self._text[key])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):
             value = None
         if not isinstance(value, kind):
             raise FormatError(f"{self.path}: metadata {key!r} is missing or damaged; convert the model again")
         return value
+
+    def _of(self, name: str) -> str:
+        return f"{self.path}: tensor {name}"
 
     def names(self) -> list[str]:
         """Names of the model's tensors (scales and tokenizer not counted)."""
@@ -60,14 +63,15 @@ class Checkpoint:
         """How `name` is stored: at least its `layout` and its logical `shape`."""
         entry: Any = self._layouts.get(name)
         shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
-            raise FormatError(f"{self.path}: tensor {name} is missing or described wrongly; convert the model again")
+        sizes = shape if isinstance(shape, list) and len(shape) <= 4 else [None]
+        if any(type(n) is not int or not 0 <= n < 1 << 32 for n in sizes):
+            raise FormatError(f"{self._of(name)} is missing or described wrongly; convert the model again")
         return {"layout": "", **entry}
 
     def array(self, name: str) -> NDArray[Any]:
         """A stored array as its bits, read-only."""
         if name not in self.stored:
-            raise FormatError(f"{self.path}: tensor {name} is missing; convert the model again")
+            raise FormatError(f"{self._of(name)} is missing; convert the model again")
         tensor = self.stored[name]
         kind = BITS[tensor.dtype]
         size = int(np.prod(tensor.shape, dtype=np.int64)) * kind.itemsize
@@ -82,29 +86,35 @@ class Checkpoint:
         entry = self.layout(name)
         layout, found = entry["layout"], entry["shape"]
         if found != list(shape):
-            raise FormatError(f"{self.path}: tensor {name} has shape {found}, expected {list(shape)}")
+            raise FormatError(f"{self._of(name)} has shape {found}, not {list(shape)}; convert the model again")
         if layout in ("vector", "float"):
             return self._floats(name, shape)
         unit = entry.get("unit")
         if layout not in ("rows", "tile", "columns") or len(shape) != 2 or type(unit) is not int or abs(unit) > 100:
-            raise FormatError(f"{self.path}: tensor {name} is described wrongly; convert the model again")
+            raise FormatError(f"{self._of(name)} is described wrongly; convert the model again")
         values, scales = self.array(name), self.array(name + ".scale")
         expected = stored_shapes(layout, (shape[0], shape[1]))
         dtypes = (self.stored[name].dtype, self.stored[name + ".scale"].dtype)
         if (values.shape, scales.shape) != expected or dtypes != ("I8", "F16"):
-            raise FormatError(f"{self.path}: tensor {name} is stored as {dtypes} {values.shape}, {scales.shape}")
+            found = f"{dtypes} {values.shape}, {scales.shape}"
+            raise FormatError(f"{self._of(name)} is stored as {found}; convert the model again")
         return Int8(layout, (shape[0], shape[1]), values, scales, unit)
 
     def _floats(self, name: str, shape: tuple[int, ...]) -> Floats:
         bits = self.array(name)
         dtype = self.stored[name].dtype
         if bits.shape != shape or dtype not in FLOATS:
-            raise FormatError(f"{self.path}: tensor {name} is stored as {dtype} {bits.shape}, expected {shape}")
+            raise FormatError(f"{self._of(name)} is stored as {dtype} {bits.shape}; convert the model again")
         return Floats(dtype, bits)
 
     def vector(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """The float32 tensor `name` of shape `shape`."""
         tensor = self.tensor(name, shape)
         if not isinstance(tensor, Floats) or tensor.dtype != "F32":
-            raise FormatError(f"{self.path}: tensor {name} must be float32; convert the model again")
+            raise FormatError(f"{self._of(name)} must be float32; convert the model again")
         return tensor.bits
+
+
+def _starts_header(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"

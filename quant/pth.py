@@ -1,14 +1,11 @@
 """torch `.pth` files without torch: a zip of raw storages and a pickle that says which tensor lies where.
 
-The pickle is never trusted. It is scanned opcode by opcode first; then an unpickler runs it that knows only the few
-names tensors need, and those build descriptions (`SourceTensor`), not tensors. Nothing in the file is executed.
+The pickle is never loaded: a loop reads its opcodes, knows only those that torch.save writes and only the names that
+tensors need, and builds descriptions (`SourceTensor`), not tensors. Nothing in the file is executed.
 """
 
-import io
-import pickle
 import pickletools
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -19,8 +16,13 @@ from rwkv_cli.quant.source import SourceTensor, extent
 from rwkv_cli.quant.tensor import BITS
 
 _DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
-_MAX_PICKLE = 64 << 20
+_MAX_PICKLE = 8 << 20
 _LOCAL_HEADER = 30
+_DAMAGED = "broken or truncated torch file"
+
+
+class _RefusedError(Exception):
+    """What a pickle asks for and does not get."""
 
 
 class _StorageType(NamedTuple):
@@ -42,10 +44,10 @@ class _View(NamedTuple):
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _View:
     ok = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
-    if not ok or len(shape) != len(strides):
-        raise pickle.UnpicklingError("a tensor is described wrongly")
-    if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
-        raise pickle.UnpicklingError("a tensor has a negative or non-integer size, stride or offset")
+    if not ok or not len(shape) == len(strides) <= 8:
+        raise _RefusedError("a tensor is described wrongly")
+    if any(type(n) is not int or not 0 <= n < 1 << 48 for n in (offset, *shape, *strides)):
+        raise _RefusedError("a size, stride or offset of a tensor is out of range")
     return _View(storage, offset, shape, strides)
 
 
@@ -54,30 +56,30 @@ def _parameter(view: Any, *_: Any) -> Any:
 
 
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): lambda: {},
     ("torch._utils", "_rebuild_tensor"): _rebuild,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
     ("torch._utils", "_rebuild_parameter"): _parameter,
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if module == "torch" and name.endswith("Storage"):
-            return _StorageType(name)
-        raise pickle.UnpicklingError(f"it asks to call {module}.{name}, which no tensor needs")
+def _named(module: Any, name: Any) -> Any:
+    if not (isinstance(module, str) and isinstance(name, str)):
+        raise _RefusedError("a name in it is not text")
+    if (module, name) in _ALLOWED:
+        return _ALLOWED[module, name]
+    if module == "torch" and name.endswith("Storage"):
+        return _StorageType(name)
+    raise _RefusedError(f"it asks for {f'{module}.{name}'!r:.80}, which no tensor needs")
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
-            raise pickle.UnpicklingError("a storage is described wrongly")
-        _, kind, key, _, numel = pid
-        if not (isinstance(kind, _StorageType) and isinstance(key, str) and type(numel) is int and numel >= 0):
-            raise pickle.UnpicklingError("a storage is described wrongly")
-        if kind.name not in _DTYPES:
-            raise pickle.UnpicklingError(f"it holds a {kind.name}; only float32, float16 and bfloat16 can be read")
-        return _Storage(_DTYPES[kind.name], key, numel)
+
+def _storage(pid: Any) -> _Storage:
+    match pid:
+        case ("storage", _StorageType(name), str(key), _, int(numel)) if name in _DTYPES:
+            return _Storage(_DTYPES[name], key, numel)
+        case ("storage", _StorageType(name), *_):
+            raise _RefusedError(f"it holds a {name:.80}; only float32, float16 and bfloat16 can be read")
+    raise _RefusedError("a storage is described wrongly")
 
 
 def open_pth(path: Path) -> dict[str, SourceTensor]:
@@ -92,32 +94,105 @@ def open_pth(path: Path) -> dict[str, SourceTensor]:
             if len(found) != 1:
                 raise FormatError(f"{path}: a zip without torch's data.pkl, so not a torch checkpoint")
             prefix = found[0].removesuffix("data.pkl")
-            if entries[found[0]].file_size > _MAX_PICKLE:
-                raise FormatError(f"{path}: its data.pkl is larger than any checkpoint's")
             order = entries.get(prefix + "byteorder")
-            if order is not None and order.file_size < 16 and archive.read(order).strip() != b"little":
-                raise FormatError(f"{path}: saved on a big-endian machine, which is not supported")
-            tree = _unpickle(path, archive.read(found[0]))
+            if order is not None and _content(path, archive, order).strip() != b"little":
+                raise FormatError(f"{path}: saved on a big-endian machine, which is not supported; save it on another")
+            tree = _unpickled(path, _content(path, archive, entries[found[0]]))
             size = path.stat().st_size
             return {
                 name: _locate(path, file, size, entries.get(f"{prefix}data/{view.storage.key}"), name, view)
                 for name, view in _flat(path, tree).items()
             }
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"{path}: broken or truncated torch file ({error}); download it again") from None
+        raise FormatError(f"{path}: {_DAMAGED} ({error}); download it again") from None
 
 
-def _unpickle(path: Path, data: bytes) -> Any:
+def _stored(path: Path, entry: zipfile.ZipInfo) -> None:
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise FormatError(
+            f"{path}: {entry.filename} in it is compressed; unpack and zip again without compression (zip -0)"
+        )
+
+
+def _content(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    _stored(path, entry)
+    if entry.file_size > _MAX_PICKLE:
+        raise FormatError(f"{path}: {entry.filename} in it is larger than any checkpoint's; download it again")
+    return archive.read(entry)
+
+
+def _unpickled(path: Path, data: bytes) -> Any:
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            # a memo index allocates that many slots
-            if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
-                raise pickle.UnpicklingError("a memo index out of range")
-        return _Unpickler(io.BytesIO(data)).load()
-    except Exception as error:  # hostile bytes raise whatever they like; none of it came from a call they chose
-        raise FormatError(f"{path}: refused to load its pickle: {error}") from None
+        return _interpret(data)
+    except _RefusedError as error:
+        raise FormatError(f"{path}: its pickle is refused, and nothing in it was run: {error}") from None
+    except Exception:  # hostile bytes raise whatever they like; none of it came from a call they chose
+        raise FormatError(f"{path}: {_DAMAGED} (data.pkl in it makes no sense); download it again") from None
+
+
+def _interpret(data: bytes) -> Any:
+    """What a pickle of protocol 2 to 5 describes. Keys are strings or integers: hashing a deep tuple would crash."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
+
+    def popped(start: int) -> list[Any]:
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for opcode, argument, _ in pickletools.genops(data):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                marks.append(len(stack))
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(argument)
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(popped(len(stack) - int(opcode.name[-1]))))
+            case "TUPLE":
+                stack.append(tuple(popped(marks.pop())))
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if argument is None else argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "SETITEM" | "SETITEMS":
+                items = popped(marks.pop() if opcode.name == "SETITEMS" else len(stack) - 2)
+                if not all(type(key) in (str, int) for key in items[::2]):
+                    raise _RefusedError("a key of a dictionary is neither text nor a number")
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case "APPEND" | "APPENDS":
+                items = popped(marks.pop() if opcode.name == "APPENDS" else len(stack) - 1)
+                stack[-1] += items
+            case "GLOBAL":
+                stack.append(_named(*str(argument).split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack.append(_named(*popped(len(stack) - 2)))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE":
+                function, arguments = popped(len(stack) - 2)
+                stack.append(function(*arguments))
+            case "BUILD":
+                stack.pop()  # the _metadata of a state_dict
+            case "STOP":
+                return stack.pop()
+            case _:
+                raise _RefusedError(f"it uses {opcode.name}, which no checkpoint needs")
+    return None
 
 
 def _flat(path: Path, tree: Any) -> dict[str, _View]:
@@ -125,23 +200,24 @@ def _flat(path: Path, tree: Any) -> dict[str, _View]:
         raise FormatError(f"{path}: holds {type(tree).__name__}, not a dictionary of tensors")
     for name, view in tree.items():
         if not isinstance(name, str) or not isinstance(view, _View):
-            raise FormatError(f"{path}: entry {name!r} is not a tensor; expected a flat dictionary of tensors")
+            raise FormatError(f"{path}: entry {name!r:.80} is not a tensor; expected a flat dictionary of tensors")
     return tree
 
 
 def _locate(path: Path, file: Any, size: int, entry: zipfile.ZipInfo | None, name: str, view: _View) -> SourceTensor:
     storage = view.storage
     if entry is None:
-        raise FormatError(f"{path}: tensor {name}: its data (storage {storage.key}) is missing from the file")
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise FormatError(f"{path}: tensor {name} is compressed; unpack and zip again without compression (zip -0)")
+        raise FormatError(f"{path}: tensor {name}: its data (storage {storage.key}) is missing; download it again")
+    _stored(path, entry)
     item = BITS[storage.dtype].itemsize
     if entry.file_size != storage.numel * item or entry.compress_size != entry.file_size:
         raise FormatError(f"{path}: tensor {name}: storage {storage.key} has the wrong size; download the file again")
     if prod(view.shape) and view.offset + extent(view.shape, view.strides) > storage.numel:
-        raise FormatError(f"{path}: tensor {name} reaches past the end of its storage")
-    file.seek(entry.header_offset)
-    header = file.read(_LOCAL_HEADER)
+        raise FormatError(f"{path}: tensor {name} reaches past the end of its storage; download the file again")
+    header = b""
+    if entry.header_offset < size:
+        file.seek(entry.header_offset)
+        header = file.read(_LOCAL_HEADER)
     if len(header) != _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
         raise FormatError(f"{path}: tensor {name}: no data where the file says; download it again")
     skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")

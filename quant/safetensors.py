@@ -7,12 +7,18 @@ from safetensors import SafetensorError, safe_open
 
 from rwkv_cli.quant.errors import FormatError
 from rwkv_cli.quant.source import SourceTensor, contiguous
-from rwkv_cli.quant.tensor import BITS
+from rwkv_cli.quant.tensor import BITS, FLOATS
 
 
 def open_safetensors(path: Path) -> dict[str, SourceTensor]:
-    """Every tensor of a safetensors file."""
-    return read_header(path)[0]
+    """Every tensor of a safetensors file of floats."""
+    tensors, text = read_header(path)
+    if text.get("format") == "rwkv":
+        raise FormatError(f"{path}: already converted; run it with -m, or convert from the original")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise FormatError(f"{path}: tensor {name} is {tensor.dtype}; save it again as F32, F16 or BF16")
+    return tensors
 
 
 def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
@@ -31,7 +37,7 @@ def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
                 view: Any = file_.get_slice(name)
                 dtype, shape = view.get_dtype(), tuple(view.get_shape())
                 if dtype not in BITS:
-                    raise FormatError(f"{path}: tensor {name} has dtype {dtype}; {', '.join(BITS)} can be read")
+                    raise FormatError(f"{path}: tensor {name} is {dtype}; save it again as F32, F16 or BF16")
                 tensors[name] = SourceTensor(path, dtype, shape, start, contiguous(shape))
                 size = BITS[dtype].itemsize
                 for n in shape:

@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -89,17 +89,15 @@ def write(
     """
     need, free = file_size(plan, extra), shutil.disk_usage(path.parent).free
     if need > free:
-        raise OSError(f"{path}: needs {need / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free")
+        raise OSError(
+            f"{path}: needs {need / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; give a DST on another"
+        )
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for planned in plan:
         layout.update(planned.stored)
     for name, array in extra.items():
         layout[name] = ({"uint8": "U8", "int32": "I32"}[str(array.dtype)], array.shape)
-    # the widest units first, so that every array of a kind is aligned to 64 bytes or its own size
-    names = sorted(
-        layout,
-        key=lambda name: ({"I8": 0, "F32": 1, "I32": 1}.get(layout[name][0], 2), layout[name][0] == "U8"),
-    )
+    names = sorted(layout, key=lambda name: _order(*layout[name]))
     tensors: dict[str, dict[str, Any]] = {}
     for planned in plan:
         tensors[planned.name] = {"layout": planned.layout, "shape": list(planned.shape)}
@@ -120,6 +118,14 @@ def write(
         file.seek(0)
         file.write(_header(start, names, layout, offsets, metadata, tensors, digest.hexdigest()))
     return written
+
+
+def _order(dtype: str, shape: tuple[int, ...]) -> tuple[int, bool]:
+    """Sort key of an array in the file: every int8 array begins at a multiple of 64 bytes, any other of its own size.
+
+    Only the table's rows can be no multiple of 64 bytes together, so it comes last among int8.
+    """
+    return {"I8": 0, "F32": 1, "I32": 1, "U8": 3}.get(dtype, 2), dtype == "I8" and prod(shape) % _ALIGN != 0
 
 
 def _offsets(names: Sequence[str], layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[str, int], int]:
@@ -199,8 +205,13 @@ def _write_tensor(
     quantizer: Quantizer,
 ) -> Written:
     source, whole = planned.source, None
+    damaged = f"{source.path}: tensor {planned.name} holds NaN or infinity; the file is damaged, download it again"
     if planned.derive is not None:
-        whole = planned.derive(source.float32())
+        whole = source.float32()
+        if not np.isfinite(whole).all():  # exp would hide an infinity
+            raise FormatError(damaged)
+        with np.errstate(over="ignore"):
+            whole = planned.derive(whole)
         if whole.shape != planned.shape:
             raise FormatError(f"{source.path}: tensor {planned.name} came out as {whole.shape}, not {planned.shape}")
 
@@ -212,7 +223,7 @@ def _write_tensor(
     for start, stop in _blocks(planned):
         w = rows(start, stop)
         if not np.isfinite(w).all():
-            raise FormatError(f"{source.path}: tensor {planned.name} holds NaN or infinity; the file is damaged")
+            raise FormatError(damaged)
         top = max(top, float(np.abs(w).max(initial=0.0)))
         square += float(np.vdot(w, w))
         digest.update(np.ascontiguousarray(w).data)
@@ -223,7 +234,9 @@ def _write_tensor(
             out.append(planned.name, source.bits(start, stop) if same else _bits_of(w, source.dtype))
     error = 0.0
     if top > 1e10:
-        raise FormatError(f"{source.path}: tensor {planned.name} holds a value of {top:.1e}; the file is damaged")
+        raise FormatError(
+            f"{source.path}: tensor {planned.name} holds a value of {top:.1e}; the file is damaged, download it again"
+        )
     if planned.layout not in ("vector", "float"):
         unit = entry["unit"] = unit_of(top)
         width = block_width(planned.layout, planned.shape[0])
@@ -248,23 +261,36 @@ def _bits_of(w: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 @contextlib.contextmanager
 def _temporary(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
     """A file beside `path` that becomes `path` if the block succeeds and vanishes if it does not."""
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; give --force to replace it")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    part = Path(name)
+    taken = FileExistsError(f"{path} exists; give --force to replace it, or another DST")
+    if os.path.lexists(path) and not overwrite:
+        raise taken
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with part.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)
         if overwrite:
             part.replace(path)
         else:
-            os.link(part, path)  # fails where a file has appeared meanwhile
-            part.unlink()
-    except BaseException:
+            _move(part, path)
+    except FileExistsError:
+        raise taken from None
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(part)):
+            raise
+        raise OSError(error.errno, f"{error.strerror}; nothing was written", str(path)) from None
+    finally:
         part.unlink(missing_ok=True)
+
+
+def _move(part: Path, path: Path) -> None:
+    """Give `part` the name `path`, but replace nothing that has appeared there meanwhile."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
         raise
+    except OSError:  # a file system without hard links, such as exFAT
+        if os.path.lexists(path):
+            raise FileExistsError from None
+        part.replace(path)

@@ -129,7 +129,7 @@ class Conversation:
                 self.reset()
                 note("The conversation is forgotten.")
             elif text.startswith("/"):
-                note(HELP if text == "/help" else f"{text.split()[0]} is not a command.\n{HELP}")
+                note(HELP if text == "/help" else f"{text} is not a command.\n{HELP}")
             elif text:
                 self._say(text)
 

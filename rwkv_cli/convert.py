@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +61,7 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
 
     dst = dst or default_destination(src, quant)
     source = naming.official(open_source(src))
-    if not dry_run and dst.exists() and not force:
-        raise click.ClickException(f"{dst} exists; give --force to replace it, or another DST")
-    if dst.exists() and src.exists() and dst.samefile(src):
-        raise click.ClickException(f"{dst} is the source itself; give another DST")
+    check_destination(dst, {tensor.path for tensor in source.values()}, force or dry_run)
     try:
         shapes = {name: tensor.shape for name, tensor in source.items()}
         config = registry.detect(shapes)
@@ -70,10 +70,10 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
         raise UnsupportedModelError(f"{src}: {error}") from None
     found = find_tokenizer(tokenizer, src, config.vocab)
     kind, arrays = stored_tokenizer(found)
-    chat = templates.guess(src.resolve().name, kind, config.vocab) if template == "auto" else template
+    name = full_path(src).name
+    chat = templates.guess(name, kind, config.vocab) if template == "auto" else template
     metadata = {
-        "config": config.as_json(), "quantization": quant, "tokenizer": kind, "template": chat,
-        "source": src.resolve().name,
+        "config": config.as_json(), "quantization": quant, "tokenizer": kind, "template": chat, "source": name,
     }  # fmt: skip
     if found is None:
         click.echo(f"Warning: no tokenizer fits the vocabulary of {config.vocab}; the model will run by token ids from "
@@ -91,9 +91,26 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
 
 def default_destination(src: Path, quant: str) -> Path:
     """SRC's name with the new ending, beside SRC."""
-    src = src.resolve()
+    src = full_path(src)
     stem = src.name if src.is_dir() else src.stem
     return src.parent / f"{stem}.{'int8' if quant == 'int8' else 'float'}.safetensors"
+
+
+def full_path(src: Path) -> Path:
+    """SRC with a name and a parent. Links are not followed: what a download cache links to has a hash for a name."""
+    return src.absolute() if src.name not in ("", "..") else src.resolve()
+
+
+def check_destination(dst: Path, files: set[Path], replace: bool) -> None:
+    """Refuse a DST that cannot be written, or that is one of the source's own `files`, before any work is done."""
+    if dst.is_dir():
+        raise click.ClickException(f"{dst} is a folder; give the name of a file as DST")
+    if not dst.parent.is_dir():
+        raise click.ClickException(f"{dst.parent} is not a folder; make it first, or give another DST")
+    if dst.exists() and any(dst.samefile(file) for file in files):
+        raise click.ClickException(f"{dst} is the source itself; give another DST")
+    if dst.exists() and not replace:
+        raise click.ClickException(f"{dst} exists; give --force to replace it, or another DST")
 
 
 def planned(matched: dict[str, Any], source: Any, quant: str) -> list[Planned]:
@@ -126,7 +143,7 @@ def find_tokenizer(choice: str, src: Path, vocab: int) -> Tokenizer | None:
 
     tokenizer: Tokenizer
     if choice == "auto":
-        folder = src if src.is_dir() else src.resolve().parent
+        folder = src if src.is_dir() else full_path(src).parent
         for name in ("tokenizer.json", "20B_tokenizer.json"):
             if (folder / name).is_file():
                 tokenizer = read_tokenizer_file(folder / name)
@@ -145,12 +162,15 @@ def find_tokenizer(choice: str, src: Path, vocab: int) -> Tokenizer | None:
 
 def read_tokenizer_file(path: Path) -> Tokenizer:
     """A tokenizer.json, or a World vocabulary as text."""
-    from rwkv_cli.tokenizer import JsonTokenizer, WorldTokenizer
+    from rwkv_cli.tokenizer import JsonTokenizer, TokenizerError, WorldTokenizer
 
     data = path.read_bytes()
-    if data.lstrip()[:1] == b"{":
-        return JsonTokenizer(data, str(path))
-    return WorldTokenizer.from_vocabulary(path)
+    try:
+        if data.lstrip()[:1] == b"{":
+            return JsonTokenizer(data, str(path))
+        return WorldTokenizer.from_vocabulary(path)
+    except TokenizerError as error:
+        raise TokenizerError(f"{error}; give a sound one with --tokenizer") from None
 
 
 def stored_tokenizer(tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:
@@ -174,9 +194,27 @@ def _write(dst: Path, plan: list[Planned], metadata: Any, arrays: Any, force: bo
     from rwkv_cli.terminal import progress_bar
 
     parts = "Converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with progress_bar(*parts) as progress:
+    with _ended_by_exception(), progress_bar(*parts) as progress:
         task = progress.add_task("", total=sum(p.source_bytes for p in plan))
         return write(dst, plan, metadata, arrays, force, quantize_rows, lambda n: progress.advance(task, n))
+
+
+@contextmanager
+def _ended_by_exception() -> Iterator[None]:
+    """Make the signals that would end the process here and now an exception, so that no half file stays behind."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [number for number in signals if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def report(config: Config, plan: list[Planned], done: list[Written], arrays: Any, tokenizer: str, template: str) -> str:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
                 checkpoint.array("tokenizer.bytes"), checkpoint.array("tokenizer.lengths")
             )
         if kind == "json":
-            return JsonTokenizer(checkpoint.array("tokenizer.json").tobytes(), f"{checkpoint.path}: tokenizer.json")
+            return JsonTokenizer(checkpoint.array("tokenizer.json").tobytes(), "tokenizer.json")
     except TokenizerError as error:
         raise FormatError(f"{checkpoint.path}: its tokenizer is damaged ({error}); convert the model again") from None
     raise FormatError(f"{checkpoint.path}: has a tokenizer of unknown kind {kind!r}; upgrade rwkv-cli")
@@ -74,6 +75,12 @@ def new_sampler(model: LanguageModel, settings: Sampling, seed: int | None) -> S
     if seed is None:
         seed = int(np.random.default_rng().integers(1 << 31))
     return Sampler(settings, seed, frozenset(ids[0] for ids in single if len(ids) == 1))
+
+
+def check_finite(model: LanguageModel, values: NDArray[np.floating[Any]]) -> None:
+    """Raises FormatError where a model's output, or what was computed from it, is not finite."""
+    if not np.isfinite(values).all():
+        raise FormatError(f"{model.path}: the model's output is not finite; convert it again from a sound file")
 
 
 @dataclass
@@ -120,27 +127,28 @@ class Completion:
     def _generate(self, logits: NDArray[np.float32]) -> Iterator[str]:
         stream = self.model.text_tokenizer.stream()
         made = ""
-        clean: tuple[State, int] | None = None  # before the first token that may belong to a stop text
-        while not self.cancelled:
+        # before the first token that may belong to a stop text or to an unfinished character
+        clean: tuple[State, int] | None = None
+        end: int | None = None
+        while True:
+            before, torn = len(made), stream.unfinished  # what the state has read
+            if self.cancelled:
+                break
             token = self._pick(logits)
             self.tokens += 1
             if token == END_OF_TEXT and not self.ignore_eos:
                 self.stop = "eos"
                 break
-            before = len(made)
             made += stream.push(token)
             end = first_stop(made, self.stops)
             if end is not None:
                 self.stop = "stop"
-                if clean is not None:
-                    self.state, before = clean
-                made, self.unread = made[:end], made[before:end]
                 break
             if self.tokens == self.max_tokens:
-                self.stop, self.unread = "length", made[before:]
+                self.stop = "length"
                 break
             held = held_back(made, self.stops)
-            if not held:
+            if not held and not stream.unfinished:
                 clean = None
             elif clean is None:
                 clean = self.state.clone(), before
@@ -148,17 +156,17 @@ class Completion:
             if piece:
                 yield piece
             logits = self.model.advance([token], self.state)
-        if self.stop != "stop":
+        if end is None:
             made += stream.flush()
-        piece, self.text = made[len(self.text) :], made
+            end = len(made)
+        if clean is not None and (torn or self.stop == "stop"):
+            self.state, before = clean
+        piece, self.text, self.unread = made[len(self.text) : end], made[:end], made[before:end]
         if piece:
             yield piece
 
     def _pick(self, logits: NDArray[np.float32]) -> int:
-        if not np.isfinite(logits).all():
-            raise FormatError(
-                f"{self.model.path}: the model's output is not finite; convert it again from a sound file"
-            )
+        check_finite(self.model, logits)
         if self.ignore_eos:
             logits = logits.copy()
             logits[END_OF_TEXT] = -1e30

@@ -52,12 +52,16 @@ def command(
     from rwkv_cli.engine import Completion, new_sampler
     from rwkv_cli.sampling import Sampling
     from rwkv_cli.terminal import write
+    from rwkv_cli.tokenizer import TokenizerError
 
     text = read_prompt(prompt)
     if any(not stop for stop in stops):
         raise click.BadParameter("an empty text would end at once", param_hint="--stop")
     lm = open_model(model, device, threads)
-    ids = lm.text_tokenizer.encode(text)
+    try:
+        ids = lm.text_tokenizer.encode(text)
+    except TokenizerError as error:
+        raise click.UsageError(f"the prompt is {error}") from None
     if not ids:
         raise click.UsageError("the prompt is empty: give some text to continue")
     seed = options.pop("seed")
@@ -70,7 +74,7 @@ def command(
     if as_json:
         click.echo(json.dumps({
             "model": str(model),
-            "prompt": text if isinstance(text, str) else text.decode("utf-8", "replace"),
+            "prompt": text.decode("utf-8", "replace"),
             "text": completion.text,
             "stop": completion.stop,
             "seed": sampler.seed,
@@ -78,15 +82,15 @@ def command(
             "tokens": completion.tokens,
             "prompt_tokens_per_second": completion.prompt_tokens / completion.prompt_seconds,
             "tokens_per_second": completion.tokens / completion.seconds,
-        }, ensure_ascii=False))  # fmt: skip
+        }))  # fmt: skip
     elif sys.stdout.isatty() and not completion.text.endswith("\n"):
         click.echo()
 
 
-def read_prompt(prompt: str | None) -> str | bytes:
+def read_prompt(prompt: str | None) -> bytes:
     """The argument, or standard input to its end, less one line break."""
     if prompt is not None and prompt != "-":
-        return prompt
+        return prompt.encode("utf-8", "surrogateescape")  # the argument's own bytes
     if prompt is None and sys.stdin.isatty():
         raise click.UsageError("no prompt: give one as an argument or on standard input")
     data = sys.stdin.buffer.read()

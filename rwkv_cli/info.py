@@ -35,7 +35,8 @@ def describe(checkpoint: Any) -> dict[str, Any]:
     """Everything there is to know of a converted file without reading its weights."""
     rows = []
     for name in checkpoint.names():
-        stored = [checkpoint.array(part) for part in (name, name + ".scale") if part in checkpoint.stored]
+        scale = [name + ".scale"] if name + ".scale" in checkpoint.stored else []
+        stored = [checkpoint.array(part) for part in (name, *scale)]
         entry = checkpoint.layout(name)
         rows.append({
             "name": name, "layout": entry["layout"], "shape": entry["shape"],
@@ -58,7 +59,8 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
     from rwkv_cli.terminal import columns
 
     config = facts["config"]
-    ranks = ", ".join(f"{name} {rank}" for name, rank in config.get("ranks", {}).items())
+    ranks = config.get("ranks")
+    ranks = ", ".join(f"{name} {rank}" for name, rank in ranks.items()) if isinstance(ranks, dict) else ""
     dimensions = ("layers", "width", "heads", "head_size", "ffn", "vocab")
     click.echo(columns([
         ("file", facts["path"]),

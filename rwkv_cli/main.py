@@ -1,13 +1,14 @@
 """The command `rwkv`: registers the commands, loads one only when it is called, and words every expected error."""
 
 import importlib
-import os
+import io
 import sys
 from typing import Any
 
 import click
 
 from rwkv_cli import __version__
+from rwkv_cli.terminal import harmless
 
 COMMANDS = {
     "convert": "Convert a released checkpoint to a quantized file.",
@@ -39,7 +40,7 @@ class _Commands(click.Group):
             message = _expected(error)
             if message is None:
                 raise
-            raise click.ClickException(message) from None
+            raise click.ClickException(harmless(message)) from None
 
 
 def _expected(error: Exception) -> str | None:
@@ -73,10 +74,9 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: a closed pipe ends the program quietly, as it does other filters."""
-    try:
-        cli()
-    except BrokenPipeError:
-        # whatever is still buffered has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    """Entry point."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            # bytes that are no text, or a character that the terminal lacks, are no reason to stop
+            stream.reconfigure(errors="replace")
+    cli()

@@ -1,6 +1,7 @@
 """Options that commands share, and opening the model they name."""
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,21 +40,28 @@ def model_options(command: Command) -> Command:
     return wrapped  # fmt: skip
 
 
+def _finite(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
+    """nan passes every range, since it compares with no border."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 def sampling_options(command: Command) -> Command:
     """The sampler's settings; an option that is not given arrives as None."""
     options = [
-        click.option("--temperature", type=click.FloatRange(min=0), metavar="T",
+        click.option("--temperature", type=click.FloatRange(min=0), callback=_finite, metavar="T",
                      help="Spread of the choice; 0 always takes the likeliest token."),
-        click.option("--top-p", type=click.FloatRange(0, 1), metavar="P",
+        click.option("--top-p", type=click.FloatRange(0, 1), callback=_finite, metavar="P",
                      help="Keep the likeliest tokens that make up this probability."),
         click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="Keep the K likeliest tokens; 0: all."),
-        click.option("--min-p", type=click.FloatRange(0, 1), metavar="P",
+        click.option("--min-p", type=click.FloatRange(0, 1), callback=_finite, metavar="P",
                      help="Drop tokens less likely than P times the likeliest."),
-        click.option("--presence-penalty", type=float, metavar="A",
+        click.option("--presence-penalty", type=float, callback=_finite, metavar="A",
                      help="Taken off the logit of a token that has occurred."),
-        click.option("--frequency-penalty", type=float, metavar="A",
+        click.option("--frequency-penalty", type=float, callback=_finite, metavar="A",
                      help="Taken off for each time that it has occurred."),
-        click.option("--penalty-decay", type=click.FloatRange(0, 1), metavar="D",
+        click.option("--penalty-decay", type=click.FloatRange(0, 1), callback=_finite, metavar="D",
                      help="What a past occurrence keeps of its weight with each new token."),
         click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Same seed, same text; default: random."),
     ]  # fmt: skip

@@ -49,7 +49,9 @@ class Sampler:
             token = int(np.argmax(scores))
         else:
             kept, p = candidates(scores, s)
-            token = int(kept[np.searchsorted(np.cumsum(p), self._random.random(), side="right").clip(max=len(p) - 1)])
+            upto = np.cumsum(p)
+            # below upto[-1], which rounding may leave short of 1: a token of probability 0 is never met
+            token = int(kept[np.searchsorted(upto, self._random.random() * upto[-1], side="right")])
         self._remember(token)
         return token
 

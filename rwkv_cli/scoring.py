@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.engine import LanguageModel
+from rwkv_cli.engine import LanguageModel, check_finite
 from rwkv_cli.models.base import CHUNK
 from rwkv_cli.tokenizer import TokenizerError
 
@@ -55,10 +55,10 @@ class Quantile:
         np.add.at(self.bins, np.clip(position.astype(np.int64), 0, len(self.bins) - 1), 1)
 
     def at(self, share: float) -> float:
-        """The value that `share` of the numbers do not exceed."""
+        """The value that `share` of the numbers do not exceed; 0 for what is within rounding of it."""
         rank = math.ceil(share * int(self.bins.sum()))
         index = int(np.searchsorted(np.cumsum(self.bins), rank))
-        return float(10 ** ((index + 0.5) / 1000 - 15))
+        return float(10 ** ((index + 0.5) / 1000 - 15)) if index else 0.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,9 @@ class Scorer:
         if read == 0:
             raise TokenizerError(f"{file}: is empty, so there is nothing to score")
         if self.nll.count == 0:
-            raise TokenizerError(f"{file}: is one token, and without a start token the first is not scored")
+            raise TokenizerError(
+                f"{file}: nothing to score, since without a start token the first token of a context is only read"
+            )
         return self._result()
 
     def _pieces(self, file: Path) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -181,9 +183,11 @@ class Scorer:
         logits = [m.advance(inputs, s, all_logits=True) for m, s in zip(self.models, states, strict=True)]
         ops = self.models[0].ops
         nll = ops.cross_entropy(logits[0], targets)
+        check_finite(self.models[0], nll)
         self.nll.add(nll)
         if len(logits) == 2:
             other = ops.cross_entropy(logits[1], targets)
+            check_finite(self.models[1], other)
             kl, same = ops.divergence(logits[1], logits[0])
             self.other_nll.add(other)
             self.difference.add(nll - other)

@@ -10,13 +10,20 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-# control characters that are not blanks: a model may write any bytes, an escape sequence among them
-_CONTROL = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
+# control characters that are not blanks: a model or a file may hold any bytes, an escape sequence among them;
+# a carriage return, which would overwrite the line, is left out, since it comes with a line break anyway
+_CONTROL: dict[int, str | None] = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_CONTROL[ord("\r")] = None
+
+
+def harmless(text: str) -> str:
+    """The text without what could steer a terminal."""
+    return text.translate(_CONTROL)
 
 
 def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
     """Rows as lines, each column as wide as its widest cell; columns numbered in `right` end together."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[harmless(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
@@ -29,7 +36,7 @@ def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
 
 def write(text: str) -> None:
     """A piece of a model's text to standard output, at once; as it is into a pipe, harmless on a terminal."""
-    sys.stdout.write(text.translate(_CONTROL) if sys.stdout.isatty() else text)
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

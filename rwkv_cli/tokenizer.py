@@ -33,6 +33,10 @@ class Piece(NamedTuple):
 class TextStream(Protocol):
     """Turns ids into text as they come."""
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether ids have come whose text is not certain yet."""
+
     def push(self, token: int) -> str:
         """The text that is certain now; empty while a character is not whole."""
 
@@ -48,7 +52,10 @@ class Tokenizer(Protocol):
         """One more than the largest id."""
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Raises TokenizerError for bytes that are not UTF-8 where the vocabulary needs text."""
+        """Raises TokenizerError for bytes that are not UTF-8 where the vocabulary needs text.
+
+        In a str, a surrogate that stands for a byte (PEP 383) is that byte.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Invalid UTF-8 becomes U+FFFD."""
@@ -59,12 +66,23 @@ class Tokenizer(Protocol):
         """Tokens of the text that `blocks` make up, without ever holding all of it."""
 
 
+def _to_bytes(text: str | bytes) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"character {error.start} is half a surrogate pair; UTF-8 has no such thing") from None
+
+
 class _ByteStream:
     """Incremental UTF-8 over a table of each token's bytes."""
 
     def __init__(self, table: Sequence[bytes]) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def unfinished(self) -> bool:
+        return self._decoder.getstate()[0] != b""
 
     def push(self, token: int) -> str:
         return self._decoder.decode(self._table[token] if 0 <= token < len(self._table) else b"")
@@ -84,7 +102,7 @@ class _ByteTable:
         return len(self.table)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes; ids without a token, and 0, stand for none."""
+        """The exact bytes; ids without a token, like 0 in World, stand for none."""
         size = len(self.table)
         return b"".join(self.table[i] for i in ids if 0 <= i < size)
 
@@ -104,7 +122,7 @@ class ByteTokenizer(_ByteTable):
         self.table = [bytes([i]) for i in range(256)]
 
     def encode(self, text: str | bytes) -> list[int]:
-        return list(text.encode() if isinstance(text, str) else text)
+        return list(_to_bytes(text))
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
         for block in blocks:
@@ -129,7 +147,7 @@ class WorldTokenizer(_ByteTable):
             raise TokenizerError("a World vocabulary must have every single byte as a token")
 
     def encode(self, text: str | bytes) -> list[int]:
-        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+        data = _to_bytes(text)
         return self._match(data, len(data))[0]
 
     def _match(self, data: bytes, stop: int) -> tuple[list[int], list[int]]:
@@ -173,10 +191,9 @@ class WorldTokenizer(_ByteTable):
 
     @classmethod
     def from_arrays(cls, data: NDArray[np.uint8], lengths: NDArray[np.uint8]) -> "WorldTokenizer":
-        ends = np.cumsum(lengths, dtype=np.int64).tolist()
-        if not ends or ends[-1] != len(data):
+        if data.dtype != np.uint8 or lengths.dtype != np.uint8 or not lengths.size or lengths.sum() != data.size:
             raise TokenizerError("its token lengths do not add up")
-        raw = data.tobytes()
+        raw, ends = data.tobytes(), np.cumsum(lengths, dtype=np.int64).tolist()
         return cls([raw[a:b] for a, b in itertools.pairwise([0, *ends])])
 
     @classmethod
@@ -196,7 +213,7 @@ class WorldTokenizer(_ByteTable):
                 if not 0 < (index := int(line[:head])) < 1 << 20 or index in table:
                     raise ValueError("the id is out of range or there twice")
                 table[index] = token
-        except (ValueError, SyntaxError, UnicodeDecodeError) as error:
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:  # literal_eval's, all five
             raise TokenizerError(f"{path}: not a World vocabulary: line {line[:40]!r} ({error})") from None
         try:
             return cls([table.get(i, b"") for i in range(max(table) + 1)])
@@ -222,6 +239,10 @@ class _JsonStream:
         self._stream = DecodeStream(skip_special_tokens=False)
         self._held: list[int] = []
 
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._held)
+
     def push(self, token: int) -> str:
         text = self._stream.step(self._tokenizer, token)
         self._held = [] if text else [*self._held, token]
@@ -245,14 +266,15 @@ class JsonTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(text)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{name}: not a tokenizer.json ({error})") from None
+        # a file may ask for both, for training
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.text = text
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    def _text(self, data: str | bytes) -> str:
-        if isinstance(data, str):
-            return data
+    def _text(self, text: str | bytes) -> str:
         try:
-            return data.decode("utf-8")
+            return _to_bytes(text).decode("utf-8")
         except UnicodeDecodeError as error:
             raise TokenizerError(f"not UTF-8 at byte {error.start}; this model's tokenizer takes text only") from None
 
@@ -270,7 +292,7 @@ class JsonTokenizer:
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
         decoder = codecs.getincrementaldecoder("utf-8")()
-        rest, done = "", 0
+        rest, read, done = "", 0, 0
         for block in itertools.chain(blocks, [None]):
             try:
                 text = rest + decoder.decode(block or b"", final=block is None)
@@ -278,7 +300,8 @@ class JsonTokenizer:
                 raise TokenizerError(
                     f"not UTF-8 at byte {done + error.start}; this model's tokenizer takes text only"
                 ) from None
-            done += len(block or b"") - (len(decoder.getstate()[0]) if block else 0)
+            read += len(block or b"")
+            done = read - len(decoder.getstate()[0])  # bytes decoded: the next error counts from there
             cut = len(text) if block is None else _word_border(text)
             if cut:
                 yield self._piece(text[:cut])
@@ -290,11 +313,9 @@ class JsonTokenizer:
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         width = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
         upto = np.concatenate([[0], np.cumsum(width)])
-        stops = [end for _, end in encoded.offsets]
-        return Piece(
-            encoded.ids,
-            upto[np.maximum.accumulate(np.array(stops, np.int64))] if stops else np.zeros(0, np.int64),
-        )
+        stops = np.array([end for _, end in encoded.offsets], np.int64)
+        stops[-1:] = len(text)  # offsets may leave out blanks at the end
+        return Piece(encoded.ids, upto[np.maximum.accumulate(stops)])
 
 
 def _word_border(text: str) -> int:

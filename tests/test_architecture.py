@@ -1,0 +1,134 @@
+"""The house's rules, checked: who imports whom, what --help loads, twins and their Protocol, what is packaged."""
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.resources
+import inspect
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+BELOW = {"kernels": set(), "quant": set(), "models": {"kernels", "quant"}, "rwkv_cli": {"kernels", "quant", "models"}}
+SOURCES = [path for folder in BELOW for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_imports_go_down(path: Path) -> None:
+    here = path.parent.name
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] not in ("kernels", "quant", "models"), f"{name}: write rwkv_cli.{name}"
+        assert parts[0] not in ("torch", "rwkv"), f"{name} at run time"
+        if parts[0] == "rwkv_cli" and len(parts) > 1:
+            target = parts[1] if parts[1] in BELOW else "rwkv_cli"
+            assert target == here or target in BELOW[here], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_a_file_stays_readable(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "says what it is"
+
+
+def test_models_do_not_know_the_device() -> None:
+    for path in (ROOT / "models").glob("*.py"):
+        assert "cuda" not in path.read_text(encoding="utf-8").lower()
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_a_backend_is_its_protocol(device: str) -> None:
+    from rwkv_cli.kernels.backend import Backend
+
+    module = importlib.import_module(f"rwkv_cli.kernels.{device}")
+    for name, method in inspect.getmembers(Backend, inspect.isfunction):
+        if name.startswith("_"):
+            continue
+        wanted = [(p.name, p.default) for p in inspect.signature(method).parameters.values()][1:]
+        found = [(p.name, p.default) for p in inspect.signature(getattr(module, name)).parameters.values()]
+        assert found == wanted, name
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom rwkv_cli.main import cli\ncli(['--help'], standalone_mode=False)\nprint(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    for name in ("numpy", "numba", "rich", "tokenizers", "safetensors"):
+        assert f"'{name}'" not in done.stdout
+
+
+def test_every_source_folder_is_packaged() -> None:
+    assert set(SETUPTOOLS["package-dir"].values()) == set(BELOW)
+    for name, folder in SETUPTOOLS["package-dir"].items():
+        assert name in SETUPTOOLS["packages"]
+        assert (ROOT / folder / "__init__.py").is_file()
+        below = [path for path in (ROOT / folder).iterdir() if path.is_dir() and path.name != "__pycache__"]
+        assert not below, "a folder below would be missing from the wheel"
+
+
+def test_generic_names_are_not_ours() -> None:
+    for name in ("kernels", "quant", "models"):
+        spec = importlib.util.find_spec(name)
+        assert spec is None or not str(spec.origin).startswith(str(ROOT))
+
+
+def test_the_version_is_one() -> None:
+    import rwkv_cli
+
+    assert rwkv_cli.__version__ == PROJECT["project"]["version"] == importlib.metadata.version("rwkv-cli")
+    assert f"## {rwkv_cli.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert importlib.resources.files("rwkv_cli").joinpath("py.typed").is_file()
+
+
+def test_dependencies_are_what_is_imported() -> None:
+    declared = {line.split(">")[0].split("=")[0].strip() for line in PROJECT["project"]["dependencies"]}
+    used = {name.split(".")[0] for path in SOURCES for name in imports(path)} - set(sys.stdlib_module_names)
+    # llvmlite comes with numba; rwkv is read as data
+    assert used - {"rwkv_cli", "llvmlite"} == declared - {"rwkv"}
+
+
+def test_the_kernel_cache_changes_with_any_kernel_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rwkv_cli.kernels import jit
+
+    folders = []
+    for text in ("a", "b"):
+        (tmp_path / "jit.py").write_text("")
+        (tmp_path / "other.py").write_text(text)
+        monkeypatch.setattr(jit, "__file__", str(tmp_path / "jit.py"))
+        folders.append(jit.cache_folder.__wrapped__())
+    assert folders[0] != folders[1]
+
+
+def test_the_kernel_cache_survives_a_read_only_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rwkv_cli.kernels import jit
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(jit, "user_cache_path", lambda _: tmp_path / "file" / "below")
+    monkeypatch.setattr(jit.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = jit.cache_folder.__wrapped__()
+    assert folder.is_dir()
+    assert folder.parent.parent == tmp_path
+    # a folder that others can write to could hold anybody's code
+    folder.parent.chmod(0o777)
+    monkeypatch.setattr(jit.tempfile, "mkdtemp", lambda prefix: f"{tmp_path}/{prefix}x")
+    assert jit.cache_folder.__wrapped__() == tmp_path / "rwkv-kernels-x"
