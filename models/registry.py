@@ -11,6 +11,8 @@ MODULES: dict[str, ModuleType] = {
     "4": rwkv4, "5.0": rwkv5, "5.1": rwkv5, "5.2": rwkv5, "6": rwkv6, "7": rwkv7,
 }  # fmt: skip
 
+_MAX_LAYERS = 9999
+
 # newest first; each pattern is looked for among the tensor names
 _REFUSED = [
     (r"\.lora_[AB]\b|\.lora\.[01]$", "a LoRA adapter; merge it into its base model first"),
@@ -88,8 +90,14 @@ def tensors(config: Config) -> dict[str, Entry]:
     ]:
         table[entry.name] = entry
     skip = _unused_in_first(module)
+    try:
+        layer = [*norm("ln1", D), *norm("ln2", D), *module.entries(config)]
+    except KeyError as error:
+        raise UnsupportedModelError(f"its config lacks the low rank {error}; convert the model again") from None
+    if config.layers > _MAX_LAYERS:
+        raise UnsupportedModelError(f"{config.layers} layers are more than any model has; convert the model again")
     for i in range(config.layers):
-        for entry in [*norm("ln1", D), *norm("ln2", D), *module.entries(config)]:
+        for entry in layer:
             if i > 0 or entry.name not in skip:
                 table[f"blocks.{i}.{entry.name}"] = entry
     return table

@@ -1,0 +1,44 @@
+# make test    set up .venv and run the tests
+# make demo    set up .venv, convert CHECKPOINT=…, measure it, let it write, chat if there is a terminal
+# make lint    formatting, style, types
+# EXTRAS=dev,reference adds torch and the reference package to the tests
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+TEXT ?= docs/models.md
+BIN := $(VENV)/bin
+
+.PHONY: setup test lint demo docs clean
+
+setup: $(VENV)/installed-$(EXTRAS)
+
+$(VENV)/installed-$(EXTRAS): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rwkv needs Python 3.11 or newer; name one: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	touch $@
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/links.py
+	cd .links && ../$(BIN)/mypy --config-file ../pyproject.toml -p rwkv_cli
+
+docs: setup
+	$(BIN)/python tools/make_docs.py
+
+demo:
+	@test -n "$(CHECKPOINT)" || { echo "name a checkpoint: make demo CHECKPOINT=path/to/RWKV….pth" >&2; exit 2; }
+	@$(MAKE) --no-print-directory setup
+	mkdir -p demo
+	$(BIN)/rwkv convert "$(CHECKPOINT)" demo/model.safetensors --force
+	$(BIN)/rwkv ppl $(TEXT) -m demo/model.safetensors --limit 2000
+	$(BIN)/rwkv generate "Once upon a time" -m demo/model.safetensors --max-tokens 100
+	@if test -t 0; then $(BIN)/rwkv chat -m demo/model.safetensors; fi
+
+clean:
+	rm -rf $(VENV) .links build dist demo *.egg-info
