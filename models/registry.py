@@ -122,6 +122,6 @@ def match(config: Config, shapes: Shapes) -> dict[str, tuple[Entry, str]]:
         plan[name] = (entry, source)
     extra = sorted(set(shapes) - expected)
     if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
         raise UnsupportedModelError(f"tensor {extra[0]}{more} is not part of RWKV-{config.version}; a variant of it?")
     return plan

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_cli.quant.errors import FormatError
-from rwkv_cli.quant.source import SourceTensor, extent
+from rwkv_cli.quant.source import SourceTensor, check_name, extent
 from rwkv_cli.quant.tensor import BITS
 
 _DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
@@ -78,7 +78,7 @@ def _storage(pid: Any) -> _Storage:
         case ("storage", _StorageType(name), str(key), _, int(numel)) if name in _DTYPES:
             return _Storage(_DTYPES[name], key, numel)
         case ("storage", _StorageType(name), *_):
-            raise _RefusedError(f"it holds a {name:.80}; only float32, float16 and bfloat16 can be read")
+            raise _RefusedError(f"it holds a {name!r:.80}; only float32, float16 and bfloat16 can be read")
     raise _RefusedError("a storage is described wrongly")
 
 
@@ -92,7 +92,7 @@ def open_pth(path: Path) -> dict[str, SourceTensor]:
             entries = {info.filename: info for info in archive.infolist()}
             found = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
             if len(found) != 1:
-                raise FormatError(f"{path}: a zip without torch's data.pkl, so not a torch checkpoint")
+                raise FormatError(f"{path}: a zip without torch's data.pkl, so not a checkpoint; give the .pth itself")
             prefix = found[0].removesuffix("data.pkl")
             order = entries.get(prefix + "byteorder")
             if order is not None and _content(path, archive, order).strip() != b"little":
@@ -112,14 +112,14 @@ def open_pth(path: Path) -> dict[str, SourceTensor]:
 def _stored(path: Path, entry: zipfile.ZipInfo) -> None:
     if entry.compress_type != zipfile.ZIP_STORED:
         raise FormatError(
-            f"{path}: {entry.filename} in it is compressed; unpack and zip again without compression (zip -0)"
+            f"{path}: {entry.filename!r} in it is compressed; unpack and zip again without compression (zip -0)"
         )
 
 
 def _content(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     _stored(path, entry)
     if entry.file_size > _MAX_PICKLE:
-        raise FormatError(f"{path}: {entry.filename} in it is larger than any checkpoint's; download it again")
+        raise FormatError(f"{path}: {entry.filename!r} in it is larger than any checkpoint's; download it again")
     return archive.read(entry)
 
 
@@ -201,17 +201,18 @@ def _flat(path: Path, tree: Any) -> dict[str, _View]:
     for name, view in tree.items():
         if not isinstance(name, str) or not isinstance(view, _View):
             raise FormatError(f"{path}: entry {name!r:.80} is not a tensor; expected a flat dictionary of tensors")
+        check_name(path, name)
     return tree
 
 
 def _locate(path: Path, file: Any, size: int, entry: zipfile.ZipInfo | None, name: str, view: _View) -> SourceTensor:
     storage = view.storage
     if entry is None:
-        raise FormatError(f"{path}: tensor {name}: its data (storage {storage.key}) is missing; download it again")
+        raise FormatError(f"{path}: tensor {name}: its data (storage {storage.key!r}) is missing; download it again")
     _stored(path, entry)
     item = BITS[storage.dtype].itemsize
     if entry.file_size != storage.numel * item or entry.compress_size != entry.file_size:
-        raise FormatError(f"{path}: tensor {name}: storage {storage.key} has the wrong size; download the file again")
+        raise FormatError(f"{path}: tensor {name}: storage {storage.key!r} has the wrong size; download the file again")
     if prod(view.shape) and view.offset + extent(view.shape, view.strides) > storage.numel:
         raise FormatError(f"{path}: tensor {name} reaches past the end of its storage; download the file again")
     header = b""

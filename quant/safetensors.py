@@ -6,7 +6,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rwkv_cli.quant.errors import FormatError
-from rwkv_cli.quant.source import SourceTensor, contiguous
+from rwkv_cli.quant.source import SourceTensor, check_name, contiguous
 from rwkv_cli.quant.tensor import BITS, FLOATS
 
 
@@ -34,6 +34,7 @@ def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
             names: list[str] = file_.offset_keys()
             metadata: dict[str, str] = file_.metadata() or {}
             for name in names:
+                check_name(path, name)
                 view: Any = file_.get_slice(name)
                 dtype, shape = view.get_dtype(), tuple(view.get_shape())
                 if dtype not in BITS:

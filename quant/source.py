@@ -1,7 +1,7 @@
 """Foreign checkpoints, mapped and read-only: a `.pth`, a safetensors file, or a folder of either."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,6 @@ class SourceTensor:
         """The same rows as float32, a copy, C-contiguous."""
         return np.array(to_float32(self.bits(start, stop), self.dtype), order="C")
 
-    def reshaped(self, shape: tuple[int, ...]) -> "SourceTensor":
-        """The same elements in another shape of equal size; `self` is contiguous."""
-        return replace(self, shape=shape, strides=contiguous(shape))
-
 
 Source = Mapping[str, SourceTensor]
 
@@ -63,6 +59,12 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     if prod(shape) == 0:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+
+
+def check_name(path: Path, name: str) -> None:
+    """Refuse a tensor's name that would break a message into lines."""
+    if not name.isprintable():
+        raise FormatError(f"{path}: a tensor has the name {name!a:.80}; download the file again")
 
 
 def open_source(path: Path) -> dict[str, SourceTensor]:
@@ -103,8 +105,8 @@ def _check_shards(folder: Path, tensors: Mapping[str, SourceTensor]) -> None:
         try:
             listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             missing = sorted({listed[name] for name in listed if name not in tensors})
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{index}: not a readable shard index ({error})") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise FormatError(f"{index}: not a readable shard index; download it again") from None
         if missing:
             raise FormatError(f"{index}: tensors of shard {missing[0]} are missing from {folder}; download it again")
 
@@ -134,4 +136,4 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], dict[str, SourceTensor]
             f"{path}: a torch file from before version 1.6 (no zip); save it again with a newer torch: "
             "torch.save(torch.load(old), new)"
         )
-    raise FormatError(f"{path}: neither a torch .pth nor a safetensors file")
+    raise FormatError(f"{path}: neither a torch .pth nor a safetensors file; give a checkpoint, or download it again")

@@ -264,7 +264,7 @@ def _temporary(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
     taken = FileExistsError(f"{path} exists; give --force to replace it, or another DST")
     if os.path.lexists(path) and not overwrite:
         raise taken
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".rwkv-{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
             yield file
@@ -281,7 +281,8 @@ def _temporary(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
             raise
         raise OSError(error.errno, f"{error.strerror}; nothing was written", str(path)) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _move(part: Path, path: Path) -> None:

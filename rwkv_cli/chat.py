@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,8 @@ class Conversation:
         """Read turns and answer them until the input ends."""
         terminal = sys.stdin.isatty()
         if terminal:
-            import readline  # noqa: F401 - gives input() line editing and history
+            with suppress(ImportError):  # not on Windows
+                import readline  # noqa: F401 - gives input() line editing and history
 
             note(f"{self.model.path.name} · RWKV-{self.model.config.version} · /help lists commands")
         while True:

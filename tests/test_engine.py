@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
+import rwkv_cli
 from rwkv_cli.engine import Completion, first_stop, held_back
 from rwkv_cli.models.base import CHUNK
 from rwkv_cli.quant import FormatError
 from rwkv_cli.sampling import Sampler, Sampling
-from rwkv_cli.tokenizer import WorldTokenizer
+from rwkv_cli.tokenizer import TokenizerError, WorldTokenizer
 
 GREEDY = Sampling(0.0, presence_penalty=0.0, frequency_penalty=0.0)
 WORDS = [
@@ -230,6 +233,47 @@ def test_any_text_is_cut_where_the_first_stop_text_is(
         assert completion.text == TOKENIZER.decode(script[: completion.tokens])
     else:
         assert (completion.text, completion.stop) == (want, stop)
+
+
+@pytest.fixture
+def world(converted: Any, rwkv: Any, tmp_path: Path) -> Path:
+    """A converted model with a World tokenizer of its own."""
+    lines = [f"{i} {token!r} {len(token)}" for i, token in enumerate(TABLE) if token]
+    (tmp_path / "vocabulary").write_text("\n".join(lines))
+    path = tmp_path / "world"
+    assert rwkv("convert", converted().with_suffix(".pth"), path, "--tokenizer", tmp_path / "vocabulary").exit_code == 0
+    return path
+
+
+def test_a_tokenizer_comes_with_its_model(world: Path, converted: Any) -> None:
+    model = rwkv_cli.load(world)
+    assert model.text_tokenizer.encode("one\n\nBob: two hello") == TOKENIZER.encode("one\n\nBob: two hello")
+    assert model.text_tokenizer.size == NOTHING
+    without = rwkv_cli.load(converted())
+    assert without.tokenizer is None
+    with pytest.raises(TokenizerError, match=r"safetensors: has no tokenizer$"):
+        _ = without.text_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "arrays", "says"),
+    [
+        ("odd", {}, "has a tokenizer of unknown kind 'odd'; upgrade rwkv-cli"),
+        ("world", {"tokenizer.bytes": np.zeros(9, np.uint8)}, "its tokenizer is damaged (its token lengths"),
+        ("world", {"tokenizer.lengths": np.zeros((), np.uint8)}, "its tokenizer is damaged (its token lengths"),
+        ("json", {}, "tensor tokenizer.json is missing; convert the model again"),
+        ("json", {"tokenizer.json": np.zeros(9, np.uint8)}, "its tokenizer is damaged (tokenizer.json: not"),
+        ("world", {"tokenizer.bytes": np.arange(512).astype("u1"), "tokenizer.lengths": np.ones(512, "u1")},
+         "its tokenizer has more tokens than the model; convert it again"),
+    ],
+)  # fmt: skip
+def test_a_damaged_tokenizer_is_refused(world: Path, tmp_path: Path, kind: str, arrays: Any, says: str) -> None:
+    with safe_open(world, "np") as file:
+        metadata = file.metadata()
+    save_file(load_file(world) | arrays, tmp_path / "damaged", metadata | {"tokenizer": f'"{kind}"'})
+    with pytest.raises(FormatError) as error:
+        rwkv_cli.load(tmp_path / "damaged")
+    assert str(error.value).startswith(f"{tmp_path / 'damaged'}: {says}")
 
 
 def test_stop_texts_are_looked_for() -> None:

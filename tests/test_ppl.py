@@ -83,8 +83,11 @@ def test_the_state_is_carried_whatever_the_steps(
 
 
 @pytest.mark.parametrize("options", [(), ("--context", 33, "--start-token", "none"), ("--limit", 1)])
-def test_a_comparison_is_the_plain_one(rwkv: Run, converted: Any, text: Path, options: tuple[object, ...]) -> None:
-    a, b = converted("7", vocab=256), converted("7", "none", vocab=256)
+@pytest.mark.parametrize("seed", [0, 1])  # the same weights, and others
+def test_a_comparison_is_the_plain_one(
+    rwkv: Run, converted: Any, text: Path, options: tuple[object, ...], seed: int
+) -> None:
+    a, b = converted("7", vocab=256), converted("7", "none", vocab=256, seed=seed)
     facts = json.loads(rwkv("ppl", text, "-m", a, "--compare", b, "--json", *options).stdout)
     assert set(facts) == KEYS | COMPARED
     context, start = (33, None) if len(options) == 4 else (None, 0)
@@ -108,6 +111,7 @@ def test_a_model_does_not_differ_from_itself(rwkv: Run, byte_model: Path, text: 
     facts = json.loads(rwkv("ppl", text, "-m", byte_model, "--compare", byte_model, "--json").stdout)
     want = {"kl_mean": 0, "kl_p999": 0, "top1_agreement": 1, "nll_diff": 0, "nll_diff_stderr": 0}
     assert {key: facts[key] for key in want} == pytest.approx(want, abs=1e-12)
+    assert facts["kl_p999"] == 0
     assert facts["other_ppl"] == facts["ppl"]
 
 
@@ -133,26 +137,31 @@ def test_each_file_is_scored_by_itself(rwkv: Run, byte_model: Path, tmp_path: Pa
 
 
 @pytest.fixture
-def json_model(tmp_path: Path, converted: Any, rwkv: Run) -> Path:
-    """A tiny model whose tokenizer takes text only; a token is a byte."""
-    vocabulary = {"<|endoftext|>": 0}
-    for character in tokenizers.pre_tokenizers.ByteLevel.alphabet():
-        vocabulary[character] = len(vocabulary)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.save(str(tmp_path / "t.json"))
-    source = converted().with_suffix(".pth")
-    assert rwkv("convert", source, tmp_path / "json", "--tokenizer", tmp_path / "t.json").exit_code == 0
-    return tmp_path / "json"
+def json_models(tmp_path: Path, converted: Any, rwkv: Run) -> list[Path]:
+    """Two tiny models whose tokenizers take text only, with different tokens of two bytes."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    for merge in (("I", "t"), ("a", "r")):
+        tokens = ["<|endoftext|>", *alphabet, "".join(merge)]
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, [merge]))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        tokenizer.save(str(tmp_path / "t.json"))
+        command = "convert", converted().with_suffix(".pth"), tmp_path / merge[0], "--tokenizer", tmp_path / "t.json"
+        assert rwkv(*command).exit_code == 0
+    return [tmp_path / "I", tmp_path / "a"]
 
 
-def test_a_text_for_a_json_tokenizer(rwkv: Run, json_model: Path, text: Path) -> None:
-    facts = json.loads(rwkv("ppl", text, "-m", json_model, "--json").stdout)
-    ids = rwkv_cli.load(json_model).text_tokenizer.encode(TEXT)
-    p, targets = scored(json_model, ids, None, 0)
-    assert (facts["tokens"], facts["bytes"]) == (len(ids), len(TEXT))
-    assert facts["nll"] == pytest.approx(-p[np.arange(len(ids)), targets].mean(), rel=1e-6)
+@pytest.mark.parametrize("start", ["0", "none"])
+def test_a_text_for_a_json_tokenizer(rwkv: Run, json_models: list[Path], text: Path, start: str) -> None:
+    facts = json.loads(rwkv("ppl", text, "-m", json_models[0], "--json", "--start-token", start).stdout)
+    ids = rwkv_cli.load(json_models[0]).text_tokenizer.encode(TEXT)
+    assert len(ids) == len(TEXT) - 9
+    p, targets = scored(json_models[0], ids, None, None if start == "none" else 0)
+    nll = -p[np.arange(len(targets)), targets]
+    size = len(TEXT) - (2 if start == "none" else 0)  # without a start token, "It" is not scored
+    assert (facts["tokens"], facts["bytes"]) == (len(targets), size)
+    assert facts["nll"] == pytest.approx(nll.mean(), rel=1e-6)
+    assert facts["bits_per_byte"] == pytest.approx(nll.sum() / math.log(2) / size, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +174,7 @@ def test_a_text_for_a_json_tokenizer(rwkv: Run, json_model: Path, text: Path) ->
         (("{text}", "-m", "{none}"), 1, "{none}: has no tokenizer"),
         (("{text}", "-m", "{byte}", "--compare", "{missing}"), 1, "{missing}: No such file or directory"),
         (("{text}", "-m", "{byte}", "--compare", "{json}"), 1, "{byte} and {json} have different tokenizers"),
+        (("{text}", "-m", "{json}", "--compare", "{other}"), 1, "{json} and {other} have different tokenizers"),
         (("{empty}", "-m", "{byte}"), 1, "{empty}: is empty, so there is nothing to score"),
         (("{empty}", "-m", "{json}"), 1, "{empty}: is empty, so there is nothing to score"),
         (("{one}", "-m", "{byte}", "--start-token", "none"), 1, "{one}: nothing to score, since without a start token"),
@@ -178,11 +188,11 @@ def test_a_text_for_a_json_tokenizer(rwkv: Run, json_model: Path, text: Path) ->
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_a_sentence(
-    rwkv: Run, byte_model: Path, converted: Any, json_model: Path, tmp_path: Path, text: Path,
+    rwkv: Run, byte_model: Path, converted: Any, json_models: list[Path], tmp_path: Path, text: Path,
     monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], code: int, says: str,
 ) -> None:  # fmt: skip
     names = {name: tmp_path / name for name in ("missing", "folder", "empty", "one", "bad")}
-    names |= {"byte": byte_model, "json": json_model, "none": converted(), "text": text}
+    names |= {"byte": byte_model, "json": json_models[0], "other": json_models[1], "none": converted(), "text": text}
     monkeypatch.setattr(scoring, "_BLOCK", 32)
     names["folder"].mkdir()
     names["empty"].touch()

@@ -13,8 +13,11 @@ from rwkv_cli.sampling import Sampler, Sampling, candidates
 
 PLAIN = Sampling(1.0, 1.0, presence_penalty=0.0, frequency_penalty=0.0)
 modest = settings(max_examples=100, deadline=None)
+# steps that show in a probability, however small the difference of two logits
 logit_lists = st.lists(
-    st.one_of(st.floats(-30, 30, width=32), st.sampled_from([0.0, 1.0, -(2.0**99), 2.0**99])), min_size=1, max_size=40
+    st.one_of(st.integers(-2000, 2000).map(lambda n: n / 64), st.sampled_from([0.0, 1.0, -(2.0**99), 2.0**99])),
+    min_size=1,
+    max_size=40,
 )
 any_settings = st.builds(
     Sampling,
@@ -75,7 +78,7 @@ def test_candidates_keep_their_promises(logits: list[float], s: Sampling) -> Non
     assert logits[kept[0]] == max(logits)
     assert len(kept) <= (s.top_k or len(logits))
     left_out = set(range(len(logits))) - set(kept.tolist())
-    assert all(logits[i] <= min(logits[j] for j in kept) for i in left_out)
+    assert all(logits[i] <= min(logits[j] for j in kept[p > 0]) for i in left_out)
     full = plain(logits, PLAIN)
     assert all(full[int(i)] >= s.min_p * max(full.values()) * (1 - 1e-9) for i in kept)
     sampler = Sampler(s, 1)
@@ -140,8 +143,7 @@ def test_the_reference_package_has_the_same_probabilities(s: Sampling, monkeypat
 @given(logits=logit_lists, change=st.sampled_from([{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}]))
 def test_the_likeliest_is_taken(logits: list[float], change: dict[str, Any]) -> None:
     got = Sampler(replace(PLAIN, **change), 5).pick(np.array(logits, np.float32))
-    # the last bits of a logit do not show in its probability
-    assert logits[got] == pytest.approx(max(logits), abs=1e-9)
+    assert logits[got] == max(logits)
     if change in ({"temperature": 0.0}, {"top_k": 1}):
         assert got == logits.index(max(logits))
 

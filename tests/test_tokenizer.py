@@ -20,21 +20,20 @@ from rwkv_cli.tokenizer import (
     official_vocabulary,
 )
 
-SAMPLE = "The cat sat on the mat.  It said: 你好，世界！ It's 12 é́ 👩‍👩‍👧 the cat\n\nthe end 𝄞\t\u00a0x"
+SAMPLE = "The cat sat on the mat.  It said: 你好，世界！ It's 12 é́ 👩‍👩‍👧 the cat\n\nthe end 𝄞\t\u00a0x" + "   \n" * 9
 
 
-def bpe(**options: Any) -> JsonTokenizer:
+def bpe(cut: bool = False) -> JsonTokenizer:
     """A byte-level BPE of 300 tokens, learnt from SAMPLE; 0 ends a text."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=options.get("trim", False))
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator([SAMPLE] * 2, trainer)
-    if options.get("cut"):
+    if cut:
         tokenizer.enable_truncation(4)
         tokenizer.enable_padding(length=8)
     return JsonTokenizer(tokenizer.to_str().encode(), "small")
@@ -45,7 +44,7 @@ KINDS: dict[str, Tokenizer] = {"world": WORLD, "bytes": ByteTokenizer(), "json":
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
 mixed = st.lists(
-    st.one_of(st.text(max_size=12), st.sampled_from(["the cat", " ", "  ", "\n\n", "你好", "👩‍👧", "é́"])),
+    st.one_of(st.text(max_size=12), st.sampled_from(["the cat", " ", "   \n", "\n\n", "你好", "👩‍👧", "é́", " " * 127])),
     max_size=12,
 ).map("".join)
 modest = settings(max_examples=60, deadline=None)
@@ -158,9 +157,12 @@ def test_a_text_without_blanks_is_not_hoarded_either() -> None:
 
 
 def test_json_blocks_end_where_the_text_ends_though_offsets_leave_out_blanks() -> None:
-    data = (SAMPLE + "  \n").encode() * 3
-    pieces = list(bpe(trim=True).encode_blocks(blocks(data, [50])))
-    assert sum(int(piece.ends[-1]) for piece in pieces) == len(data)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "x": 1, "Ġ": 2, "xĠ": 3}, [("x", "Ġ")]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    assert tokenizer.encode("ax ").offsets[-1] == (1, 2)
+    (piece,) = JsonTokenizer(tokenizer.to_str().encode(), "trimmed").encode_blocks([b"ax "])
+    assert (piece.ids, piece.ends.tolist()) == ([0, 3], [1, 3])
 
 
 @modest
@@ -304,6 +306,12 @@ def test_a_broken_vocabulary_is_refused(tmp_path: Path, text: bytes, message: st
 def test_damaged_arrays_are_refused(data: Any, lengths: Any) -> None:
     with pytest.raises(TokenizerError, match=r"do not add up|every single byte"):
         WorldTokenizer.from_arrays(data, lengths)
+
+
+def test_a_missing_world_vocabulary_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(TokenizerError, match="pip install rwkv"):
+        official_vocabulary()
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"\xff", b'{"model": {"type": "none"}}'])
