@@ -135,7 +135,9 @@ def test_any_safetensors_reader_opens_it(converted: Convert, version: str, quant
 def test_an_array_at_an_odd_place_is_read_all_the_same(model: Path, tmp_path: Path) -> None:
     want, _ = rwkv_cli.load(model).forward([1, 2, 3])
     moved = joined(tmp_path / "a", *split(model))
-    assert all(stored.start % 2 for stored in Checkpoint(moved).stored.values())
+    checkpoint = Checkpoint(moved)
+    assert all(stored.start % 2 for stored in checkpoint.stored.values())
+    assert not any(checkpoint.array(name).flags.writeable for name in checkpoint.stored)
     got, _ = rwkv_cli.load(moved).forward([1, 2, 3])
     np.testing.assert_array_equal(got, want)
 
@@ -286,6 +288,13 @@ def test_a_tensor_that_is_stored_otherwise_is_named(
     refused(
         rwkv("generate", "hi", "-m", path), f"{path}: tensor {re.escape(name.removesuffix('.scale'))}", "convert the"
     )
+
+
+def test_a_float_matrix_of_integers_is_named(rwkv: Run, converted: Convert, tmp_path: Path) -> None:
+    header, body = split(converted("7", "none", vocab=256))
+    header["head.weight"]["dtype"] = "I32"
+    path = joined(tmp_path / "a", header, body)
+    refused(rwkv("generate", "hi", "-m", path), r"tensor head\.weight is stored as I32", "convert the model again")
 
 
 @pytest.mark.parametrize("write", [tiny.write_pth, tiny.write_safetensors])

@@ -169,7 +169,9 @@ def test_changed_bytes_are_refused_or_harmless(folder: Path, part: str, changes:
     read_or_refuse(target)
 
 
-CENTRAL = {"compression": 10, "compress_size": 20, "file_size": 24, "header_offset": 42}
+CENTRAL = {"compression": (10, "<H"), "compress_size": (20, "<I"), "file_size": (24, "<I"), "both sizes": (20, "<Q"),
+           "header_offset": (42, "<I")}  # fmt: skip
+"""Where the fields of a zip's directory lie."""
 
 
 @pytest.mark.parametrize(
@@ -180,15 +182,17 @@ CENTRAL = {"compression": 10, "compress_size": 20, "file_size": 24, "header_offs
         ("compression", 8, "'archive/data/0' in it is compressed; unpack"),
         ("compression", 99, "'archive/data/0' in it is compressed; unpack"),
         ("header_offset", 1, "no data where the file says; download"),
+        ("both sizes", 4000 << 32 | 4000, "tensor b reaches past the end of the file; download"),
         ("header_offset", 1 << 30, "no data where the file says; download"),
     ],
 )
 def test_a_directory_that_lies_is_refused(rwkv: Run, tmp_path: Path, field: str, value: int, says: str) -> None:
     path = tmp_path / "a.pth"
-    tiny.write_zip(path, {"a": tensor("0", "F32", 6, 0, (6,), (1,))}, {"0": FLOATS})
+    numel = 1000 if field == "both sizes" else 6
+    tiny.write_zip(path, {"b": tensor("0", "F32", numel, 0, (6,), (1,))}, {"0": FLOATS})
     data = bytearray(path.read_bytes())
-    entry = data.rindex(b"archive/data/0") - 46
-    struct.pack_into("<H" if field == "compression" else "<I", data, entry + CENTRAL[field], value)
+    at, kind = CENTRAL[field]
+    struct.pack_into(kind, data, data.rindex(b"archive/data/0") - 46 + at, value)
     path.write_bytes(data)
     refused(rwkv("convert", path), path, says)
     assert list(tmp_path.iterdir()) == [path]
@@ -310,6 +314,7 @@ def test_nothing_in_a_pickle_is_run(
 def test_a_pickle_cannot_crash_or_hang_the_reader(tmp_path: Path, tuples: bytes, before: bytes, after: bytes) -> None:
     tiny.write_zip(tmp_path / "a.pth", b"\x80\x02" + before + tuples + after + b".", {})
     code = "import sys, pathlib, rwkv_cli.quant.source as s; s.open_source(pathlib.Path(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.pth"], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-P", "-c", code, tmp_path / "a.pth"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert re.search(r"FormatError: \S+a\.pth: ", done.stderr)

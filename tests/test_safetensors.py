@@ -1,4 +1,4 @@
-"""Source checkpoints as safetensors, as folders, and files that are no checkpoint at all."""
+"""Sources as safetensors and as folders, with damaged weights, and files that are no checkpoint at all."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_cli.models import UnsupportedModelError, naming, registry
-from rwkv_cli.quant import Checkpoint, FormatError, open_source
+from rwkv_cli.quant import Checkpoint, FormatError, open_source, writer
 
 Run = Callable[..., Result]
 few = settings(max_examples=60, deadline=None)
@@ -24,7 +24,8 @@ SMALL = tiny.weights("7", layers=1, width=16, vocab=256, head=8, ffn=32)
 def refused(result: Result, *parts: object) -> None:
     """One sentence on standard error that has these parts in this order."""
     assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch("Error: .*" + ".*".join(map(str, parts)) + ".*\n", result.stderr), result.stderr
+    says = "(Compiling kernels .*\n)?Error: .*" + ".*".join(map(str, parts)) + ".*\n"
+    assert re.fullmatch(says, result.stderr), result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,47 @@ def test_a_header_that_lies_is_refused(rwkv: Run, tmp_path: Path, header: Any, s
 def test_a_wrong_header_length_is_refused(rwkv: Run, tmp_path: Path, length: int) -> None:
     (tmp_path / "a").write_bytes(length.to_bytes(8, "little") + b'{"a":1}' + bytes(200))
     refused(rwkv("convert", tmp_path / "a"), tmp_path / "a", BROKEN)
+
+
+@pytest.mark.parametrize("quant", ["int8", "none"])
+def test_blocks_do_not_show(rwkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
+    source = tiny.write_safetensors(tmp_path / "a", SMALL)
+    assert rwkv("convert", source, tmp_path / "whole", "--quant", quant).exit_code == 0
+    monkeypatch.setattr(writer, "_BLOCK_BYTES", 300)
+    assert rwkv("convert", source, tmp_path / "parts", "--quant", quant).exit_code == 0
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+
+
+DAMAGED = "holds NaN or infinity; the file is damaged, download it again"
+
+
+@pytest.mark.parametrize("quant", ["int8", "none"])
+@pytest.mark.parametrize(
+    ("version", "name", "value", "says"),
+    [
+        ("7", "emb.weight", np.nan, DAMAGED),
+        ("7", "blocks.0.ffn.value.weight", np.inf, DAMAGED),
+        ("7", "blocks.0.att.w2", -np.inf, DAMAGED),
+        ("7", "ln_out.bias", np.nan, DAMAGED),
+        ("6", "blocks.0.att.time_maa_w2", np.nan, DAMAGED),
+        ("4", "blocks.0.att.time_decay", -np.inf, DAMAGED),  # exp makes 0 of it
+        ("5.0", "blocks.0.att.time_decay", np.inf, DAMAGED),
+        ("5.0", "blocks.0.att.time_first", -np.inf, DAMAGED),
+        ("5.2", "blocks.0.att.time_decay", np.inf, DAMAGED),
+        ("4", "blocks.0.att.time_decay", 99, DAMAGED),  # exp overflows
+        ("7", "head.weight", 1e11, r"holds a value of 1\.0e\+11; the file is damaged, download it again"),
+    ],
+)
+def test_damaged_weights_are_named(
+    rwkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str, version: str, name: str, value: float,
+    says: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(writer, "_BLOCK_BYTES", 300)
+    weights = tiny.weights(version, layers=1, width=16, vocab=256, head=8, ffn=32)
+    weights[name].flat[-1] = value  # in the last block
+    path = tiny.write_safetensors(tmp_path / "a", weights, "F32")
+    refused(rwkv("convert", path, "--quant", quant), rf"{path}: tensor {re.escape(name)}\S* {says}")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 384000000\n"
