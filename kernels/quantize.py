@@ -71,5 +71,7 @@ def quantize_rows(w: NDArray[np.float32], unit: int) -> tuple[NDArray[np.int8], 
     values = np.empty((len(w), groups * GROUP), np.int8)
     scales = np.empty((len(w), groups), np.uint16)
     errors = np.zeros(len(w))
-    _quantize(np.ascontiguousarray(w), np.float32(2.0**-unit), CANDIDATES, STEP, values, scales, errors)
+    w = np.ascontiguousarray(w).view()
+    w.flags.writeable = False  # mapped rows are: one type of array, one compilation
+    _quantize(w, np.float32(2.0**-unit), CANDIDATES, STEP, values, scales, errors)
     return values, scales, float(errors.sum())

@@ -103,8 +103,17 @@ def open_pth(path: Path) -> dict[str, SourceTensor]:
                 name: _locate(path, file, size, entries.get(f"{prefix}data/{view.storage.key}"), name, view)
                 for name, view in _flat(path, tree).items()
             }
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError) as error:
-        if isinstance(error, FormatError):
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        NotImplementedError,
+        OSError,
+        OverflowError,
+        RuntimeError,
+        ValueError,
+    ) as error:
+        # an OSError without a name comes from an offset that cannot be
+        if isinstance(error, FormatError) or getattr(error, "filename", None) is not None:
             raise
         raise FormatError(f"{path}: {_DAMAGED} ({error}); download it again") from None
 

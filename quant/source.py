@@ -42,8 +42,8 @@ class SourceTensor:
         return np.lib.stride_tricks.as_strided(flat, shape, [s * kind.itemsize for s in self.strides], writeable=False)
 
     def float32(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """The same rows as float32, a copy, C-contiguous."""
-        return np.array(to_float32(self.bits(start, stop), self.dtype), order="C")
+        """The same rows as float32, C-contiguous; read-only where they are the mapped ones."""
+        return np.ascontiguousarray(to_float32(self.bits(start, stop), self.dtype))
 
 
 Source = Mapping[str, SourceTensor]

@@ -198,6 +198,16 @@ def test_a_directory_that_lies_is_refused(rwkv: Run, tmp_path: Path, field: str,
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("change", [-9, -1, 1, 100, 1 << 20, 1 << 31])
+def test_a_directory_in_the_wrong_place_is_refused(rwkv: Run, tmp_path: Path, change: int) -> None:
+    path = tiny.write_pth(tmp_path / "a.pth", SMALL)
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\x05\x06") + 16
+    struct.pack_into("<I", data, at, struct.unpack_from("<I", data, at)[0] + change)
+    path.write_bytes(data)
+    refused(rwkv("convert", path), path, "download it again")
+
+
 STORAGE = Persistent(("storage", Ref("torch", "FloatStorage"), "0", "cpu", 6))
 REBUILD = Ref("torch._utils", "_rebuild_tensor_v2")
 OTHER = Persistent(("storage", Ref("torch", "DoubleStorage"), "0", "cpu", 6))
