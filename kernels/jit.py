@@ -27,19 +27,21 @@ FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 
 
 FIXED_ORDER = {"contract"}
-"""For a kernel whose float operations another one repeats bit for bit."""
+"""For a kernel whose float operations must come in one order: another one repeats them bit for bit, or a state
+carries their differences on."""
 
 
 @functools.cache
 def cache_folder() -> Path:
-    """The folder for compiled kernels: in the user's cache, or where that is read-only in one of the user's own below
-    the system's temporary folder. What lies there is run, so nobody else may write to it."""
+    """The folder for compiled kernels: below $NUMBA_CACHE_DIR or in the user's cache, or where that is read-only in one
+    of the user's own below the system's temporary folder. What lies there is run: nobody else may write to it."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     name = f"kernels-{digest.hexdigest()[:16]}"
     shared = Path(tempfile.gettempdir()) / f"rwkv-{os.getuid() if hasattr(os, 'getuid') else getpass.getuser()}"
-    for parent in (user_cache_path("rwkv"), shared):
+    wanted = os.environ.get("NUMBA_CACHE_DIR")
+    for parent in (Path(wanted) if wanted else user_cache_path("rwkv"), shared):
         try:
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             (parent / name).mkdir(exist_ok=True)
@@ -58,7 +60,7 @@ def kernel(parallel: bool = False, fastmath: set[str] = FASTMATH) -> Callable[[C
     def decorate(function: Callable[..., Any]) -> Any:
         before = config.CACHE_DIR
         # numba picks the cache's place here, once, from this setting
-        config.CACHE_DIR = os.environ.get("NUMBA_CACHE_DIR") or str(cache_folder())
+        config.CACHE_DIR = str(cache_folder())
         try:
             return numba.njit(parallel=parallel, fastmath=fastmath, cache=True)(function)
         finally:
@@ -72,6 +74,8 @@ def has_vnni() -> bool:
     """Whether kernels are compiled for a CPU with AVX-512 VNNI (`vpdpbusd` on 512 bits)."""
     if config.CPU_NAME:  # NUMBA_CPU_NAME asks for another CPU than this one
         return "+avx512vnni" in (config.CPU_FEATURES or "")
+    if not config.ENABLE_AVX:
+        return False
     features = llvmlite.binding.get_host_cpu_features()
     return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vnni"))
 

@@ -7,7 +7,7 @@ its decay must be (RWKV-LM README).
 import numpy as np
 from numba import prange
 
-from rwkv_cli.kernels.jit import kernel
+from rwkv_cli.kernels.jit import FIXED_ORDER, kernel
 
 
 @kernel(parallel=True)
@@ -58,7 +58,8 @@ def wkv6(r, k, v, w, u, state, y):  # type: ignore[no-untyped-def]
                     S[i, j] = wi * S[i, j] + kv
 
 
-@kernel(parallel=True)
+# a freshly compiled kernel and a cached one must give the same bits: left free, LLVM orders the update either way
+@kernel(parallel=True, fastmath=FIXED_ORDER)
 def wkv7(r, w, k, v, kappa, beta, state, y):  # type: ignore[no-untyped-def]
     """RWKV-7 (arXiv 2503.14456, section 4): state S [H, N, N] as [value, key].
 

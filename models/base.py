@@ -1,5 +1,6 @@
 """The model: one driver for every version, frozen after load."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from rwkv_cli.models.layers import Carry
 from rwkv_cli.models.registry import MODULES, tensors
 from rwkv_cli.models.state import State
 from rwkv_cli.quant import Checkpoint, Floats, FormatError
+
+_ONE_AT_A_TIME = threading.Lock()
+"""numba's fallback for threads (workqueue) must not be entered twice; the kernels use all cores anyway."""
 
 CHUNK = 256
 """Tokens that go through the layers together: what bounds the memory of a long prompt."""
@@ -28,19 +32,25 @@ class Model:
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None) -> None:
         most: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009 - made at run time
-        if threads is not None and not 1 <= threads <= most:
+        if threads is not None and not (type(threads) is int and 1 <= threads <= most):
             raise DeviceError(f"threads must be from 1 to {most} on this machine, not {threads}")
         self.threads = threads or most
         self.ops: Backend = pick(device)
+        stored_config = checkpoint.metadata("config", dict)
         try:
-            self.config = Config.from_json(checkpoint.metadata("config", dict))
+            self.config = Config.from_json(stored_config)
             self._arch = MODULES[self.config.version]
+            entries = tensors(self.config)
         except (KeyError, ValueError, TypeError) as error:
             raise FormatError(f"{checkpoint.path}: its config is damaged ({error}); convert the model again") from None
         self._layers: list[dict[str, Any]] = [{} for _ in range(self.config.layers)]
         self._top: dict[str, Any] = {}
         present = set(checkpoint.names())
-        for name, entry in tensors(self.config).items():
+        if present - set(entries):
+            raise FormatError(
+                f"{checkpoint.path}: tensor {min(present - set(entries))} is not in its config; convert the model again"
+            )
+        for name, entry in entries.items():
             if entry.optional and name not in present:
                 continue
             weight: Any
@@ -71,12 +81,14 @@ class Model:
         for i, layer in enumerate(self._layers):
             if "att.time_state" in layer:
                 wkv[i] = layer["att.time_state"]
-        return State(np.zeros((c.layers, c.width), np.float32), np.zeros((c.layers, c.width), np.float32), wkv)
+        shift = np.zeros((c.layers, c.width), np.float32)
+        return State(c.version, shift, shift.copy(), wkv)
 
     def forward(self, ids: Ids, state: State | None = None, all_logits: bool = False) -> tuple[Array, State]:
         """Logits after the last of `ids` ([V]), or after each of them ([T, V]), float32, and the state then.
 
-        `state` is left as it is; None starts afresh. Raises ValueError for no ids, or ids outside the vocabulary.
+        `state` is left as it is; None starts afresh. Raises ValueError for no ids, ids outside the vocabulary,
+        or a state of another model.
         """
         state = self.new_state() if state is None else state.clone()
         return self.advance(ids, state, all_logits), state
@@ -84,13 +96,26 @@ class Model:
     def advance(self, ids: Ids, state: State, all_logits: bool = False) -> Array:
         """`forward` that changes `state` in place, for loops that keep no earlier one."""
         tokens = self._checked(ids)
-        numba.set_num_threads(self.threads)
+        self._check_state(state)
         logits = []
-        for start in range(0, len(tokens), CHUNK):
-            x = self._blocks(tokens[start : start + CHUNK], state)
-            if all_logits:
-                logits.append(self._head(x))
-        return np.concatenate(logits) if all_logits else self._head(x[-1:])[0]
+        with _ONE_AT_A_TIME:
+            numba.set_num_threads(self.threads)
+            for start in range(0, len(tokens), CHUNK):
+                x = self._blocks(tokens[start : start + CHUNK], state)
+                if all_logits:
+                    logits.append(self._head(x))
+            return np.concatenate(logits) if all_logits else self._head(x[-1:])[0]
+
+    def _check_state(self, state: State) -> None:
+        c = self.config
+        shapes = (c.layers, c.width), (c.layers, c.width), (c.layers, *self._arch.wkv_state(c)[0])
+        for (name, array), shape in zip(state.arrays().items(), shapes, strict=True):
+            if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != np.float32:
+                raise ValueError(f"the state's {name} must be float32 {list(shape)}: it is not of this model")
+            if not (array.flags.c_contiguous and array.flags.writeable):
+                raise ValueError(f"the state's {name} must be contiguous and writeable")
+        if state.version != c.version:
+            raise ValueError(f"the state is one of RWKV-{state.version}, the model RWKV-{c.version}")
 
     def _checked(self, ids: Ids) -> NDArray[np.int64]:
         tokens = np.asarray(ids)

@@ -49,6 +49,8 @@ class Config:
             raise ValueError("ranks must be a table")
         if any(type(n) is not int or not 0 < n < 1 << 24 for n in [*sizes, *config.ranks.values()]):
             raise ValueError("a dimension is out of range")
+        if config.layers > 9999:
+            raise ValueError("it has too many layers")
         if config.heads * config.head_size != config.width:
             raise ValueError("heads · head_size is not the width")
         if not all(isinstance(e, float) and 0 < e < 1 for e in (config.norm_eps, config.group_norm_eps)):
@@ -101,8 +103,3 @@ def matrix(name: str, out: int, inputs: int, kind: Kind = "matrix") -> Entry:
 def low_rank(name: str, out: int, inputs: int) -> Entry:
     """A low-rank factor, stored [in, out] officially and applied as x @ W: turned to [out, in]."""
     return Entry(name, "matrix", (out, inputs), source_shape=(inputs, out), derive=np.transpose)
-
-
-def reshaped(name: str, shape: Shape) -> Entry:
-    """A float tensor whose official shape differs by dimensions of 1 only."""
-    return Entry(name, "vector", shape, derive=lambda a: a.reshape(shape))

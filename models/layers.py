@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from rwkv_cli.kernels.backend import Backend
 from rwkv_cli.models.config import Array, Config, Entry, Shape, matrix
 
@@ -11,6 +13,11 @@ Layer = Mapping[str, Any]
 
 Carry = dict[str, Array]
 """What layers hand on to later layers within one forward pass."""
+
+
+def exp(a: Array) -> Array:
+    """e^a through float64, whose rounding to float32 does not depend on the CPU."""
+    return np.exp(a.astype(np.float64)).astype(np.float32)
 
 
 def mix_of_current(name: str, width: int) -> Entry:
@@ -44,5 +51,5 @@ def matrix_state(c: Config) -> Shape:
 def tuned_state(c: Config, transposed: bool) -> Entry:
     """A tuned initial state merged into the checkpoint: [value, key] officially; v5 and v6 run on [key, value]."""
     shape = matrix_state(c)
-    turn = (lambda a: a.transpose(0, 2, 1)) if transposed else None
+    turn = (lambda a: a.reshape(shape).transpose(0, 2, 1)) if transposed else None
     return Entry("att.time_state", "vector", shape, derive=turn, optional=True)

@@ -45,6 +45,11 @@ _FLA = [
 ]
 
 
+def from_fla(source: Source) -> bool:
+    """Whether the names are flash-linear-attention's, whose group norm has eps = 1e-5 · head size (layers/rwkv7.py)."""
+    return any(name.removeprefix(_PREFIX).startswith("model.layers.") for name in source)
+
+
 def official(source: Source) -> dict[str, SourceTensor]:
     """The tensors of a checkpoint under their official names, whatever known naming they came in."""
     named = [(name.removeprefix(_PREFIX), tensor) for name, tensor in source.items()]

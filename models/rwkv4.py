@@ -1,10 +1,8 @@
 """RWKV-4 (arXiv 2305.13048; rwkv package 0.8.32, model.py, `att_one`)."""
 
-import numpy as np
-
 from rwkv_cli.kernels.backend import Backend
 from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, matrix
-from rwkv_cli.models.layers import Carry, Layer, gated_channel_mix, gated_channel_mix_entries, mix_of_current
+from rwkv_cli.models.layers import Carry, Layer, exp, gated_channel_mix, gated_channel_mix_entries, mix_of_current
 
 EMPTY = -1e30
 """The running maximum before the first token; zero would be wrong."""
@@ -18,7 +16,7 @@ def configure(shapes: Shapes) -> tuple[str, int, int, dict[str, int]]:
 def entries(c: Config) -> list[Entry]:
     D = c.width
     return [
-        Entry("att.time_decay", "vector", (D,), derive=lambda a: -np.exp(a)),
+        Entry("att.time_decay", "vector", (D,), derive=lambda a: -exp(a)),
         Entry("att.time_first", "vector", (D,)),
         *(mix_of_current(f"att.time_mix_{x}", D) for x in "kvr"),
         *(matrix(f"att.{x}", D, D) for x in ("receptance", "key", "value", "output")),

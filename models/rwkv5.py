@@ -10,6 +10,7 @@ from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, matrix, 
 from rwkv_cli.models.layers import (
     Carry,
     Layer,
+    exp,
     gated_channel_mix,
     gated_channel_mix_entries,
     matrix_state,
@@ -41,14 +42,14 @@ def entries(c: Config) -> list[Entry]:
         return np.array(np.broadcast_to(a.reshape(H, -1), (H, N)))
 
     first = (
-        Entry("att.time_first", "vector", (H, N), source_shape=shared, derive=lambda a: spread(np.exp(a)))
+        Entry("att.time_first", "vector", (H, N), source_shape=shared, derive=lambda a: spread(exp(a)))
         if c.version == "5.0"
         else Entry("att.time_faaaa", "vector", (H, N), source_shape=shared, derive=spread)
     )
     return [
         Entry(
             "att.time_decay", "vector", (1, D), source_shape=shared,
-            derive=lambda a: spread(np.exp(-np.exp(a.astype(np.float64))).astype(np.float32)).reshape(1, D),
+            derive=lambda a: spread(exp(-exp(a))).reshape(1, D),
         ),
         first,
         tuned_state(c, transposed=True),

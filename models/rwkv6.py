@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rwkv_cli.kernels.backend import Backend
-from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, low_rank, matrix, norm, reshaped
+from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, low_rank, matrix, norm
 from rwkv_cli.models.layers import (
     Carry,
     Layer,
@@ -32,20 +32,20 @@ def entries(c: Config) -> list[Entry]:
     D, H, N = c.width, c.heads, c.head_size
     mix, decay = c.ranks["mix"], c.ranks["decay"]
     return [
-        *(reshaped(f"att.time_maa_{x}", (1, D)) for x in "xwkvrg"),
+        *(Entry(f"att.time_maa_{x}", "vector", (1, D)) for x in "xwkvrg"),
         low_rank("att.time_maa_w1", 5 * mix, D),
         *(
             Entry(f"att.time_maa_w2.{x}", "matrix", (D, mix), "att.time_maa_w2", (5, mix, D), _slice(i))
             for i, x in enumerate(MIXES)
         ),
-        reshaped("att.time_decay", (1, D)),
+        Entry("att.time_decay", "vector", (1, D)),
         low_rank("att.time_decay_w1", decay, D),
         low_rank("att.time_decay_w2", D, decay),
         Entry("att.time_faaaa", "vector", (H, N)),
         tuned_state(c, transposed=True),
         *(matrix(f"att.{x}", D, D) for x in ("receptance", "key", "value", "gate", "output")),
         *norm("att.ln_x", D),
-        *(reshaped(f"ffn.time_maa_{x}", (1, D)) for x in "kr"),
+        *(Entry(f"ffn.time_maa_{x}", "vector", (1, D)) for x in "kr"),
         *gated_channel_mix_entries(c),
     ]
 

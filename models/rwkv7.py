@@ -1,7 +1,7 @@
 """RWKV-7 "Goose" (arXiv 2503.14456; RWKV-LM, RWKV-v7/rwkv_v7_numpy.py)."""
 
 from rwkv_cli.kernels.backend import Backend
-from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, low_rank, matrix, norm, reshaped
+from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, low_rank, matrix, norm
 from rwkv_cli.models.layers import Carry, Layer, matrix_state, tuned_state
 
 
@@ -20,15 +20,15 @@ def entries(c: Config) -> list[Entry]:
         entry for x in "wavg" for entry in (low_rank(f"att.{x}1", c.ranks[x], D), low_rank(f"att.{x}2", D, c.ranks[x]))
     ]
     return [
-        *(reshaped(f"att.x_{x}", (1, D)) for x in "rwkvag"),
-        *(reshaped(f"att.{x}0", (1, D)) for x in "wav"),
+        *(Entry(f"att.x_{x}", "vector", (1, D)) for x in "rwkvag"),
+        *(Entry(f"att.{x}0", "vector", (1, D)) for x in "wav"),
         *pairs,
-        *(reshaped(f"att.{x}", (D,)) for x in ("k_k", "k_a")),
+        *(Entry(f"att.{x}", "vector", (D,)) for x in ("k_k", "k_a")),
         Entry("att.r_k", "vector", (H, N)),
         tuned_state(c, transposed=False),
         *(matrix(f"att.{x}", D, D) for x in ("receptance", "key", "value", "output")),
         *norm("att.ln_x", D),
-        reshaped("ffn.x_k", (1, D)),
+        Entry("ffn.x_k", "vector", (1, D)),
         matrix("ffn.key", c.ffn, D),
         matrix("ffn.value", D, c.ffn, "sparse"),
     ]

@@ -1,9 +1,7 @@
 """The recurrent state: all a model remembers, of constant size, owned by the caller."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -16,6 +14,8 @@ from rwkv_cli.models.config import Array
 class State:
     """Per layer: the last inputs of both token shifts, and what the recurrence holds. float32."""
 
+    version: str
+    """Of the model: what `wkv` means depends on it."""
     att_shift: Array
     """[L, D]"""
     ffn_shift: Array
@@ -25,28 +25,31 @@ class State:
 
     def clone(self) -> "State":
         """A copy that shares nothing."""
-        return State(self.att_shift.copy(), self.ffn_shift.copy(), self.wkv.copy())
+        return State(self.version, *(np.array(array, order="C") for array in self.arrays().values()))
 
-    @property
-    def nbytes(self) -> int:
-        return self.att_shift.nbytes + self.ffn_shift.nbytes + self.wkv.nbytes
+    def arrays(self) -> dict[str, Array]:
+        """The numbers by name."""
+        return {"att_shift": self.att_shift, "ffn_shift": self.ffn_shift, "wkv": self.wkv}
 
-    def save(self, path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, path: Path | str) -> None:
         """Write a safetensors file."""
-        arrays: dict[str, Any] = {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
-        save_file(arrays, path, dict(metadata or {}))
+        save_file({k: np.ascontiguousarray(a) for k, a in self.arrays().items()}, path, {"rwkv": self.version})
 
     @classmethod
     def load(cls, path: Path | str, like: "State") -> "State":
-        """Read what `save` wrote. Raises ValueError if it is not a state of the same shapes as `like`."""
-        arrays = {}
+        """Read what `save` wrote. Raises ValueError if it is not a state of the same version and shapes as `like`."""
+        arrays = []
         try:
             with safe_open(path, "np") as file:
-                for name, expected in vars(like).items():
+                version = (file.metadata() or {}).get("rwkv")
+                if version != like.version:
+                    raise ValueError(f"{path}: a state of RWKV-{version}, the model is RWKV-{like.version}")
+                for name, expected in like.arrays().items():
                     view = file.get_slice(name)
-                    if view.get_dtype() != "F32" or tuple(view.get_shape()) != expected.shape:
-                        raise ValueError(f"{path}: {name} is {view.get_shape()}, the model's is {list(expected.shape)}")
-                    arrays[name] = np.array(file.get_tensor(name))
+                    have, want = (view.get_dtype(), view.get_shape()), ("F32", list(expected.shape))
+                    if have != want:
+                        raise ValueError(f"{path}: {name} is {have}, the model's is {want}")
+                    arrays.append(np.array(file.get_tensor(name)))
         except SafetensorError as error:
             raise ValueError(f"{path}: not a saved state ({error})") from None
-        return cls(**arrays)
+        return cls(like.version, *arrays)

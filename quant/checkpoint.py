@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 
 
 class Checkpoint:
-    """Read-only view of a converted file (docs/format.md). Tensors are views of one memory map: nothing is copied.
+    """Read-only view of a converted file (docs/format.md). Tensors are views of one memory map.
 
     Raises FormatError where the file is not a whole, consistent converted model of a version this program knows.
     """
@@ -90,7 +90,8 @@ class Checkpoint:
         if layout in ("vector", "float"):
             return self._floats(name, shape)
         unit = entry.get("unit")
-        if layout not in ("rows", "tile", "columns") or len(shape) != 2 or type(unit) is not int or abs(unit) > 100:
+        known = layout in ("rows", "tile", "columns") and len(shape) == 2
+        if not known or type(unit) is not int or not -100 <= unit <= 14:
             raise FormatError(f"{self._of(name)} is described wrongly; convert the model again")
         values, scales = self.array(name), self.array(name + ".scale")
         expected = stored_shapes(layout, (shape[0], shape[1]))

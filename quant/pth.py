@@ -42,12 +42,14 @@ class _View(NamedTuple):
     strides: tuple[int, ...]
 
 
-def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _View:
+def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> _View:
     ok = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
     if not ok or not len(shape) == len(strides) <= 8:
         raise _RefusedError("a tensor is described wrongly")
     if any(type(n) is not int or not 0 <= n < 1 << 48 for n in (offset, *shape, *strides)):
         raise _RefusedError("a size, stride or offset of a tensor is out of range")
+    if more[2:] and more[2]:  # after requires_grad and hooks: bits such as "negative", which change the values
+        raise _RefusedError("a tensor carries metadata that is not supported; save a plain copy of it (.clone())")
     return _View(storage, offset, shape, strides)
 
 
@@ -206,7 +208,8 @@ def _interpret(data: bytes) -> Any:
 
 def _flat(path: Path, tree: Any) -> dict[str, _View]:
     if not isinstance(tree, dict) or not tree:
-        raise FormatError(f"{path}: holds {type(tree).__name__}, not a dictionary of tensors")
+        what = "an empty dictionary" if tree == {} else type(tree).__name__
+        raise FormatError(f"{path}: holds {what}, not a dictionary of tensors; give a model's checkpoint")
     for name, view in tree.items():
         if not isinstance(name, str) or not isinstance(view, _View):
             raise FormatError(f"{path}: entry {name!r:.80} is not a tensor; expected a flat dictionary of tensors")

@@ -92,16 +92,16 @@ def _open_folder(folder: Path) -> dict[str, SourceTensor]:
                     if name in tensors:
                         raise FormatError(f"{file}: tensor {name} is also in {tensors[name].path.name}")
                     tensors[name] = tensor
-            _check_shards(folder, tensors)
+            _check_shards(folder, f"{pattern}.index.json", tensors)
             return tensors
     raise FormatError(f"{folder}: no *.safetensors, pytorch_model*.bin or *.pth in this folder")
 
 
-def _check_shards(folder: Path, tensors: Mapping[str, SourceTensor]) -> None:
-    """Refuse a folder whose index names a shard that is not there."""
+def _check_shards(folder: Path, pattern: str, tensors: Mapping[str, SourceTensor]) -> None:
+    """Refuse a folder whose index, a file named by `pattern`, lists a shard that is not there."""
     import json
 
-    for index in sorted(folder.glob("*.index.json")):
+    for index in sorted(folder.glob(pattern)):
         try:
             listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             missing = sorted({listed[name] for name in listed if name not in tensors})

@@ -47,10 +47,6 @@ class Floats:
     def shape(self) -> tuple[int, ...]:
         return self.bits.shape
 
-    @property
-    def nbytes(self) -> int:
-        return self.bits.nbytes
-
     def float32(self) -> NDArray[np.float32]:
         return to_float32(self.bits, self.dtype)
 
@@ -73,10 +69,6 @@ class Int8:
     values: NDArray[np.int8]
     scales: NDArray[np.uint16]
     unit: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
 
     def float32(self) -> NDArray[np.float32]:
         """The matrix that this stands for, [N, K]."""

@@ -81,7 +81,7 @@ def write(
     quantizer: Quantizer,
     progress: Callable[[int], object],
 ) -> list[Written]:
-    """Write `plan`'s tensors and the uint8/int32 arrays of `extra` to `path`; `metadata` must be JSON.
+    """Write `plan`'s tensors and the uint8 arrays of `extra` to `path`; `metadata` must be JSON.
 
     `progress` is called with the source bytes done since the last call. The file appears under `path` only when it is
     whole and on disk; whatever goes wrong before leaves nothing behind. Raises FormatError for NaN or infinity,
@@ -96,7 +96,7 @@ def write(
     for planned in plan:
         layout.update(planned.stored)
     for name, array in extra.items():
-        layout[name] = ({"uint8": "U8", "int32": "I32"}[str(array.dtype)], array.shape)
+        layout[name] = ("U8", array.shape)
     names = sorted(layout, key=lambda name: _order(*layout[name]))
     tensors: dict[str, dict[str, Any]] = {}
     for planned in plan:
@@ -125,7 +125,7 @@ def _order(dtype: str, shape: tuple[int, ...]) -> tuple[int, bool]:
 
     Only the table's rows can be no multiple of 64 bytes together, so it comes last among int8.
     """
-    return {"I8": 0, "F32": 1, "I32": 1, "U8": 3}.get(dtype, 2), dtype == "I8" and prod(shape) % _ALIGN != 0
+    return {"I8": 0, "F32": 1, "U8": 3}.get(dtype, 2), dtype == "I8" and prod(shape) % _ALIGN != 0
 
 
 def _offsets(names: Sequence[str], layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[str, int], int]:

@@ -88,6 +88,7 @@ class Conversation:
         """The model's next answer, to be run by `listen`."""
         from rwkv_cli.engine import Completion
 
+        self.sampler.forget()  # penalties are for repetition within an answer
         return Completion(self.model, self.state, self.sampler, self.max_tokens, self.template.stops)
 
     def listen(self, completion: Completion, text: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +61,14 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
     from rwkv_cli.quant import open_source
 
     dst = dst or default_destination(src, quant)
-    source = naming.official(open_source(src))
+    read = open_source(src)
+    source = naming.official(read)
     check_destination(dst, {tensor.path for tensor in source.values()}, force or dry_run)
     try:
         shapes = {name: tensor.shape for name, tensor in source.items()}
         config = registry.detect(shapes)
+        if naming.from_fla(read):
+            config = replace(config, group_norm_eps=config.head_size * 1e-5)
         plan = planned(registry.match(config, shapes), source, quant)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{src}: {error}") from None

@@ -69,9 +69,9 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 
 def new_sampler(model: LanguageModel, settings: Sampling, seed: int | None) -> Sampler:
-    """A sampler that never penalizes blanks and digits (rwkv package, utils.py, `generate`); seed None: random."""
-    tokenizer = model.text_tokenizer
-    single = [tokenizer.encode(character) for character in " \t0123456789"]
+    """A sampler that does not count blanks and digits (rwkv package, utils.py, `generate`); seed None: random."""
+    tokenizer, blank = model.text_tokenizer, " \t0123456789"
+    single = [tokenizer.encode(blank[a:b]) for a in range(len(blank)) for b in range(a + 1, len(blank) + 1)]
     if seed is None:
         seed = int(np.random.default_rng().integers(1 << 31))
     return Sampler(settings, seed, frozenset(ids[0] for ids in single if len(ids) == 1))

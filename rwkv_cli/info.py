@@ -61,7 +61,8 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
     config = facts["config"]
     ranks = config.get("ranks")
     ranks = ", ".join(f"{name} {rank}" for name, rank in ranks.items()) if isinstance(ranks, dict) else ""
-    dimensions = ("layers", "width", "heads", "head_size", "ffn", "vocab")
+    heads = ("heads", "head_size") if config.get("version") != "4" else ()
+    dimensions = ("layers", "width", *heads, "ffn", "vocab")
     click.echo(columns([
         ("file", facts["path"]),
         ("architecture", f"RWKV-{config.get('version')}"),

@@ -57,9 +57,9 @@ def sampling_options(command: Command) -> Command:
         click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="Keep the K likeliest tokens; 0: all."),
         click.option("--min-p", type=click.FloatRange(0, 1), callback=_finite, metavar="P",
                      help="Drop tokens less likely than P times the likeliest."),
-        click.option("--presence-penalty", type=float, callback=_finite, metavar="A",
+        click.option("--presence-penalty", type=click.FloatRange(-100, 100), callback=_finite, metavar="A",
                      help="Taken off the logit of a token that has occurred."),
-        click.option("--frequency-penalty", type=float, callback=_finite, metavar="A",
+        click.option("--frequency-penalty", type=click.FloatRange(-100, 100), callback=_finite, metavar="A",
                      help="Taken off for each time that it has occurred."),
         click.option("--penalty-decay", type=click.FloatRange(0, 1), callback=_finite, metavar="D",
                      help="What a past occurrence keeps of its weight with each new token."),
@@ -79,13 +79,13 @@ def _named(model: Path | None) -> Path:
     return model
 
 
-def open_model(path: Path, device: str, threads: int | None, text: bool = True) -> "LanguageModel":
-    """Load the model; with `text`, refuse one without a tokenizer. Kernel compilation is announced on stderr."""
+def open_model(path: Path, device: str, threads: int | None) -> "LanguageModel":
+    """Load the model; refuse one without a tokenizer. Kernel compilation is announced on stderr."""
     from rwkv_cli.engine import LanguageModel
 
     announce_compilation()
     model = LanguageModel.load(path, device, threads)
-    if text and model.tokenizer is None:
+    if model.tokenizer is None:
         raise click.ClickException(
             f"{path}: has no tokenizer, so it cannot read text; convert it again with --tokenizer PATH"
         )

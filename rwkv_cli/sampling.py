@@ -31,7 +31,7 @@ class Sampler:
     settings: Sampling
     seed: int
     exempt: frozenset[int] = frozenset()
-    """Tokens that are never penalized."""
+    """Tokens whose occurrences do not count: they cost the presence penalty only."""
     _counts: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float), init=False)
 
     def __post_init__(self) -> None:
@@ -60,8 +60,11 @@ class Sampler:
             return
         for other in self._counts:
             self._counts[other] *= self.settings.penalty_decay
-        if token not in self.exempt:
-            self._counts[token] += 1
+        self._counts[token] += 0 if token in self.exempt else 1
+
+    def forget(self) -> None:
+        """Penalize nothing that was picked before; go on with the same random numbers."""
+        self._counts.clear()
 
 
 def candidates(logits: NDArray[np.float64], s: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

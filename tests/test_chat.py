@@ -253,3 +253,11 @@ def test_a_terminal(terminal: Any) -> None:
     terminal.wait()
     assert terminal.exitstatus == 0
     assert b"Traceback" not in rest
+
+
+def test_penalties_are_for_one_answer(byte_model: Path) -> None:
+    template = TEMPLATES["world"]
+    conversation, _ = talk(rwkv_cli.load(byte_model), template, template.sampling, 9, "Hi")
+    assert conversation.sampler._counts
+    conversation.completion()
+    assert not conversation.sampler._counts

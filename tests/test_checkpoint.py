@@ -13,6 +13,7 @@ from click.testing import Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from tiny import refused
 
 import rwkv_cli
 from rwkv_cli.models import UnsupportedModelError, registry
@@ -23,12 +24,6 @@ Run = Callable[..., Result]
 Convert = Callable[..., Path]
 Header = dict[str, Any]
 SIZES = [{}, {"width": 40, "head": 8, "ffn": 70, "vocab": 301}, {"width": 96, "head": 32, "ffn": 224, "vocab": 257}]
-
-
-def refused(result: Result, *parts: object) -> None:
-    """One sentence on standard error that has these parts in this order."""
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch("Error: .*" + ".*".join(map(str, parts)) + ".*\n", result.stderr), result.stderr
 
 
 def split(path: Path) -> tuple[Header, bytes]:

@@ -54,8 +54,7 @@ def expected(path: Path, prompt: bytes, n: int = 20) -> str:
             scores[token] -= 0.2 + 0.2 * count
         out.append(int(scores.argmax()))
         counts = {token: 0.996 * count for token, count in counts.items()}
-        if out[-1] not in b" \t0123456789":
-            counts[out[-1]] = counts.get(out[-1], 0) + 1
+        counts[out[-1]] = counts.get(out[-1], 0) + (out[-1] not in b" \t0123456789")
         logits, state = model.forward(out[-1:], state)
     return bytes(out).decode("utf-8", "replace")
 
@@ -162,7 +161,7 @@ def test_the_model_may_come_from_the_environment(rwkv: Run, byte_model: Path, mo
         (("hi", "-m", "{byte}", "-n", "0"), 2, "'--max-tokens'"),
         (("hi", "-m", "{byte}", "--temperature", "-1"), 2, "'--temperature'"),
         (("hi", "-m", "{byte}", "--temperature", "nan"), 2, "'--temperature': nan is not a finite number"),
-        (("hi", "-m", "{byte}", "--presence-penalty", "inf"), 2, "'--presence-penalty': inf is not a finite number"),
+        (("hi", "-m", "{byte}", "--presence-penalty", "inf"), 2, "'--presence-penalty': inf is not in the range"),
         (("hi", "-m", "{byte}", "--top-p", "1.5"), 2, "'--top-p'"),
         (("hi", "-m", "{byte}", "--top-k", "1.5"), 2, "'--top-k'"),
         (("hi", "-m", "{byte}", "--seed", "-1"), 2, "'--seed'"),

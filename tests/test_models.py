@@ -1,5 +1,6 @@
 """Every version against the float64 oracle, against itself in other cuts, and against the reference's numbers."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_any_cut_gives_the_same(converted: Convert, version: str, quant: str, ch
         logits, state = model.forward(ids[at : at + chunk], state, all_logits=True)
         parts.append(logits)
     got = np.concatenate(parts)
-    for a, b in [(got, whole), *((vars(state)[name], vars(end)[name]) for name in vars(end))]:
+    for a, b in [(got, whole), *((state.arrays()[name], end.arrays()[name]) for name in end.arrays())]:
         assert error_ratio(a, b) < 1e-5
     last, _ = model.forward(ids)
     assert error_ratio(last, whole[-1]) < 1e-6
@@ -78,9 +79,9 @@ def test_a_state_is_the_callers(converted: Convert, version: str, tmp_path: Path
     _, state = model.forward(IDS)
     kept = state.clone()
     one, after = model.forward([5, 6], state)
-    for name in vars(state):
-        np.testing.assert_array_equal(vars(state)[name], vars(kept)[name])
-        assert not np.shares_memory(vars(state)[name], vars(after)[name])
+    for name in state.arrays():
+        np.testing.assert_array_equal(state.arrays()[name], kept.arrays()[name])
+        assert not np.shares_memory(state.arrays()[name], after.arrays()[name])
     state.save(tmp_path / "state")
     loaded = State.load(tmp_path / "state", model.new_state())
     for other in (kept, loaded):
@@ -91,7 +92,19 @@ def test_a_state_is_the_callers(converted: Convert, version: str, tmp_path: Path
 def test_a_state_of_another_model_is_refused(converted: Convert, tmp_path: Path) -> None:
     rwkv_cli.load(converted("7")).new_state().save(tmp_path / "state")
     with pytest.raises(ValueError, match="the model's is"):
-        State.load(tmp_path / "state", rwkv_cli.load(converted("6", width=64)).new_state())
+        State.load(tmp_path / "state", rwkv_cli.load(converted("7", width=64)).new_state())
+    # of the same shapes, but another meaning
+    with pytest.raises(ValueError, match="a state of RWKV-7, the model is RWKV-6"):
+        State.load(tmp_path / "state", rwkv_cli.load(converted("6")).new_state())
+    wrong = rwkv_cli.load(converted("7")).new_state()
+    with pytest.raises(ValueError, match="the state is one of RWKV-7, the model RWKV-6"):
+        rwkv_cli.load(converted("6")).forward([1], wrong)
+    for name, bad in [("wkv", wrong.wkv[:1]), ("att_shift", wrong.att_shift.astype(float)), ("ffn_shift", [[0.0]])]:
+        with pytest.raises(ValueError, match=f"the state's {name} must be float32"):
+            rwkv_cli.load(converted("7")).forward([1], dataclasses.replace(wrong, **{name: bad}))
+    wrong.wkv.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        rwkv_cli.load(converted("7")).advance([1], wrong)
     (tmp_path / "junk").write_bytes(b"junk" * 9)
     with pytest.raises(ValueError, match="not a saved state"):
         State.load(tmp_path / "junk", rwkv_cli.load(converted("7")).new_state())
@@ -119,7 +132,8 @@ def test_ids_are_checked(converted: Convert, ids: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("threads", 0), ("threads", 10**6), ("device", "cuda"), ("device", "tpu")]
+    ("option", "value"),
+    [("threads", 0), ("threads", 10**6), ("threads", "2"), ("threads", 1.5), ("device", "cuda"), ("device", "tpu")],
 )
 def test_what_the_machine_lacks_is_refused(converted: Convert, option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=str(value)):

@@ -9,18 +9,13 @@ import pytest
 import tiny
 from click.testing import Result
 from numpy.typing import NDArray
+from tiny import refused
 
 from rwkv_cli.models import Config, UnsupportedModelError, naming, registry
 from rwkv_cli.quant import Checkpoint, open_source
 
 Run = Callable[..., Result]
 Shapes = dict[str, tuple[int, ...]]
-
-
-def refused(result: Result, *parts: object) -> None:
-    """One sentence on standard error that has these parts in this order."""
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch("Error: .*" + ".*".join(map(str, parts)) + ".*\n", result.stderr), result.stderr
 
 
 def shapes_of(version: str) -> Shapes:

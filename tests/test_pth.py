@@ -17,7 +17,7 @@ import tiny
 from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import Call, Persistent, Ref, tensor
+from tiny import Call, Persistent, Ref, refused, tensor
 
 from rwkv_cli.models import UnsupportedModelError, naming, registry
 from rwkv_cli.quant import FormatError, open_source
@@ -26,12 +26,6 @@ Run = Callable[..., Result]
 few = settings(max_examples=60, deadline=None)
 SMALL = tiny.weights("7", layers=1, width=16, vocab=256, head=8, ffn=32)
 FLOATS = tiny.raw(np.arange(6, dtype=np.float32), "F32")
-
-
-def refused(result: Result, *parts: object) -> None:
-    """One sentence on standard error that has these parts in this order."""
-    assert result.exit_code == 1
-    assert re.fullmatch("Error: .*" + ".*".join(map(str, parts)) + ".*\n", result.stderr), result.stderr
 
 
 def read(path: Path) -> None:
@@ -216,7 +210,7 @@ OTHER = Persistent(("storage", Ref("torch", "DoubleStorage"), "0", "cpu", 6))
 @pytest.mark.parametrize(
     ("tree", "says"),
     [
-        ({}, "holds dict, not a dictionary of tensors"),
+        ({}, "holds an empty dictionary, not a dictionary of tensors"),
         ((tensor("0", "F32", 6, 0, (6,), (1,)),), "holds tuple, not a dictionary of tensors"),
         ({"model": {"a": 1}, "epoch": 3}, "entry 'model' is not a tensor; expected a flat dictionary"),
         ({"a\nb": tensor("0", "F32", 6, 0, (6,), (1,))}, r"a tensor has the name 'a\\nb'; download"),

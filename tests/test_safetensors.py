@@ -12,6 +12,7 @@ import tiny
 from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import refused
 
 from rwkv_cli.models import UnsupportedModelError, naming, registry
 from rwkv_cli.quant import Checkpoint, FormatError, open_source, writer
@@ -19,13 +20,6 @@ from rwkv_cli.quant import Checkpoint, FormatError, open_source, writer
 Run = Callable[..., Result]
 few = settings(max_examples=60, deadline=None)
 SMALL = tiny.weights("7", layers=1, width=16, vocab=256, head=8, ffn=32)
-
-
-def refused(result: Result, *parts: object) -> None:
-    """One sentence on standard error that has these parts in this order."""
-    assert (result.exit_code, result.stdout) == (1, "")
-    says = "(Compiling kernels .*\n)?Error: .*" + ".*".join(map(str, parts)) + ".*\n"
-    assert re.fullmatch(says, result.stderr), result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,14 @@
 
 import io
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from click.testing import Result
 from numpy.typing import NDArray
 
 VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
@@ -201,3 +203,10 @@ def write_safetensors(path: Path, tensors: Tensors, dtype: str = "BF16") -> Path
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
+
+
+def refused(result: Result, *parts: object) -> None:
+    """A command ended with one sentence on standard error that has these parts in this order, and nothing else."""
+    assert (result.exit_code, result.stdout) == (1, "")
+    says = "(Compiling kernels .*\n)?Error: .*" + ".*".join(map(str, parts)) + ".*\n"
+    assert re.fullmatch(says, result.stderr), result.stderr
