@@ -51,6 +51,9 @@ class Backend(Protocol):
     def lerp(self, x: Array, delta: Array, mix: Array) -> Array:
         """x + delta · mix; mix [1, D] or [T, D]."""
 
+    def round_to(self, x: Array, dtype: str) -> None:
+        """x to the nearest F32, F16 or BF16, ties to even."""
+
     def add(self, x: Array, y: Array) -> None:
         """x += y; y [T, D] or [1, D]."""
 

@@ -117,6 +117,15 @@ def lerp(x: Array, delta: Array, mix: Array) -> Array:
     return out
 
 
+def round_to(x: Array, dtype: str) -> None:
+    if dtype == "F16":
+        x[:] = x.astype(np.float16)
+    elif dtype == "BF16":
+        bits = x.view(np.uint32)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits &= 0xFFFF0000
+
+
 def add(x: Array, y: Array) -> None:
     elementwise.add(x, y)
 

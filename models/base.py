@@ -131,6 +131,7 @@ class Model:
         ops, c, top = self.ops, self.config, self._top
         x = ops.embed(tokens, top["emb.weight"])
         x = ops.layer_norm(x, top["blocks.0.ln0.weight"], top["blocks.0.ln0.bias"], c.norm_eps)
+        ops.round_to(x, c.embedding_dtype)
         carry: Carry = {}
         for i, p in enumerate(self._layers):
             a = ops.layer_norm(x, p["ln1.weight"], p["ln1.bias"], c.norm_eps)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.quant.tensor import FLOATS
+
 Array = NDArray[np.float32]
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -31,6 +33,9 @@ class Config:
     ffn: int
     ranks: dict[str, int] = field(default_factory=dict)
     """Of the low-rank pairs (v6, v7), by their letter."""
+    embedding_dtype: str = "F32"
+    """F32, F16 or BF16: what the embedding is rounded to after its norm. The reference does that norm in the file's own
+    dtype before v7 (rwkv package 0.8.32, model.py, "precompute embedding")."""
     norm_eps: float = 1e-5
     group_norm_eps: float = 64e-5
     """1e-5 · 8², since training divides by head_size_divisor 8 before the norm (rwkv package, model.py)."""
@@ -49,6 +54,8 @@ class Config:
             raise ValueError("ranks must be a table")
         if any(type(n) is not int or not 0 < n < 1 << 24 for n in [*sizes, *config.ranks.values()]):
             raise ValueError("a dimension is out of range")
+        if config.embedding_dtype not in FLOATS:
+            raise ValueError("its embedding_dtype is unknown")
         if config.layers > 9999:
             raise ValueError("it has too many layers")
         if config.heads * config.head_size != config.width:

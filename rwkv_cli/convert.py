@@ -69,6 +69,8 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
         config = registry.detect(shapes)
         if naming.from_fla(read):
             config = replace(config, group_norm_eps=config.head_size * 1e-5)
+        if config.version != "7":
+            config = replace(config, embedding_dtype=source["emb.weight"].dtype)
         plan = planned(registry.match(config, shapes), source, quant)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{src}: {error}") from None

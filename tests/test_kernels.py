@@ -292,6 +292,15 @@ def test_float16_subnormals() -> None:
     np.testing.assert_array_equal(got[:, 0], bits.view(np.float16)[0].astype(np.float32) * 2**20)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("F32", 24), ("F16", 11), ("BF16", 8)])
+def test_round_to(dtype: str, bits: int) -> None:
+    x = np.concatenate([normal(100), np.float32([1 + 2.0**-bits, 1 + 3 * 2.0**-bits, 0, -1.5])])[None]
+    mantissa, exponent = np.frexp(x.astype(float))
+    want = np.ldexp(np.rint(mantissa * 2.0**bits) / 2.0**bits, exponent)  # ties to even
+    cpu.round_to(x, dtype)
+    np.testing.assert_array_equal(x, want)
+
+
 def test_int8_embedding() -> None:
     stored = quantize(normal(9, 50), "rows")
     weight = cpu.int8_weight("rows", stored.shape, stored.values, stored.scales, stored.unit)
