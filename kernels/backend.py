@@ -2,6 +2,11 @@
 
 Arrays are the device's own; x, y and every other activation is float32 [T, D], a row a token. A function that returns
 an array leaves its inputs as they are, one that returns None changes its first argument or the state.
+
+The rows may be those of several sequences, one after the other, each of any length but 0. Only what looks back in time
+has to know: it is given `starts` [B + 1], where sequence b has rows starts[b] to starts[b + 1] − 1 (so starts[0] is 0
+and starts[B] is T), and the states of all B in one array, which it advances in place. A sequence's numbers are the same
+bits whatever is beside it.
 """
 
 from typing import Any, Literal, Protocol
@@ -11,6 +16,8 @@ from numpy.typing import NDArray
 
 Activation = Literal["", "sigmoid", "silu", "tanh", "relu_squared"]
 Array = NDArray[np.float32]
+Starts = NDArray[np.int64]
+"""Where each of B sequences has its rows, [B + 1] (see above); in the host's memory."""
 Weight = Any
 """A matrix as the device keeps it, made by `int8_weight` or `float_weight`; models never look inside."""
 
@@ -45,8 +52,11 @@ class Backend(Protocol):
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         """Layer norm of each row; weight and bias [D]."""
 
-    def token_shift(self, x: Array, last: Array) -> Array:
-        """x[t−1] − x[t]; x[−1] is `last` [D], which is then set to the last row."""
+    def take(self, x: Array, rows: NDArray[np.int64]) -> Array:
+        """Those rows of x."""
+
+    def token_shift(self, x: Array, starts: Starts, last: Array) -> Array:
+        """x[t−1] − x[t]; before a sequence's first row is its row of `last` [B, D], which is then set to its last."""
 
     def lerp(self, x: Array, delta: Array, mix: Array) -> Array:
         """x + delta · mix; mix [1, D] or [T, D]."""
@@ -69,11 +79,11 @@ class Backend(Protocol):
     def group_norm(self, x: Array, weight: Array, bias: Array, heads: int, eps: float) -> None:
         """Layer norm of each of `heads` parts of each row."""
 
-    def wkv4(self, k: Array, v: Array, w: Array, u: Array, state: Array) -> Array:
-        """RWKV-4's average; w, u [D], state [3, D]."""
+    def wkv4(self, k: Array, v: Array, w: Array, u: Array, starts: Starts, state: Array) -> Array:
+        """RWKV-4's average; w, u [D], state [B, 3, D]."""
 
-    def wkv6(self, r: Array, k: Array, v: Array, w: Array, u: Array, state: Array) -> Array:
-        """RWKV-5's and 6's recurrence; w [T, D] or [1, D], u [H, N], state [H, N, N] as [key, value]."""
+    def wkv6(self, r: Array, k: Array, v: Array, w: Array, u: Array, starts: Starts, state: Array) -> Array:
+        """RWKV-5's and 6's recurrence; w [T, D] or [1, D], u [H, N], state [B, H, N, N] as [key, value]."""
 
     def delta_terms(self, k: Array, w: Array, a: Array, k_k: Array, k_a: Array, heads: int) -> tuple[Array, Array]:
         """RWKV-7's κ and β; turns k and w into what `wkv7` takes."""
@@ -81,8 +91,10 @@ class Backend(Protocol):
     def blend(self, v: Array, first: Array, gate: Array) -> None:
         """v += (first − v) · σ(gate)."""
 
-    def wkv7(self, r: Array, w: Array, k: Array, v: Array, kappa: Array, beta: Array, state: Array) -> Array:
-        """RWKV-7's recurrence; state [H, N, N] as [value, key]."""
+    def wkv7(
+        self, r: Array, w: Array, k: Array, v: Array, kappa: Array, beta: Array, starts: Starts, state: Array
+    ) -> Array:
+        """RWKV-7's recurrence; state [B, H, N, N] as [value, key]."""
 
     def bonus(self, y: Array, r: Array, k: Array, v: Array, r_k: Array) -> None:
         """y += (Σ_head r∘k∘r_k) · v; r_k [H, N]."""

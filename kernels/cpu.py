@@ -7,7 +7,7 @@ from numba import get_num_threads
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels import elementwise, matmul, scores, wkv
-from rwkv_cli.kernels.backend import Activation, Array
+from rwkv_cli.kernels.backend import Activation, Array, Starts
 
 _ACTIVATIONS = {
     "sigmoid": elementwise.sigmoid,
@@ -105,9 +105,13 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     return out
 
 
-def token_shift(x: Array, last: Array) -> Array:
+def take(x: Array, rows: NDArray[np.int64]) -> Array:
+    return x[rows]
+
+
+def token_shift(x: Array, starts: Starts, last: Array) -> Array:
     delta = np.empty_like(x)
-    elementwise.shift(x, last, delta)
+    elementwise.shift(x, starts, last, delta)
     return delta
 
 
@@ -146,15 +150,15 @@ def group_norm(x: Array, weight: Array, bias: Array, heads: int, eps: float) -> 
     elementwise.group_norm(x, weight, bias, heads, eps)
 
 
-def wkv4(k: Array, v: Array, w: Array, u: Array, state: Array) -> Array:
+def wkv4(k: Array, v: Array, w: Array, u: Array, starts: Starts, state: Array) -> Array:
     y = np.empty_like(k)
-    wkv.wkv4(k, v, w, u, state, y)
+    wkv.wkv4(k, v, w, u, starts, state, y)
     return y
 
 
-def wkv6(r: Array, k: Array, v: Array, w: Array, u: Array, state: Array) -> Array:
+def wkv6(r: Array, k: Array, v: Array, w: Array, u: Array, starts: Starts, state: Array) -> Array:
     y = np.empty_like(r)
-    wkv.wkv6(r, k, v, w, u, state, y)
+    wkv.wkv6(r, k, v, w, u, starts, state, y)
     return y
 
 
@@ -168,9 +172,9 @@ def blend(v: Array, first: Array, gate: Array) -> None:
     elementwise.blend(v, first, gate)
 
 
-def wkv7(r: Array, w: Array, k: Array, v: Array, kappa: Array, beta: Array, state: Array) -> Array:
+def wkv7(r: Array, w: Array, k: Array, v: Array, kappa: Array, beta: Array, starts: Starts, state: Array) -> Array:
     y = np.empty_like(r)
-    wkv.wkv7(r, w, k, v, kappa, beta, state, y)
+    wkv.wkv7(r, w, k, v, kappa, beta, starts, state, y)
     return y
 
 

@@ -46,16 +46,21 @@ def group_norm(x, weight, bias, heads, eps):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def shift(x, last, delta):  # type: ignore[no-untyped-def]
-    """Token shift: delta[t] = x[t−1] − x[t], where x[−1] is `last` [D], which then becomes x[T−1]."""
-    T, D = x.shape
-    for d in range(D):
-        delta[0, d] = last[d] - x[0, d]
-    for t in range(1, T):
+def shift(x, starts, last, delta):  # type: ignore[no-untyped-def]
+    """Token shift: delta[t] = x[t−1] − x[t]. Before sequence b's first row is last[b], which then becomes its last row.
+
+    starts [B + 1], last [B, D].
+    """
+    B, D = last.shape
+    for b in range(B):
+        first, end = starts[b], starts[b + 1]
         for d in range(D):
-            delta[t, d] = x[t - 1, d] - x[t, d]
-    for d in range(D):
-        last[d] = x[T - 1, d]
+            delta[first, d] = last[b, d] - x[first, d]
+        for t in range(first + 1, end):
+            for d in range(D):
+                delta[t, d] = x[t - 1, d] - x[t, d]
+        for d in range(D):
+            last[b, d] = x[end - 1, d]
 
 
 @kernel()

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.backend import Backend, DeviceError, pick
+from rwkv_cli.kernels.backend import Backend, DeviceError, Starts, pick
 from rwkv_cli.models.config import Array, Config
 from rwkv_cli.models.layers import Carry
 from rwkv_cli.models.registry import MODULES, tensors
@@ -36,6 +36,8 @@ class Model:
             raise DeviceError(f"threads must be from 1 to {most} on this machine, not {threads}")
         self.threads = threads or most
         self.ops: Backend = pick(device)
+        self.digest = checkpoint.digest
+        """Of the source's values: the same for int8 and float conversions of one checkpoint."""
         stored_config = checkpoint.metadata("config", dict)
         try:
             self.config = Config.from_json(stored_config)
@@ -82,7 +84,7 @@ class Model:
             if "att.time_state" in layer:
                 wkv[i] = layer["att.time_state"]
         shift = np.zeros((c.layers, c.width), np.float32)
-        return State(c.version, shift, shift.copy(), wkv)
+        return State(c.version, shift, shift.copy(), wkv, digest=self.digest)
 
     def forward(self, ids: Ids, state: State | None = None, all_logits: bool = False) -> tuple[Array, State]:
         """Logits after the last of `ids` ([V]), or after each of them ([T, V]), float32, and the state then.
@@ -97,21 +99,48 @@ class Model:
         """`forward` that changes `state` in place, for loops that keep no earlier one."""
         tokens = self._checked(ids)
         self._check_state(state)
+        batch = State(state.version, *(array[:, None] for array in state.arrays().values()))
+        logits = self._logits(tokens, np.array([0, len(tokens)]), batch, all_logits)
+        return logits if all_logits else logits[0]
+
+    def advance_batch(self, ids: Sequence[Ids], state: State) -> Array:
+        """`advance` for several sequences together: the logits after each one's last id, [B, V].
+
+        `state` is a batch (`State.stack`) and is changed in place. Each sequence has ids of its own, as many as it
+        likes but not none. Beside the others it gets the bits that it would get alone.
+        """
+        tokens = [self._checked(part) for part in ids]
+        if not tokens:
+            raise ValueError("a batch needs at least one sequence")
+        self._check_state(state, (len(tokens),))
+        return self._logits(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), state, every=False)
+
+    def _logits(self, tokens: NDArray[np.int64], starts: Starts, state: State, every: bool) -> Array:
+        """Logits after every row [T, V], or after the last row of each of the batch's sequences [B, V]."""
         logits = []
         with _ONE_AT_A_TIME:
             numba.set_num_threads(self.threads)
-            for start in range(0, len(tokens), CHUNK):
-                x = self._blocks(tokens[start : start + CHUNK], state)
-                if all_logits:
+            for at in range(0, len(tokens), CHUNK):
+                rows = tokens[at : at + CHUNK]
+                end = at + len(rows)
+                # the sequences with rows among these, the first and the last of them perhaps cut
+                first, past = np.searchsorted(starts, at, "right") - 1, np.searchsorted(starts, end)
+                bounds = starts[first : past + 1]
+                x = self._blocks(rows, np.clip(bounds - at, 0, len(rows)), state, slice(first, past))
+                if not every:
+                    x = self.ops.take(x, bounds[1:][bounds[1:] <= end] - 1 - at)
+                if len(x):
                     logits.append(self._head(x))
-            return np.concatenate(logits) if all_logits else self._head(x[-1:])[0]
+        return np.concatenate(logits)
 
-    def _check_state(self, state: State) -> None:
+    def _check_state(self, state: State, batch: tuple[int, ...] = ()) -> None:
         c = self.config
-        shapes = (c.layers, c.width), (c.layers, c.width), (c.layers, *self._arch.wkv_state(c)[0])
+        of = "this model and this many sequences" if batch else "this model"
+        shift = (c.layers, *batch, c.width)
+        shapes = shift, shift, (c.layers, *batch, *self._arch.wkv_state(c)[0])
         for (name, array), shape in zip(state.arrays().items(), shapes, strict=True):
             if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != np.float32:
-                raise ValueError(f"the state's {name} must be float32 {list(shape)}: it is not of this model")
+                raise ValueError(f"the state's {name} must be float32 {list(shape)}: it is not of {of}")
             if not (array.flags.c_contiguous and array.flags.writeable):
                 raise ValueError(f"the state's {name} must be contiguous and writeable")
         if state.version != c.version:
@@ -126,8 +155,8 @@ class Model:
             raise ValueError(f"token id {bad} is outside the model's vocabulary of {self.config.vocab}")
         return tokens.astype(np.int64)
 
-    def _blocks(self, tokens: NDArray[np.int64], state: State) -> Array:
-        """The residual stream after the last layer, [T, D]."""
+    def _blocks(self, tokens: NDArray[np.int64], starts: Starts, state: State, these: slice) -> Array:
+        """The residual stream after the last layer, [T, D], for `these` sequences of the batch."""
         ops, c, top = self.ops, self.config, self._top
         x = ops.embed(tokens, top["emb.weight"])
         x = ops.layer_norm(x, top["blocks.0.ln0.weight"], top["blocks.0.ln0.bias"], c.norm_eps)
@@ -135,10 +164,10 @@ class Model:
         carry: Carry = {}
         for i, p in enumerate(self._layers):
             a = ops.layer_norm(x, p["ln1.weight"], p["ln1.bias"], c.norm_eps)
-            delta = ops.token_shift(a, state.att_shift[i])
-            ops.add(x, self._arch.time_mix(ops, c, p, a, delta, state.wkv[i], carry))
+            delta = ops.token_shift(a, starts, state.att_shift[i, these])
+            ops.add(x, self._arch.time_mix(ops, c, p, a, delta, starts, state.wkv[i, these], carry))
             f = ops.layer_norm(x, p["ln2.weight"], p["ln2.bias"], c.norm_eps)
-            delta = ops.token_shift(f, state.ffn_shift[i])
+            delta = ops.token_shift(f, starts, state.ffn_shift[i, these])
             ops.add(x, self._arch.channel_mix(ops, p, f, delta))
         return x
 

@@ -1,6 +1,6 @@
 """RWKV-4 (arXiv 2305.13048; rwkv package 0.8.32, model.py, `att_one`)."""
 
-from rwkv_cli.kernels.backend import Backend
+from rwkv_cli.kernels.backend import Backend, Starts
 from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, matrix
 from rwkv_cli.models.layers import Carry, Layer, exp, gated_channel_mix, gated_channel_mix_entries, mix_of_current
 
@@ -30,11 +30,13 @@ def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
     return (3, c.width), (0.0, 0.0, EMPTY)
 
 
-def time_mix(ops: Backend, c: Config, p: Layer, x: Array, delta: Array, state: Array, carry: Carry) -> Array:  # noqa: ARG001
+def time_mix(
+    ops: Backend, c: Config, p: Layer, x: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
+) -> Array:  # fmt: skip
     k = ops.linear(ops.lerp(x, delta, p["att.time_mix_k"]), p["att.key.weight"])
     v = ops.linear(ops.lerp(x, delta, p["att.time_mix_v"]), p["att.value.weight"])
     r = ops.linear(ops.lerp(x, delta, p["att.time_mix_r"]), p["att.receptance.weight"], "sigmoid")
-    y = ops.wkv4(k, v, p["att.time_decay"], p["att.time_first"], state)
+    y = ops.wkv4(k, v, p["att.time_decay"], p["att.time_first"], starts, state)
     ops.multiply(y, r)
     return ops.linear(y, p["att.output.weight"])
 

@@ -5,7 +5,7 @@ They differ in the shape of decay and bonus, which conversion expands to 5.2's, 
 
 import numpy as np
 
-from rwkv_cli.kernels.backend import Backend
+from rwkv_cli.kernels.backend import Backend, Starts
 from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, matrix, norm
 from rwkv_cli.models.layers import (
     Carry,
@@ -67,12 +67,14 @@ def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
     return matrix_state(c), (0.0,)
 
 
-def time_mix(ops: Backend, c: Config, p: Layer, x: Array, delta: Array, state: Array, carry: Carry) -> Array:  # noqa: ARG001
+def time_mix(
+    ops: Backend, c: Config, p: Layer, x: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
+) -> Array:  # fmt: skip
     r = ops.linear(ops.lerp(x, delta, p["att.time_mix_r"]), p["att.receptance.weight"])
     k = ops.linear(ops.lerp(x, delta, p["att.time_mix_k"]), p["att.key.weight"])
     v = ops.linear(ops.lerp(x, delta, p["att.time_mix_v"]), p["att.value.weight"])
     u = p["att.time_faaaa"] if _gated(c) else p["att.time_first"]
-    y = ops.wkv6(r, k, v, p["att.time_decay"], u, state)
+    y = ops.wkv6(r, k, v, p["att.time_decay"], u, starts, state)
     ops.group_norm(y, p["att.ln_x.weight"], p["att.ln_x.bias"], c.heads, c.group_norm_eps)
     if _gated(c):
         ops.multiply(y, ops.linear(ops.lerp(x, delta, p["att.time_mix_g"]), p["att.gate.weight"], "silu"))

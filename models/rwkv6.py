@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from rwkv_cli.kernels.backend import Backend
+from rwkv_cli.kernels.backend import Backend, Starts
 from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, low_rank, matrix, norm
 from rwkv_cli.models.layers import (
     Carry,
@@ -55,7 +55,9 @@ def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
     return matrix_state(c), (0.0,)
 
 
-def time_mix(ops: Backend, c: Config, p: Layer, x: Array, delta: Array, state: Array, carry: Carry) -> Array:  # noqa: ARG001
+def time_mix(
+    ops: Backend, c: Config, p: Layer, x: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
+) -> Array:  # fmt: skip
     base = ops.linear(ops.lerp(x, delta, p["att.time_maa_x"]), p["att.time_maa_w1"], "tanh")
     mixed = {}
     for name, part in zip(MIXES, ops.split(base, len(MIXES)), strict=True):
@@ -68,7 +70,7 @@ def time_mix(ops: Backend, c: Config, p: Layer, x: Array, delta: Array, state: A
     r = ops.linear(mixed["r"], p["att.receptance.weight"])
     k = ops.linear(mixed["k"], p["att.key.weight"])
     v = ops.linear(mixed["v"], p["att.value.weight"])
-    y = ops.wkv6(r, k, v, w, p["att.time_faaaa"], state)
+    y = ops.wkv6(r, k, v, w, p["att.time_faaaa"], starts, state)
     ops.group_norm(y, p["att.ln_x.weight"], p["att.ln_x.bias"], c.heads, c.group_norm_eps)
     ops.multiply(y, ops.linear(mixed["g"], p["att.gate.weight"], "silu"))
     return ops.linear(y, p["att.output.weight"])

@@ -1,6 +1,6 @@
 """RWKV-7 "Goose" (arXiv 2503.14456; RWKV-LM, RWKV-v7/rwkv_v7_numpy.py)."""
 
-from rwkv_cli.kernels.backend import Backend
+from rwkv_cli.kernels.backend import Backend, Starts
 from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, low_rank, matrix, norm
 from rwkv_cli.models.layers import Carry, Layer, matrix_state, tuned_state
 
@@ -43,7 +43,9 @@ def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
     return matrix_state(c), (0.0,)
 
 
-def time_mix(ops: Backend, c: Config, p: Layer, x: Array, delta: Array, state: Array, carry: Carry) -> Array:
+def time_mix(
+    ops: Backend, c: Config, p: Layer, x: Array, delta: Array, starts: Starts, state: Array, carry: Carry
+) -> Array:
     r, w, k, v, a, g = (ops.lerp(x, delta, p[f"att.x_{name}"]) for name in "rwkvag")
     if "v" in carry:
         gate = ops.linear(ops.linear(v, p["att.v1"]), p["att.v2"])
@@ -60,7 +62,7 @@ def time_mix(ops: Backend, c: Config, p: Layer, x: Array, delta: Array, state: A
     ops.add(a, p["att.a0"])
     g = ops.linear(ops.linear(g, p["att.g1"], "sigmoid"), p["att.g2"])
     kappa, beta = ops.delta_terms(k, w, a, p["att.k_k"], p["att.k_a"], c.heads)
-    y = ops.wkv7(r, w, k, v, kappa, beta, state)
+    y = ops.wkv7(r, w, k, v, kappa, beta, starts, state)
     ops.group_norm(y, p["att.ln_x.weight"], p["att.ln_x.bias"], c.heads, c.group_norm_eps)
     ops.bonus(y, r, k, v, p["att.r_k"])
     ops.multiply(y, g)

@@ -1,18 +1,23 @@
 """The recurrent state: all a model remembers, of constant size, owned by the caller."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from rwkv_cli.models.config import Array
+from rwkv_cli.quant import FormatError, SourceTensor, open_source, replacing
+from rwkv_cli.quant.safetensors import read_header
 
 
 @dataclass
 class State:
-    """Per layer: the last inputs of both token shifts, and what the recurrence holds. float32."""
+    """Per layer: the last inputs of both token shifts, and what the recurrence holds. float32.
+
+    A batch, made by `stack`, has the states of B sequences in one: each array with an axis B after the layers'.
+    """
 
     version: str
     """Of the model: what `wkv` means depends on it."""
@@ -22,34 +27,86 @@ class State:
     """[L, D]"""
     wkv: Array
     """v4 [L, 3, D]; v5, v6 [L, H, N, N] as [key, value]; v7 [L, H, N, N] as [value, key]."""
+    digest: str = field(default="", kw_only=True)
+    """Of the model's source, which all conversions of one checkpoint share; "" where it is not known."""
 
     def clone(self) -> "State":
         """A copy that shares nothing."""
-        return State(self.version, *(np.array(array, order="C") for array in self.arrays().values()))
+        copies = (np.array(array, order="C") for array in self.arrays().values())
+        return State(self.version, *copies, digest=self.digest)
 
     def arrays(self) -> dict[str, Array]:
         """The numbers by name."""
         return {"att_shift": self.att_shift, "ffn_shift": self.ffn_shift, "wkv": self.wkv}
 
-    def save(self, path: Path | str) -> None:
-        """Write a safetensors file."""
-        save_file({k: np.ascontiguousarray(a) for k, a in self.arrays().items()}, path, {"rwkv": self.version})
+    @classmethod
+    def stack(cls, states: "Sequence[State]") -> "State":
+        """A batch that holds copies of these, in order. Raises ValueError for none, or states of different models."""
+        if len({(state.version, state.att_shift.shape, state.wkv.shape) for state in states}) != 1:
+            raise ValueError("a batch is made of one state or more, all of one model")
+        parts = zip(*(state.arrays().values() for state in states), strict=True)
+        return cls(states[0].version, *(np.stack(arrays, axis=1) for arrays in parts), digest=states[0].digest)
+
+    def row(self, b: int) -> "State":
+        """Sequence `b` of a batch: a view, which changes with it. `clone` it to keep it or to run it alone."""
+        return State(self.version, *(array[:, b] for array in self.arrays().values()), digest=self.digest)
+
+    def save(self, path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
+        """Write a safetensors file in one step: until it is whole and on disk, what was there before stays.
+
+        `metadata` is kept beside the numbers, for `read_metadata`.
+        """
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays().items()}
+        own = {"rwkv": self.version, "digest": self.digest}
+        with replacing(Path(path)) as file:
+            file.write(save(arrays, {**(metadata or {}), **own}))
+
+    @staticmethod
+    def read_metadata(path: Path | str) -> dict[str, str]:
+        """What was saved beside a state. Raises FormatError if the file is no saved state."""
+        return _opened(Path(path))[1]
 
     @classmethod
     def load(cls, path: Path | str, like: "State") -> "State":
-        """Read what `save` wrote. Raises ValueError if it is not a state of the same version and shapes as `like`."""
-        arrays = []
-        try:
-            with safe_open(path, "np") as file:
-                version = (file.metadata() or {}).get("rwkv")
-                if version != like.version:
-                    raise ValueError(f"{path}: a state of RWKV-{version}, the model is RWKV-{like.version}")
-                for name, expected in like.arrays().items():
-                    view = file.get_slice(name)
-                    have, want = (view.get_dtype(), view.get_shape()), ("F32", list(expected.shape))
-                    if have != want:
-                        raise ValueError(f"{path}: {name} is {have}, the model's is {want}")
-                    arrays.append(np.array(file.get_tensor(name)))
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a saved state ({error})") from None
-        return cls(like.version, *arrays)
+        """Read what `save` wrote, for the model that `like` belongs to.
+
+        Raises FormatError (a ValueError) for a state of another version, size or source, and for a damaged one.
+        """
+        tensors, metadata = _opened(Path(path))
+        version, digest = metadata["rwkv"], metadata.get("digest", "")
+        if version != like.version:
+            raise FormatError(f"{path}: a state of RWKV-{version}, the model is RWKV-{like.version}")
+        arrays = {}
+        for name, expected in like.arrays().items():
+            tensor = tensors[name]
+            have, want = (tensor.dtype, tensor.shape), ("F32", expected.shape)
+            if have != want:
+                raise FormatError(f"{path}: {name} is {have}, the model's is {want}; it is a state of another model")
+            arrays[name] = np.array(tensor.float32())
+            if not np.isfinite(arrays[name]).all():
+                raise FormatError(f"{path}: {name} holds NaN or infinity; the file is damaged, make it again")
+        if digest and like.digest and digest != like.digest:
+            raise FormatError(f"{path}: a state of another model of the same size; load it with the one that made it")
+        return cls(version, **arrays, digest=like.digest)
+
+
+def _opened(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
+    """Tensors and metadata of a saved state."""
+    try:
+        tensors, metadata = read_header(path)
+    except FormatError:
+        tensors, metadata = {}, {}
+    if "rwkv" not in metadata or not {"att_shift", "ffn_shift", "wkv"} <= set(tensors):
+        raise FormatError(f"{path}: {_what_else(path)}")
+    return tensors, metadata
+
+
+def _what_else(path: Path) -> str:
+    """What a file is that is no saved state."""
+    try:
+        names = open_source(path)
+    except FormatError:
+        names = {}
+    if any(name.endswith(".time_state") for name in names):
+        return "a tuned initial state, not a saved one; give it with --state"
+    return "not a saved state; give a file that --save-state wrote"

@@ -1,6 +1,7 @@
 """A converted file, mapped and checked: what `rwkv convert` wrote and every other command reads."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ class Checkpoint:
         if any(type(n) is not int or not 0 <= n < 1 << 32 for n in sizes):
             raise FormatError(f"{self._of(name)} is missing or described wrongly; convert the model again")
         return {"layout": "", **entry}
+
+    def error(self, name: str) -> float | None:
+        """What int8 cost `name`, ‖stored − source‖ / ‖source‖; None for a float tensor or where the file lacks it."""
+        value = self.layout(name).get("error")
+        if value is not None and (type(value) is not float or not 0 <= value < math.inf):
+            raise FormatError(f"{self._of(name)} is described wrongly; convert the model again")
+        return value
 
     def array(self, name: str) -> NDArray[Any]:
         """A stored array as its bits, read-only."""

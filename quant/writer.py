@@ -102,7 +102,7 @@ def write(
     for planned in plan:
         tensors[planned.name] = {"layout": planned.layout, "shape": list(planned.shape)}
 
-    with _temporary(path, overwrite) as file:
+    with replacing(path, overwrite) as file:
         written: list[Written] = []
         digest = hashlib.sha256()
         offsets, end = _offsets(names, layout)
@@ -168,8 +168,8 @@ def _header_room(
 ) -> int:
     """Bytes before the data: the header with the widest numbers it can come to hold, aligned."""
     wide = dict.fromkeys(layout, 10**15)
-    units = {name: {**entry, "unit": -999} for name, entry in tensors.items()}
-    size = len(_header(8, list(layout), layout, wide, metadata, units, "0" * 64))
+    found = {name: {**entry, "unit": -999, "error": 1.234e-300} for name, entry in tensors.items()}
+    size = len(_header(8, list(layout), layout, wide, metadata, found, "0" * 64))
     return -(-size // _ALIGN) * _ALIGN
 
 
@@ -247,6 +247,8 @@ def _write_tensor(
             out.append(planned.name + ".scale", scales)
             error += squared
     relative = float(np.sqrt(error / square)) if square else 0.0
+    if planned.layout not in ("vector", "float"):
+        entry["error"] = float(f"{relative:.4g}")
     return Written(planned.name, planned.layout, planned.weights, out.count, relative)
 
 
@@ -259,7 +261,7 @@ def _bits_of(w: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
+def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
     """A file beside `path` that becomes `path` if the block succeeds and vanishes if it does not."""
     taken = FileExistsError(f"{path} exists; give --force to replace it, or another DST")
     if os.path.lexists(path) and not overwrite:

@@ -85,7 +85,7 @@ class Naive:
         return layer_norm(x, self.z[name + ".weight"], self.z[name + ".bias"], 1e-5)
 
     def forward(self, ids: Sequence[int]) -> F64:
-        """Logits [T, V] from an empty state."""
+        """Logits [T, V] from an empty state, or from the tuned one that is among the tensors."""
         self.first: F64 | None = None
         x = self.norm(self.z["emb.weight"][list(ids)], "blocks.0.ln0")
         for i in range(self.layers):
@@ -111,6 +111,12 @@ class Naive:
     def heads(self, x: F64) -> F64:
         return x.reshape(len(x), self.H, -1)
 
+    def start(self, a: str) -> F64:
+        """The state before the first token, [H, value, key]: a layer's `time_state` (rwkv package, model.py, transposes
+        it for v5 and v6, which run on [key, value])."""
+        N = self.D // self.H
+        return np.array(self.z.get(a + "time_state", np.zeros((self.H, N, N))))
+
     def time_mix(self, x: F64, a: str) -> F64:
         if self.version == "4":
             r, k, v = (self.linear(self.mix(x, a + f"time_mix_{c}"), a + n) for c, n in _RKV)
@@ -133,7 +139,7 @@ class Naive:
             w = np.broadcast_to(decay, (self.H, self.D // self.H)).reshape(1, -1).repeat(len(x), 0)
         u = np.exp(self.z[a + "time_first"]) if self.version == "5.0" else self.z[a + "time_faaaa"]
         u = np.broadcast_to(u.reshape(self.H, -1), (self.H, self.D // self.H))
-        S = np.zeros((self.H, self.D // self.H, self.D // self.H))
+        S = self.start(a).transpose(0, 2, 1)
         y = wkv6(*map(self.heads, (r, k, v, np.exp(-np.exp(w)))), u, S).reshape(len(x), -1)
         y = group_norm(y, self.z[a + "ln_x.weight"], self.z[a + "ln_x.bias"], self.H, self.eps)
         return self.linear(y if g is None else y * g * sigmoid(g), a + "output")
@@ -165,9 +171,8 @@ class Naive:
         else:
             gate = sigmoid(z[a + "v0"].reshape(-1) + self.low_rank(m["v"], a + "v", lambda y: y))
             v = v + (self.first - v) * gate
-        S = np.zeros((self.H, self.D // self.H, self.D // self.H))
         rh, kh, vh = map(self.heads, (r, k, v))
-        y = wkv7(rh, self.heads(w), kh, vh, kk, kk * self.heads(rate), S).reshape(len(x), -1)
+        y = wkv7(rh, self.heads(w), kh, vh, kk, kk * self.heads(rate), self.start(a)).reshape(len(x), -1)
         y = group_norm(y, z[a + "ln_x.weight"], z[a + "ln_x.bias"], self.H, self.eps)
         y = y + ((rh * kh * z[a + "r_k"]).sum(-1, keepdims=True) * vh).reshape(len(x), -1)
         return self.linear(y * g, a + "output")

@@ -1,5 +1,6 @@
 """Each kernel against the float64 oracle: odd sizes, several blocks, decay over its real range, poisoned outputs."""
 
+from itertools import pairwise
 from typing import Any
 
 import naive
@@ -18,7 +19,8 @@ def quantize(w: Any, layout: str = "tile") -> Int8:
 
 
 RNG = np.random.default_rng(0)
-HEADS = [(1, 1, 8), (5, 3, 16), (33, 2, 64), (2, 5, 24)]  # tokens, heads, head size
+# tokens of each sequence, heads, head size
+HEADS = [((1,), 1, 8), ((5,), 3, 16), ((33,), 2, 64), ((2, 1, 9), 5, 24), ((1, 1, 1, 1), 2, 16), ((4, 30, 1), 1, 64)]
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,23 @@ def guarded(T: int, D: int) -> tuple[Any, Any]:
     return band[1:-1], band
 
 
+def inside(states: Any) -> tuple[Any, Any]:
+    """These states of a batch among others', and all of them: the first and the last must stay what they are."""
+    band = np.full((len(states) + 2, *states.shape[1:]), 7.0, np.float32)
+    band[1:-1] = states
+    return band[1:-1], band
+
+
+def begins(lengths: tuple[int, ...]) -> Any:
+    """Where each sequence begins, and where the last one ends."""
+    return np.cumsum([0, *lengths])
+
+
+def rows(lengths: tuple[int, ...]) -> list[slice]:
+    """Each sequence's rows."""
+    return [slice(a, b) for a, b in pairwise(begins(lengths))]
+
+
 def check(got: Any, want: Any, limit: float = 2e-6) -> None:
     assert error_ratio(got, want) < limit
     assert np.abs(got - want).max() < 20 * limit * max(1.0, np.abs(want).max())
@@ -69,7 +88,8 @@ def test_layer_norm() -> None:
 
 
 def test_group_norm() -> None:
-    for T, H, N in HEADS:
+    for lengths, H, N in HEADS:
+        T = sum(lengths)
         x, w, b = normal(T, H * N, scale=0.02), normal(H * N), normal(H * N)
         want = naive.group_norm(x.astype(float), w, b, H, 64e-5)
         cpu.group_norm(x, w, b, H, 64e-5)
@@ -77,14 +97,16 @@ def test_group_norm() -> None:
 
 
 def test_token_shift_and_lerp() -> None:
-    for T, D in [(1, 5), (6, 33)]:
-        x, last = normal(T, D), normal(D)
-        before = np.vstack([last, x[:-1]]).astype(float)
-        delta = cpu.token_shift(x, last)
+    for lengths, D in [((1,), 5), ((6,), 33), ((1, 4, 1, 2), 33)]:
+        T = sum(lengths)
+        x, last = normal(T, D), normal(len(lengths), D)
+        before = np.vstack([x[:1], x[:-1]]).astype(float)
+        before[begins(lengths)[:-1]] = last
+        delta = cpu.token_shift(x, begins(lengths), last)
         check(delta, before - x)
-        np.testing.assert_array_equal(last, x[-1])
-        for rows in {1, T}:
-            mix = RNG.random((rows, D)).astype(np.float32)
+        np.testing.assert_array_equal(last, x[begins(lengths)[1:] - 1])
+        for n in {1, T}:
+            mix = RNG.random((n, D)).astype(np.float32)
             check(cpu.lerp(x, delta, mix), x + (before - x) * mix)
 
 
@@ -125,50 +147,56 @@ def test_nan_is_never_lost() -> None:
         assert np.isnan(x).all()
 
 
-@pytest.mark.parametrize(("T", "D"), [(1, 3), (9, 40), (70, 65)])
-def test_wkv4(T: int, D: int) -> None:
+@pytest.mark.parametrize(("lengths", "D"), [((1,), 3), ((9,), 40), ((70,), 65), ((2, 1, 9, 1), 65)])
+def test_wkv4(lengths: tuple[int, ...], D: int) -> None:
+    T = sum(lengths)
     k, v, u = normal(T, D, scale=2), normal(T, D), normal(D, scale=0.5)
     w = -np.exp(RNG.uniform(-6, 2, D)).astype(np.float32)
-    state = np.stack([np.zeros(D), np.zeros(D), np.full(D, -1e30)]).astype(np.float32)
-    a, b = np.zeros(D), np.zeros(D)
+    state, states = inside(np.tile(np.float32([[0], [0], [-1e30]]), (len(lengths), 1, D)))
     y, band = guarded(T, D)
-    wkv.wkv4(k, v, w, u, state, y)
-    check(y, naive.wkv4(k.astype(float), v.astype(float), w.astype(float), u, a, b), 5e-6)
+    wkv.wkv4(k, v, w, u, begins(lengths), state, y)
     assert (band[[0, -1]] == 7).all()
-    check(state[0] * np.exp(state[2].astype(float)), a, 2e-5)
-    check(state[1] * np.exp(state[2].astype(float)), b, 2e-5)
+    assert (states[[0, -1]] == 7).all()
+    for s, part in enumerate(rows(lengths)):
+        a, b = np.zeros(D), np.zeros(D)
+        check(y[part], naive.wkv4(k[part].astype(float), v[part].astype(float), w.astype(float), u, a, b), 5e-6)
+        check(state[s, 0] * np.exp(state[s, 2].astype(float)), a, 2e-5)
+        check(state[s, 1] * np.exp(state[s, 2].astype(float)), b, 2e-5)
 
 
 def test_wkv4_does_not_overflow() -> None:
     k = np.array([[90.0], [-90.0], [300.0]], np.float32)
-    state = np.array([[0], [0], [-1e30]], np.float32)
-    y = cpu.wkv4(k, np.array([[1], [2], [3]], np.float32), np.float32([-1e-3]), np.float32([0]), state)
+    state = np.array([[[0], [0], [-1e30]]], np.float32)
+    y = cpu.wkv4(k, np.float32([[1], [2], [3]]), np.float32([-1e-3]), np.float32([0]), np.array([0, 3]), state)
     np.testing.assert_allclose(y[:, 0], [1, 1, 3], rtol=1e-6)
     assert np.isfinite(state).all()
 
 
-@pytest.mark.parametrize(("T", "H", "N"), HEADS)
+@pytest.mark.parametrize(("lengths", "H", "N"), HEADS)
 @pytest.mark.parametrize("varying", [True, False])
-def test_wkv6(T: int, H: int, N: int, varying: bool) -> None:
+def test_wkv6(lengths: tuple[int, ...], H: int, N: int, varying: bool) -> None:
+    T = sum(lengths)
     r, k, v = (normal(T, H * N) for _ in range(3))
     w = np.exp(-np.exp(RNG.uniform(-8, 1, (T if varying else 1, H * N)))).astype(np.float32)
-    u, S = normal(H, N, scale=0.3), normal(H, N, N)
+    u, (S, states) = normal(H, N, scale=0.3), inside(normal(len(lengths), H, N, N))
     want_S = S.astype(float)
     parts = [a.reshape(-1, H, N).astype(float) for a in (r, k, v, np.broadcast_to(w, (T, H * N)))]
-    want = naive.wkv6(*parts, u.astype(float), want_S)
+    want = [naive.wkv6(*(a[i] for a in parts), u.astype(float), want_S[b]) for b, i in enumerate(rows(lengths))]
     y, band = guarded(T, H * N)
-    wkv.wkv6(r, k, v, w, u, S, y)
-    check(y, want.reshape(T, -1))
+    wkv.wkv6(r, k, v, w, u, begins(lengths), S, y)
+    check(y, np.concatenate(want).reshape(T, -1))
     check(S, want_S)
     assert (band[[0, -1]] == 7).all()
+    assert (states[[0, -1]] == 7).all()
 
 
-@pytest.mark.parametrize(("T", "H", "N"), HEADS)
-def test_wkv7(T: int, H: int, N: int) -> None:
+@pytest.mark.parametrize(("lengths", "H", "N"), HEADS)
+def test_wkv7(lengths: tuple[int, ...], H: int, N: int) -> None:
+    T = sum(lengths)
     r, v = normal(T, H * N), normal(T, H * N)
     k, w, a = normal(T, H * N), normal(T, H * N, scale=3), normal(T, H * N)
     k_k, k_a = RNG.uniform(0.6, 1.1, H * N).astype(np.float32), RNG.uniform(0.8, 1.2, H * N).astype(np.float32)
-    S = normal(H, N, N)
+    S, states = inside(normal(len(lengths), H, N, N))
     kk = (k.astype(float) * k_k).reshape(T, H, N)
     kk /= np.sqrt((kk**2).sum(-1, keepdims=True))
     rate = sigmoid(a.astype(float))
@@ -177,16 +205,18 @@ def test_wkv7(T: int, H: int, N: int) -> None:
     assert want_w.min() > 0.545
     want_S = S.astype(float)
     heads = [m.reshape(T, H, N).astype(float) for m in (r, want_w, want_k, v)]
-    want = naive.wkv7(*heads, kk, kk * rate.reshape(T, H, N), want_S).reshape(T, -1)
+    parts = [*heads, kk, kk * rate.reshape(T, H, N)]
+    want = [naive.wkv7(*(a[i] for a in parts), want_S[b]) for b, i in enumerate(rows(lengths))]
     kappa, beta = cpu.delta_terms(k, w, a, k_k, k_a, H)
     check(k, want_k)
     check(w, want_w)
     check(kappa, kk.reshape(T, -1))
     y, band = guarded(T, H * N)
-    wkv.wkv7(r, w, k, v, kappa, beta, S, y)
-    check(y, want, 5e-6)
+    wkv.wkv7(r, w, k, v, kappa, beta, begins(lengths), S, y)
+    check(y, np.concatenate(want).reshape(T, -1), 5e-6)
     check(S, want_S, 5e-6)
     assert (band[[0, -1]] == 7).all()
+    assert (states[[0, -1]] == 7).all()
     r_k = normal(H, N, scale=0.1)
     want = y + ((heads[0] * heads[2] * r_k).sum(-1, keepdims=True) * heads[3]).reshape(T, -1)
     cpu.bonus(y, r, k, v, r_k)

@@ -13,7 +13,7 @@ import tiny
 from naive import error_ratio
 
 import rwkv_cli
-from rwkv_cli.models import State
+from rwkv_cli.models import State, base
 
 IDS = [0, *np.random.default_rng(1).integers(0, 300, 40).tolist()]
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
@@ -71,6 +71,56 @@ def test_any_cut_gives_the_same(converted: Convert, version: str, quant: str, ch
         assert error_ratio(a, b) < 1e-5
     last, _ = model.forward(ids)
     assert error_ratio(last, whole[-1]) < 1e-6
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize("quant", ["int8", "none"])
+@pytest.mark.parametrize("chunk", [1, 8, 256])
+def test_a_sequence_in_a_batch_is_as_if_alone(
+    converted: Convert, version: str, quant: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rwkv_cli.load(converted(version, quant))
+    rng = np.random.default_rng(4)
+    # cut by a chunk of 8 inside a sequence, between two, and more than once in one
+    rounds = [
+        [rng.integers(0, 300, n) for n in lengths] for lengths in ((1, 19, 4, 8, 1, 3), (1,) * 6, (2, 1, 5, 8, 8, 1))
+    ]
+    alone = [model.forward(IDS[:n])[1] if n else model.new_state() for n in (3, 0, 5, 0, 1, 2)]
+    together = State.stack(alone)
+    for parts in rounds:
+        want = [model.advance(ids, state) for ids, state in zip(parts, alone, strict=True)]
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "CHUNK", chunk)
+            got = model.advance_batch(parts, together)
+        pairs = [(got, np.array(want))]
+        pairs += [(together.arrays()[name], array) for name, array in State.stack(alone).arrays().items()]
+        for a, b in pairs:
+            assert error_ratio(a, b) < 1e-6
+            if quant == "int8":
+                np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(together.row(2).clone().wkv, together.wkv[:, 2])
+
+
+def test_a_batch_is_checked(converted: Convert) -> None:
+    model = rwkv_cli.load(converted("7"))
+    one = model.new_state()
+    for states in ([], [one, rwkv_cli.load(converted("6")).new_state()], [one, State.stack([one])]):
+        with pytest.raises(ValueError, match="one state or more, all of one model"):
+            State.stack(states)
+    batch = State.stack([one, one])
+    kept = batch.clone()
+    for ids, says in [([], "at least one sequence"), ([[1], []], "non-empty"), ([[1], [300]], "vocabulary of 300")]:
+        with pytest.raises(ValueError, match=says):
+            model.advance_batch(ids, batch)
+    for state in (one, State.stack([one] * 3)):
+        with pytest.raises(ValueError, match=r"float32 \[3, 2, 48\]: it is not of this model and this many sequences"):
+            model.advance_batch([[1], [2]], state)
+    with pytest.raises(ValueError, match="contiguous"):
+        model.advance([1], batch.row(0))
+    with pytest.raises(ValueError, match=r"float32 \[3, 48\]: it is not of this model$"):
+        model.advance([1], batch)
+    for name, array in batch.arrays().items():
+        np.testing.assert_array_equal(array, kept.arrays()[name])
 
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
