@@ -1,0 +1,41 @@
+"""How many values of the channel mix are not zero after relu², layer by layer: what a sparse decode can skip.
+
+    python benchmarks/sparsity.py MODEL.safetensors TEXT [--limit 4096]
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rwkv_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--limit", type=int, default=4096, help="tokens (default: 4096)")
+    options = parser.parse_args()
+    model = rwkv_cli.load(options.model)
+    ids = [0, *model.text_tokenizer.encode(options.text.read_bytes())][: options.limit]
+    found: list[Any] = []
+    linear = model.ops.linear
+
+    def counting(x: Any, weight: Any, activation: Any = "") -> Any:
+        y = linear(x, weight, activation)
+        if activation == "relu_squared":
+            found.append((np.count_nonzero(y), y.size))
+        return y
+
+    model.ops.linear = counting  # type: ignore[method-assign]
+    model.forward(ids)
+    layers = np.array(found).reshape(-1, model.config.layers, 2).sum(0)
+    for layer, (some, all_) in enumerate(layers):
+        print(f"layer {layer}: {some / all_:6.1%} not zero")
+    print(f"all:     {layers[:, 0].sum() / layers[:, 1].sum():6.1%} not zero, {len(ids)} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""The bundled model: a small RWKV-7 that tells stories (docs/demo-model.md), converted the first time it is used."""
+
+import hashlib
+from pathlib import Path
+
+from rwkv_cli.kernels.jit import cache_folder
+from rwkv_cli.quant.checkpoint import FORMAT_VERSION
+
+SOURCE = Path(__file__).with_name("storyteller.pth")
+TOKENIZER = Path(__file__).with_name("storyteller.json")
+
+
+def storyteller() -> Path:
+    """The converted file in the user's cache folder, beside the kernels that it was quantized with."""
+    from rwkv_cli.convert import Conversion
+
+    digest = hashlib.sha256(f"{FORMAT_VERSION}".encode())
+    for file in (SOURCE, TOKENIZER):
+        digest.update(file.read_bytes())
+    path = cache_folder() / f"storyteller-{digest.hexdigest()[:16]}.int8.safetensors"
+    if not path.exists():
+        Conversion.of(SOURCE, "int8", str(TOKENIZER), "plain").write(path, overwrite=True)
+    return path
