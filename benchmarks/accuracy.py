@@ -72,7 +72,7 @@ def main() -> None:
             s = Scorer(model, reference, None, 0, limit).run(text, lambda *_: None)
             c = s.comparison
             assert c is not None
-            print(  # noqa: T201
+            print(
                 f"{label:5} tokens {s.tokens}  ppl {s.ppl:.4f} ({100 * (s.ppl / c.other_ppl - 1):+.4f} %)  "
                 f"KL {c.kl_mean:.3e}  99.9 % {c.kl_p999:.3e}  top-1 {100 * c.top1_agreement:.3f} %",
                 flush=True,

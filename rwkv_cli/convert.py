@@ -6,7 +6,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,44 +55,79 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
     rwkv convert RWKV-x070-World-0.1B.pth
     rwkv convert rwkv-4-pile-169m/ pile.safetensors --tokenizer 20B_tokenizer.json
     """
-    from rwkv_cli import templates
-    from rwkv_cli.models import UnsupportedModelError, naming, registry
-    from rwkv_cli.options import announce_compilation
-    from rwkv_cli.quant import open_source
-
     dst = dst or default_destination(src, quant)
-    read = open_source(src)
-    source = naming.official(read)
-    check_destination(dst, {tensor.path for tensor in source.values()}, force or dry_run)
-    try:
-        shapes = {name: tensor.shape for name, tensor in source.items()}
-        config = registry.detect(shapes)
-        if naming.from_fla(read):
-            config = replace(config, group_norm_eps=config.head_size * 1e-5)
-        if config.version != "7":
-            config = replace(config, embedding_dtype=source["emb.weight"].dtype)
-        plan = planned(registry.match(config, shapes), source, quant)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{src}: {error}") from None
-    found = find_tokenizer(tokenizer, src, config.vocab)
-    kind, arrays = stored_tokenizer(found)
-    name = full_path(src).name
-    chat = templates.guess(name, kind, config.vocab) if template == "auto" else template
-    metadata = {
-        "config": config.as_json(), "quantization": quant, "tokenizer": kind, "template": chat, "source": name,
-    }  # fmt: skip
-    if found is None:
-        click.echo(f"Warning: no tokenizer fits the vocabulary of {config.vocab}; the model will run by token ids from "
-                   "Python only. Give one with --tokenizer PATH.", err=True)  # fmt: skip
-    done: list[Written] = []
-    if not dry_run:
-        announce_compilation()
-        done = _write(dst, plan, metadata, arrays, force)
-    click.echo(report(config, plan, done, arrays, kind, chat))
+    job = Conversion.of(src, quant, tokenizer, template)
+    check_destination(dst, {p.source.path for p in job.plan}, force or dry_run)
+    if job.metadata["tokenizer"] == "none":
+        click.echo(f"Warning: no tokenizer fits the vocabulary of {job.config.vocab}; the model will run by token ids "
+                   "from Python only. Give one with --tokenizer PATH.", err=True)  # fmt: skip
+    done = [] if dry_run else job.write(dst, force)
+    click.echo(report(job, done))
     if dry_run:
         click.echo(f"Dry run: {dst} was not written.", err=True)
     else:
         click.echo(f"Wrote {dst}", err=True)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint that was checked, and what is to become of it."""
+
+    config: Config
+    plan: list[Planned]
+    metadata: dict[str, Any]
+    arrays: dict[str, Any]
+    """The tokenizer's."""
+
+    @classmethod
+    def of(cls, src: Path, quant: str, tokenizer: str = "auto", template: str = "auto") -> Conversion:
+        """Read what `src` is, without its weights. The arguments are the command's; raises as it does."""
+        from rwkv_cli import templates
+        from rwkv_cli.models import UnsupportedModelError, naming, registry
+        from rwkv_cli.quant import open_source
+
+        read = open_source(src)
+        source = naming.official(read)
+        try:
+            shapes = {name: tensor.shape for name, tensor in source.items()}
+            config = registry.detect(shapes)
+            if naming.from_fla(read):
+                config = replace(config, group_norm_eps=config.head_size * 1e-5)
+            if config.version != "7":
+                config = replace(config, embedding_dtype=source["emb.weight"].dtype)
+            plan = planned(registry.match(config, shapes), source, quant)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{src}: {error}") from None
+        kind, arrays = stored_tokenizer(find_tokenizer(tokenizer, src, config.vocab))
+        name = full_path(src).name
+        chat = templates.guess(name, kind, config.vocab) if template == "auto" else template
+        metadata = {
+            "config": config.as_json(), "quantization": quant, "tokenizer": kind, "template": chat, "source": name,
+        }  # fmt: skip
+        return cls(config, plan, metadata, arrays)
+
+    def write(self, dst: Path, overwrite: bool) -> list[Written]:
+        """Write `dst`, with a progress bar; nothing is left behind by a failure, a signal or Ctrl-C."""
+        from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        from rwkv_cli.kernels.quantize import quantize_rows
+        from rwkv_cli.options import announce_compilation
+        from rwkv_cli.quant.writer import write
+        from rwkv_cli.terminal import progress_bar
+
+        announce_compilation()
+        parts = "Converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        with _ended_by_exception(), progress_bar(*parts) as progress:
+            task = progress.add_task("", total=sum(p.source_bytes for p in self.plan))
+            return write(
+                dst,
+                self.plan,
+                self.metadata,
+                self.arrays,
+                overwrite,
+                quantize_rows,
+                lambda n: progress.advance(task, n),
+            )
 
 
 def default_destination(src: Path, quant: str) -> Path:
@@ -192,19 +227,6 @@ def stored_tokenizer(tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:
     return ("none" if tokenizer is None else tokenizer.kind), {}
 
 
-def _write(dst: Path, plan: list[Planned], metadata: Any, arrays: Any, force: bool) -> list[Written]:
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    from rwkv_cli.kernels.quantize import quantize_rows
-    from rwkv_cli.quant.writer import write
-    from rwkv_cli.terminal import progress_bar
-
-    parts = "Converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with _ended_by_exception(), progress_bar(*parts) as progress:
-        task = progress.add_task("", total=sum(p.source_bytes for p in plan))
-        return write(dst, plan, metadata, arrays, force, quantize_rows, lambda n: progress.advance(task, n))
-
-
 @contextmanager
 def _ended_by_exception() -> Iterator[None]:
     """Make the signals that would end the process here and now an exception, so that no half file stays behind."""
@@ -223,13 +245,15 @@ def _ended_by_exception() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def report(config: Config, plan: list[Planned], done: list[Written], arrays: Any, tokenizer: str, template: str) -> str:
+def report(job: Conversion, done: list[Written]) -> str:
     """What the model is and what became of it, as tables."""
     from rwkv_cli.quant.writer import file_size
     from rwkv_cli.terminal import columns
 
+    config, plan = job.config, job.plan
     weights, before, after = sum(p.weights for p in plan), sum(p.source_bytes for p in plan), file_size(plan, {})
-    total = after + sum(array.nbytes for array in arrays.values())
+    total = after + sum(array.nbytes for array in job.arrays.values())
+    tokenizer, template = job.metadata["tokenizer"], job.metadata["template"]
     heads = f", {config.heads} heads of {config.head_size}" if config.version != "4" else ""
     tables = [
         columns([

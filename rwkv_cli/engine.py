@@ -1,8 +1,9 @@
 """A model with its tokenizer, and the loop that makes text with it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from rwkv_cli.tokenizer import (
     WorldTokenizer,
 )
 
+Steps = Generator[Sequence[int], NDArray[np.float32], None]
+"""Yields ids to be read, and is sent the logits [V] after them."""
+
 
 class LanguageModel(Model):
     """A model with its tokenizer (None if conversion found none) and the name of its chat template."""
@@ -35,6 +39,7 @@ class LanguageModel(Model):
         if self.tokenizer is not None and self.tokenizer.size > self.config.vocab:
             raise FormatError(f"{self.path}: its tokenizer has more tokens than the model; convert it again")
         self.template: str = checkpoint.metadata("template", str)
+        self.quantization: str = checkpoint.metadata("quantization", str)
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu", threads: int | None = None) -> "LanguageModel":
@@ -83,7 +88,7 @@ def check_finite(model: LanguageModel, values: NDArray[np.floating[Any]]) -> Non
         raise FormatError(f"{model.path}: the model's output is not finite; convert it again from a sound file")
 
 
-@dataclass
+@dataclass(eq=False)
 class Completion:
     """One text being made. Iterate `run` for its pieces; the fields tell how it went, also when it is cut short.
 
@@ -98,10 +103,17 @@ class Completion:
     ignore_eos: bool = False
     cancelled: bool = False
     """Set from elsewhere (a signal handler) to end the text after the token in work."""
+    on_read: Callable[[int], object] | None = None
+    """Called with the number of the prompt's tokens that `state` has read so far, each time that it has read some."""
+    last_alone: bool = False
+    """Read the prompt's last token by itself, so that `on_read` meets the state before it."""
     text: str = ""
     unread: str = ""
+    unread_ids: Sequence[int] = ()
+    """The ids of `unread` as they were picked, unless a stop text has cut one apart."""
     tokens: int = 0
     prompt_tokens: int = 0
+    """How many of the prompt's tokens were read."""
     prompt_seconds: float = 0.0
     seconds: float = 0.0
     stop: str = "interrupted"
@@ -110,13 +122,29 @@ class Completion:
     def run(self, prompt: Sequence[int]) -> Iterator[str]:
         """Feed `prompt` (not empty), then yield the text as it comes. What may be part of a stop text is held back
         until it is certain; the stop text itself is never yielded."""
+        steps, shown = self.steps(prompt), 0
+        ids = next(steps, None)
+        while ids is not None:
+            try:
+                ids = steps.send(self.model.advance(ids, self.state))
+            except StopIteration:
+                ids = None
+            if len(self.text) > shown:
+                yield self.text[shown:]
+                shown = len(self.text)
+
+    def steps(self, prompt: Sequence[int]) -> Steps:
+        """`run` for a caller that has `state` read what this yields. After each step `text` holds what is certain."""
         start = time.perf_counter()
         logits: NDArray[np.float32] | None = None
-        for at in range(0, len(prompt), CHUNK):
+        edges = sorted({*range(0, len(prompt), CHUNK), len(prompt) - self.last_alone, len(prompt)})
+        for at, end in pairwise(edges):
             if self.cancelled:
                 return
-            logits = self.model.advance(prompt[at : at + CHUNK], self.state)
-        self.prompt_tokens, self.prompt_seconds = len(prompt), time.perf_counter() - start
+            logits = yield prompt[at:end]
+            self.prompt_tokens, self.prompt_seconds = end, time.perf_counter() - start
+            if self.on_read is not None:
+                self.on_read(end)
         assert logits is not None, "the prompt is empty"
         start = time.perf_counter()
         try:
@@ -124,14 +152,14 @@ class Completion:
         finally:
             self.seconds = time.perf_counter() - start
 
-    def _generate(self, logits: NDArray[np.float32]) -> Iterator[str]:
+    def _generate(self, logits: NDArray[np.float32]) -> Steps:
         stream = self.model.text_tokenizer.stream()
-        made = ""
+        made, ids = "", list[int]()
         # before the first token that may belong to a stop text or to an unfinished character
-        clean: tuple[State, int] | None = None
+        clean: tuple[State, int, int] | None = None
         end: int | None = None
         while True:
-            before, torn = len(made), stream.unfinished  # what the state has read
+            before, read, torn = len(made), len(ids), stream.unfinished  # what the state has read
             if self.cancelled:
                 break
             token = self._pick(logits)
@@ -139,6 +167,7 @@ class Completion:
             if token == END_OF_TEXT and not self.ignore_eos:
                 self.stop = "eos"
                 break
+            ids.append(token)
             made += stream.push(token)
             end = first_stop(made, self.stops)
             if end is not None:
@@ -151,19 +180,16 @@ class Completion:
             if not held and not stream.unfinished:
                 clean = None
             elif clean is None:
-                clean = self.state.clone(), before
-            piece, self.text = made[len(self.text) : len(made) - held], made[: len(made) - held]
-            if piece:
-                yield piece
-            logits = self.model.advance([token], self.state)
+                clean = self.state.clone(), before, read
+            self.text = made[: len(made) - held]
+            logits = yield [token]
         if end is None:
             made += stream.flush()
             end = len(made)
         if clean is not None and (torn or self.stop == "stop"):
-            self.state, before = clean
-        piece, self.text, self.unread = made[len(self.text) : end], made[:end], made[before:end]
-        if piece:
-            yield piece
+            self.state, before, read = clean
+        self.text, self.unread = made[:end], made[before:end]
+        self.unread_ids = self.model.text_tokenizer.encode(self.unread) if self.stop == "stop" else ids[read:]
 
     def _pick(self, logits: NDArray[np.float32]) -> int:
         check_finite(self.model, logits)
@@ -171,6 +197,40 @@ class Completion:
             logits = logits.copy()
             logits[END_OF_TEXT] = -1e30
         return self.sampler.pick(logits)
+
+
+class Batch:
+    """Completions of one model that share its forward passes. Each makes the text that it would make alone."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self._running: list[tuple[Completion, Steps, Sequence[int]]] = []
+        self._state: State | None = None
+        """Of all that run, in their order; None when others run than before."""
+
+    def add(self, completion: Completion, prompt: Sequence[int]) -> None:
+        """Take in one that has not begun. Its state becomes a view into the batch's: clone it to keep it."""
+        steps = completion.steps(prompt)
+        self._running.append((completion, steps, next(steps)))
+        self._state = None
+
+    def step(self) -> list[Completion]:
+        """One pass: each reads its next token, or up to CHUNK of its prompt, and picks another. Those that ended."""
+        if self._state is None:
+            self._state = State.stack([completion.state for completion, _, _ in self._running])
+            for b, (completion, _, _) in enumerate(self._running):
+                completion.state = self._state.row(b)
+        logits = self.model.advance_batch([ids for _, _, ids in self._running], self._state)
+        running, ended = [], []
+        for (completion, steps, _), row in zip(self._running, logits, strict=True):
+            try:
+                running.append((completion, steps, steps.send(row)))
+            except StopIteration:
+                ended.append(completion)
+        self._running = running
+        if ended:
+            self._state = None
+        return ended
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:

@@ -9,20 +9,26 @@ from typing import Any
 
 import click
 
+from rwkv_cli.plot import plot_errors, plot_option
+
 
 @click.command("info")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--tensors", is_flag=True, help="List every tensor: name, layout, shape, bytes.")
+@click.option("--tensors", is_flag=True, help="List every tensor: name, layout, shape, bytes, error.")
+@plot_option("the relative error that quantizing cost each tensor")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def command(model: Path, tensors: bool, as_json: bool) -> None:
+def command(model: Path, tensors: bool, plot: Path | None, as_json: bool) -> None:
     """Show what a converted file holds. Nothing but its header is read.
 
     \b
     rwkv info RWKV-x070-World-0.1B.int8.safetensors --tensors
+    rwkv info RWKV-x070-World-0.1B.int8.safetensors --plot error.svg
     """
     from rwkv_cli.quant import Checkpoint
 
     facts = describe(Checkpoint(model))
+    if plot is not None:
+        _plot(plot, facts)
     if as_json:
         if not tensors:
             del facts["tensors"]
@@ -41,6 +47,7 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         rows.append({
             "name": name, "layout": entry["layout"], "shape": entry["shape"],
             "dtype": checkpoint.stored[name].dtype, "bytes": sum(array.nbytes for array in stored),
+            "error": checkpoint.error(name),
         })  # fmt: skip
     parameters = sum(prod(row["shape"]) for row in rows)
     return {
@@ -53,6 +60,16 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         "digest": checkpoint.digest,
         "tensors": rows,
     }
+
+
+def _plot(plot: Path, facts: dict[str, Any]) -> None:
+    errors = {row["name"]: row["error"] for row in facts["tensors"] if row["error"] is not None}
+    if facts["quantization"] == "none":
+        raise click.ClickException(f"{facts['path']}: its weights are not quantized, so there is no error to draw")
+    if not errors:
+        raise click.ClickException(f"{facts['path']}: does not say what quantizing cost; convert the model again")
+    name, version = Path(facts["path"]).name, facts["config"].get("version")
+    plot_errors(plot, errors, [name, f"RWKV-{version}", f"{facts['bits_per_weight']:.2f} bits per weight"])
 
 
 def _show(facts: dict[str, Any], tensors: bool) -> None:
@@ -75,7 +92,9 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
     ]))  # fmt: skip
     if tensors:
         rows = [
-            (row["name"], row["layout"], row["dtype"], " × ".join(map(str, row["shape"])), f"{row['bytes']:,}")
+            (row["name"], row["layout"], row["dtype"], " × ".join(map(str, row["shape"])), f"{row['bytes']:,}",
+             "" if row["error"] is None else f"{row['error']:.3%}")
             for row in facts["tensors"]
-        ]
-        click.echo("\n" + columns([("tensor", "layout", "dtype", "shape", "bytes"), *rows], right=[4]))
+        ]  # fmt: skip
+        header = "tensor", "layout", "dtype", "shape", "bytes", "error"
+        click.echo("\n" + columns([header, *rows], right=[4, 5]))

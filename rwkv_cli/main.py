@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": "Convert a released checkpoint to a quantized file.",
     "generate": "Continue a text.",
     "chat": "Talk with a model.",
+    "sessions": "List, show and remove kept chats.",
     "ppl": "Measure perplexity on text files.",
     "info": "Show what a converted file holds.",
 }
@@ -45,14 +46,17 @@ class _Commands(click.Group):
 
 def _expected(error: Exception) -> str | None:
     """The sentence for an error that a user can cause; None for a bug, whose traceback is wanted."""
+    from rwkv_cli.conversation import ConversationError
     from rwkv_cli.kernels.backend import DeviceError
     from rwkv_cli.models.registry import UnsupportedModelError
     from rwkv_cli.quant.errors import FormatError
+    from rwkv_cli.session import SessionError
     from rwkv_cli.tokenizer import TokenizerError
 
     if isinstance(error, BrokenPipeError):
         return None
-    if isinstance(error, FormatError | UnsupportedModelError | TokenizerError | DeviceError):
+    known = FormatError | UnsupportedModelError | TokenizerError | DeviceError | ConversationError | SessionError
+    if isinstance(error, known):
         return str(error)
     if isinstance(error, MemoryError):
         return f"out of memory{f' ({error})' if str(error) else ''}; close other programs or take a smaller model"

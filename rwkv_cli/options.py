@@ -16,74 +16,72 @@ Command = Callable[..., Any]
 
 
 def model_options(command: Command) -> Command:
-    """-m, --threads and --device; the command gets them as `model: Path`, `threads` and `device`."""
-
-    @click.option(
-        "-m",
-        "--model",
-        type=click.Path(path_type=Path),
-        metavar="MODEL",
-        help="Converted model (.safetensors); default: $RWKV_MODEL.",
-    )
-    @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores.")
-    @click.option(
-        "--device",
-        type=click.Choice(["cpu", "cuda", "auto"]),
-        default="cpu",
-        show_default=True,
-        help="Where to run.",
-    )
-    @functools.wraps(command)
-    def wrapped(*args: Any, model: Path | None, **kwargs: Any) -> Any:
-        return command(*args, model=_named(model), **kwargs)
-
-    return wrapped  # fmt: skip
-
-
-def _finite(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
-    """nan passes every range, since it compares with no border."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number")
-    return value
-
-
-def sampling_options(command: Command) -> Command:
-    """The sampler's settings; an option that is not given arrives as None."""
+    """-m, --threads and --device; the command gets them as `model: Path | None`, `threads` and `device`."""
     options = [
-        click.option("--temperature", type=click.FloatRange(min=0), callback=_finite, metavar="T",
-                     help="Spread of the choice; 0 always takes the likeliest token."),
-        click.option("--top-p", type=click.FloatRange(0, 1), callback=_finite, metavar="P",
-                     help="Keep the likeliest tokens that make up this probability."),
-        click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="Keep the K likeliest tokens; 0: all."),
-        click.option("--min-p", type=click.FloatRange(0, 1), callback=_finite, metavar="P",
-                     help="Drop tokens less likely than P times the likeliest."),
-        click.option("--presence-penalty", type=click.FloatRange(-100, 100), callback=_finite, metavar="A",
-                     help="Taken off the logit of a token that has occurred."),
-        click.option("--frequency-penalty", type=click.FloatRange(-100, 100), callback=_finite, metavar="A",
-                     help="Taken off for each time that it has occurred."),
-        click.option("--penalty-decay", type=click.FloatRange(0, 1), callback=_finite, metavar="D",
-                     help="What a past occurrence keeps of its weight with each new token."),
-        click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Same seed, same text; default: random."),
+        click.option("-m", "--model", type=click.Path(path_type=Path), metavar="MODEL",
+                     help="Converted model (.safetensors); default: $RWKV_MODEL, else the bundled storyteller."),
+        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores."),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True,
+                     help="Where to run."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def _named(model: Path | None) -> Path:
-    if model is None:
-        text = os.environ.get("RWKV_MODEL", "")
-        if not text:
-            raise click.UsageError("no model: give one with -m MODEL, or set RWKV_MODEL to its path")
-        model = Path(text)
-    return model
+class _Finite(click.FloatRange):
+    """A range that nan, which compares with no border, does not pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
 
 
-def open_model(path: Path, device: str, threads: int | None) -> "LanguageModel":
-    """Load the model; refuse one without a tokenizer. Kernel compilation is announced on stderr."""
+SAMPLING: dict[str, tuple[click.ParamType[Any], str, str]] = {
+    "temperature": (_Finite(min=0), "T", "Spread of the choice; 0 always takes the likeliest token."),
+    "top_p": (_Finite(0, 1), "P", "Keep the likeliest tokens that make up this probability."),
+    "top_k": (click.IntRange(min=0), "K", "Keep the K likeliest tokens; 0: all."),
+    "min_p": (_Finite(0, 1), "P", "Drop tokens less likely than P times the likeliest."),
+    "presence_penalty": (_Finite(-100, 100), "A", "Taken off the logit of a token that has occurred."),
+    "frequency_penalty": (_Finite(-100, 100), "A", "Taken off for each time that it has occurred."),
+    "penalty_decay": (_Finite(0, 1), "D", "What a past occurrence keeps of its weight with each new token."),
+    "seed": (click.IntRange(min=0), "N", "Same seed, same text; default: random."),
+}
+"""The sampler's settings: type, metavar and help."""
+
+
+def sampling_options(command: Command) -> Command:
+    """The sampler's settings; an option that is not given arrives as None."""
+    for name, (kind, metavar, text) in reversed(SAMPLING.items()):
+        command = click.option("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)(command)
+    return command
+
+
+def state_option(command: Command) -> Command:
+    """--state, for `models.tuned.read_tuned_state`; the command gets it as `state: Path | None`."""
+    return click.option("--state", type=click.Path(path_type=Path), metavar="FILE",
+                        help="Start from a tuned initial state (.pth or .safetensors).")(command)  # fmt: skip
+
+
+def open_model(path: Path | None, device: str, threads: int | None) -> "LanguageModel":
+    """Load the model that is named here or by $RWKV_MODEL, else the bundled one; refuse one without a tokenizer.
+
+    Kernel compilation, and which model it is if none was named, are announced on stderr.
+    """
     from rwkv_cli.engine import LanguageModel
+    from rwkv_cli.terminal import note
 
     announce_compilation()
+    named = os.environ.get("RWKV_MODEL")
+    if path is None and named:
+        path = Path(named)
+    if path is None:
+        from rwkv_cli.storyteller import storyteller
+
+        path = storyteller()
+        note("No model named: this is the bundled storyteller, 6 M parameters. Name another with -m or $RWKV_MODEL.")
     model = LanguageModel.load(path, device, threads)
     if model.tokenizer is None:
         raise click.ClickException(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rwkv_cli.options import model_options, open_model
+from rwkv_cli.plot import plot_nll, plot_option
 
 if TYPE_CHECKING:
     from rwkv_cli.engine import LanguageModel
@@ -45,16 +46,23 @@ def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> in
     help="Token before each text (0 ends a text), or none: the first token is then not scored.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score the first N tokens of each file only.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a file.")
+@plot_option("NLL by position in the context, a line for each text and model")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object a file; by_position lists [first, last, tokens, NLL, its standard error].",
+)
 def command(
     files: tuple[Path, ...],
-    model: Path,
+    model: Path | None,
     threads: int | None,
     device: str,
     compare: Path | None,
     context: int | None,
     start_token: int | None,
     limit: int | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Measure perplexity on text files of any size, each read once in constant memory.
@@ -64,6 +72,7 @@ def command(
     \b
     rwkv ppl wiki.test.raw -m model.int8.safetensors
     rwkv ppl wiki.test.raw -m model.int8.safetensors --compare model.float.safetensors
+    rwkv ppl wiki.test.raw -m model.int8.safetensors --context 1024 --plot context.svg
     """  # fmt: skip
     from rwkv_cli.scoring import Scorer
 
@@ -75,13 +84,19 @@ def command(
         )
     if other is not None:
         _check_same_tokens(lm, other)
+    if plot is not None and plot.exists() and any(file.exists() and plot.samefile(file) for file in files):
+        raise click.BadParameter(f"{plot} is one of the texts; name another file", param_hint="--plot")
+    scores = []
     for file in files:
         scorer = Scorer(lm, other, context, start_token, limit)
         score = _with_progress(file, scorer)
+        scores.append((file, score))
         if as_json:
-            click.echo(json.dumps({"model": str(model), "file": str(file), **score.as_json()}))
+            click.echo(json.dumps({"model": str(lm.path), "file": str(file), **score.as_json()}))
         else:
             click.echo(report(file, score, compare))
+    if plot is not None:
+        plot_nll(plot, scores, [lm.path] if other is None else [lm.path, other.path])
 
 
 def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:

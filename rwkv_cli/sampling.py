@@ -6,6 +6,7 @@ comes last, as a power of what is left.
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,24 @@ class Sampler:
             self._counts[other] *= self.settings.penalty_decay
         self._counts[token] += 0 if token in self.exempt else 1
 
+    @property
+    def random(self) -> dict[str, Any]:
+        """Where the random numbers are; set it to go on from there."""
+        return dict(self._random.bit_generator.state)
+
+    @random.setter
+    def random(self, state: dict[str, Any]) -> None:
+        self._random.bit_generator.state = state
+
+    @property
+    def counts(self) -> dict[int, float]:
+        """How often each token was picked, decayed: what is penalized. Set it to go on from there."""
+        return dict(self._counts)
+
+    @counts.setter
+    def counts(self, counts: dict[int, float]) -> None:
+        self._counts = defaultdict(float, counts)
+
     def forget(self) -> None:
         """Penalize nothing that was picked before; go on with the same random numbers."""
         self._counts.clear()
@@ -71,7 +90,12 @@ def candidates(logits: NDArray[np.float64], s: Sampling) -> tuple[NDArray[np.int
     """Tokens that may be picked, likeliest first, and their probabilities; temperature is not 0."""
     p = np.exp(logits - logits.max())
     p /= p.sum()
-    order = np.argsort(-p, kind="stable")
+    # a few likely tokens nearly always hold all that is kept, and sort much faster than a whole vocabulary
+    some = np.flatnonzero(p >= p.max() / 1000)
+    order = some[np.argsort(-p[some], kind="stable")]
+    reached = s.top_p < 1 and p[order].cumsum()[-1] >= s.top_p
+    if not (reached or 0 < s.top_k <= len(order) or s.min_p >= 1 / 1000):
+        order = np.argsort(-p, kind="stable")
     p = p[order]
     count = len(p)
     if s.top_p < 1:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,45 @@ class Mean:
         return math.sqrt(self.squares / (self.count - 1) / self.count) if self.count > 1 else math.nan
 
 
+_ENDS = np.unique(np.rint(2.0 ** (np.arange(124) / 2)).astype(np.int64))
+"""Last positions of the bins: two an octave, one of them at the power of two, as contexts mostly end."""
+
+
+class Bin(NamedTuple):
+    """NLL of the tokens at positions `first` to `last` (both included) of their contexts."""
+
+    first: int
+    last: int
+    tokens: int
+    nll: float
+    stderr: float
+
+
+class ByPosition:
+    """NLL by a token's position in its context, which begins with position 1."""
+
+    def __init__(self) -> None:
+        self.means = [Mean() for _ in _ENDS]
+        self.last = 0
+
+    def add(self, first: int, nll: NDArray[np.float64]) -> None:
+        """NLL of consecutive tokens, the first of them at position `first`."""
+        stop = first + len(nll)
+        start, end = np.searchsorted(_ENDS, [first, stop])
+        for mean, values in zip(self.means[start:], np.split(nll, _ENDS[start:end] + 1 - first), strict=False):
+            mean.add(values)
+        self.last = max(self.last, stop - 1)
+
+    def bins(self) -> tuple[Bin, ...]:
+        """Those with tokens, in order."""
+        firsts, lasts = [1, *(_ENDS[:-1] + 1).tolist()], _ENDS.tolist()
+        return tuple(
+            Bin(first, min(last, self.last), mean.count, mean.mean, mean.stderr)
+            for first, last, mean in zip(firsts, lasts, self.means, strict=True)
+            if mean.count
+        )
+
+
 @dataclass
 class Quantile:
     """High quantiles of non-negative numbers from a histogram of 1,000 bins a decade: exact to 0.3 %."""
@@ -69,6 +108,7 @@ class Comparison:
     nll_diff: float
     nll_diff_stderr: float
     other_ppl: float
+    other_by_position: tuple[Bin, ...]
 
 
 @dataclass(frozen=True)
@@ -80,6 +120,7 @@ class Score:
     seconds: float
     context: int | None
     start_token: int | None
+    by_position: tuple[Bin, ...]
     comparison: Comparison | None = None
 
     @property
@@ -100,15 +141,22 @@ class Score:
         return self.tokens / self.seconds
 
     def as_json(self) -> dict[str, Any]:
-        """Every figure; NaN, which JSON lacks, as null."""
+        """Every figure, a `Bin` as a list of its fields; NaN, which JSON lacks, as null."""
         values: dict[str, Any] = {
             "tokens": self.tokens, "bytes": self.bytes, "nll": self.nll, "nll_stderr": self.nll_stderr,
             "ppl": self.ppl, "ppl_stderr": self.ppl_stderr, "bits_per_byte": self.bits_per_byte,
             "context": self.context, "start_token": self.start_token, "tokens_per_second": self.tokens_per_second,
+            "by_position": self.by_position,
         }  # fmt: skip
         if self.comparison is not None:
             values |= vars(self.comparison)
-        return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in values.items()}
+        return {key: _without_nan(value) for key, value in values.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class Scorer:
@@ -122,6 +170,7 @@ class Scorer:
         self.context, self.start_token, self.limit = context, start_token, limit
         self.nll, self.other_nll, self.difference, self.same = Mean(), Mean(), Mean(), Mean()
         self.kl, self.kl_high = Mean(), Quantile()
+        self.by_position, self.other_by_position = ByPosition(), ByPosition()
         self.bytes = 0
         self.seconds = 1e-9
 
@@ -143,14 +192,15 @@ class Scorer:
                         last, since_reset = self.start_token, 0
                     room = step if self.context is None else min(step, self.context - since_reset)
                     targets = ids[at : at + room]
+                    position = since_reset + 1
                     since_reset += len(targets)
                     bytes_ = widths[at : at + room]
                     at += len(targets)
                     read += int(bytes_.sum())
                     if last is None:  # no start token: the first one is read, not scored
-                        last, targets, bytes_ = int(targets[0]), targets[1:], bytes_[1:]
+                        last, targets, bytes_, position = int(targets[0]), targets[1:], bytes_[1:], position + 1
                     if len(targets):
-                        self._score(np.concatenate([[last], targets[:-1]]), targets, states)
+                        self._score(np.concatenate([[last], targets[:-1]]), targets, states, position)
                         self.bytes += int(bytes_.sum())
                         last = int(targets[-1])
                     self.seconds = time.perf_counter() - begin
@@ -179,17 +229,19 @@ class Scorer:
                 if left == 0:
                     return
 
-    def _score(self, inputs: NDArray[np.int64], targets: NDArray[np.int64], states: list[Any]) -> None:
+    def _score(self, inputs: NDArray[np.int64], targets: NDArray[np.int64], states: list[Any], position: int) -> None:
         logits = [m.advance(inputs, s, all_logits=True) for m, s in zip(self.models, states, strict=True)]
         ops = self.models[0].ops
         nll = ops.cross_entropy(logits[0], targets)
         check_finite(self.models[0], nll)
         self.nll.add(nll)
+        self.by_position.add(position, nll)
         if len(logits) == 2:
             other = ops.cross_entropy(logits[1], targets)
             check_finite(self.models[1], other)
             kl, same = ops.divergence(logits[1], logits[0])
             self.other_nll.add(other)
+            self.other_by_position.add(position, other)
             self.difference.add(nll - other)
             self.kl.add(kl)
             self.kl_high.add(kl)
@@ -200,9 +252,9 @@ class Scorer:
         if self.other_nll.count:
             comparison = Comparison(
                 self.kl.mean, self.kl_high.at(0.999), self.same.mean, self.difference.mean, self.difference.stderr,
-                math.exp(min(self.other_nll.mean, 700.0)),
+                math.exp(min(self.other_nll.mean, 700.0)), self.other_by_position.bins(),
             )  # fmt: skip
         return Score(
             self.nll.count, self.bytes, self.nll.mean, self.nll.stderr, self.seconds, self.context, self.start_token,
-            comparison,
+            self.by_position.bins(), comparison,
         )  # fmt: skip

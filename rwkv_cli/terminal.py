@@ -1,8 +1,11 @@
 """What is printed: aligned columns, text that cannot steer the terminal, progress on standard error."""
 
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -34,10 +37,18 @@ def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
     )
 
 
-def write(text: str) -> None:
+def write(text: str, faint: bool = False) -> None:
     """A piece of a model's text to standard output, at once; as it is into a pipe, harmless on a terminal."""
-    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
+    if sys.stdout.isatty():
+        text = dim(harmless(text)) if faint else harmless(text)
+    sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def dim(text: str) -> str:
+    """The text in faint letters, for a terminal; as it is where NO_COLOR is set or no terminal can do it."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return text if plain else f"\x1b[2m{text}\x1b[22m"
 
 
 @contextmanager
@@ -49,6 +60,35 @@ def progress_bar(*parts: "ProgressColumn | str") -> Iterator["Progress"]:
     console = Console(stderr=True)
     with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
+
+
+@contextmanager
+def reading_bar(tokens: int) -> Iterator[Callable[[int], None]]:
+    """What to call with the number of a prompt's `tokens` read so far, each time that there are more of them.
+
+    A bar on standard error appears once all of them look to take more than a second, and goes when they are read.
+    """
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        update: Callable[..., None] | None = None
+
+        def show(read: int) -> None:
+            nonlocal update
+            if read >= tokens:
+                stack.close()
+                return
+            seconds = time.perf_counter() - start
+            left = seconds / read * (tokens - read)
+            if update is None and seconds + left > 1:
+                from rich.progress import BarColumn, MofNCompleteColumn
+
+                parts = "Reading", BarColumn(), MofNCompleteColumn(), "{task.description}"
+                bar = stack.enter_context(progress_bar(*parts))
+                update = partial(bar.update, bar.add_task("", total=tokens))
+            if update is not None:
+                update(completed=read, description=f"tokens  {read / seconds:.0f} tok/s  {left:.0f} s left")
+
+        yield show
 
 
 def note(text: str) -> None:

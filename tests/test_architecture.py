@@ -101,7 +101,9 @@ def test_the_version_is_one() -> None:
 
 
 def test_dependencies_are_what_is_imported() -> None:
-    declared = {line.split(">")[0].split("=")[0].strip() for line in PROJECT["project"]["dependencies"]}
+    project = PROJECT["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["plot"]]
+    declared = {line.split(">")[0].split("=")[0].strip() for line in lines}
     used = {name.split(".")[0] for path in SOURCES for name in imports(path)} - set(sys.stdlib_module_names)
     # llvmlite comes with numba; rwkv is read as data
     assert used - {"rwkv_cli", "llvmlite"} == declared - {"rwkv"}

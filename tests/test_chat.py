@@ -1,28 +1,22 @@
-"""rwkv chat: templates, what the state has read turn after turn, commands, and a real terminal."""
+"""rwkv chat: templates, what the state has read turn after turn, undo and retry, reasoning, commands in a pipe."""
 
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from click.testing import Result
 from naive import error_ratio
 
 import rwkv_cli
-from rwkv_cli.chat import Conversation
+from rwkv_cli.conversation import Conversation, ConversationError, Reply, Snapshot, Turn, markdown
 from rwkv_cli.models import Model
 from rwkv_cli.sampling import Sampler, Sampling
-from rwkv_cli.templates import TEMPLATES, Template, guess
+from rwkv_cli.templates import TEMPLATES, Template, guess, parts
 
 Run = Callable[..., Result]
-# Python ignores SIGINT where its parent did, as the children of a background shell do
-SCRIPT = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from rwkv_cli.main import main; main()"
-)
 GREETING = (
     "User: hi\n\nAssistant: Hi. I am your assistant and I will provide expert full response in full details. "
     "Please feel free to ask any question and I will always answer it.\n\n"
@@ -89,11 +83,16 @@ def talk(model: Any, template: Template, settings: Sampling, n: int, *turns: str
     conversation = Conversation(model, template, settings, 5, n)
     transcript = template.opening
     for turn in turns:
-        completion = conversation.completion()
-        shown = "".join(conversation.listen(completion, turn))
-        assert shown == completion.text.lstrip()
-        transcript += template.prompt(turn) + completion.text + template.end
+        reply = conversation.reply(turn)
+        shown = said(reply)
+        assert shown == reply.completion.text.lstrip()
+        transcript += template.prompt(turn) + reply.completion.text + template.end
     return conversation, transcript
+
+
+def said(reply: Reply) -> str:
+    """All of an answer but its reasoning."""
+    return "".join(piece for thinking, piece in reply if not thinking)
 
 
 @pytest.mark.usefixtures("letters")
@@ -102,27 +101,75 @@ def talk(model: Any, template: Template, settings: Sampling, n: int, *turns: str
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_state_has_read_the_transcript(byte_model: Path, stops: tuple[str, ...], n: int, seed: int) -> None:
     model = rwkv_cli.load(byte_model)
-    template = Template("Q: {text}\n\nA:", stops, Sampling(1.5 + seed, 1.0), "opening\n")
+    template = Template("x", "Q: {text}\n\nA:", stops, Sampling(1.5 + seed, 1.0), "opening\n")
     conversation, transcript = talk(model, template, template.sampling, n, "Hi", "Three\n\ndays", "é")
-    rest = conversation.unread.encode()
+    rest = conversation.now.unread.encode()
     assert transcript.encode().endswith(rest)
-    got, state = model.forward(list(rest), conversation.state)
+    got, state = model.forward(list(rest), conversation.now.state)
     want, whole = model.forward(list(transcript.encode()))
     assert error_ratio(got, want) < 1e-5
     assert error_ratio(state.wkv, whole.wkv) < 1e-5
 
 
+def same(a: Snapshot, b: Snapshot) -> bool:
+    arrays = zip(a.state.arrays().values(), b.state.arrays().values(), strict=True)
+    return all(np.array_equal(x, y) for x, y in arrays) and (a.unread, a.random) == (b.unread, b.random)
+
+
 def test_reset_forgets(byte_model: Path) -> None:
     model, template = rwkv_cli.load(byte_model), TEMPLATES["world"]
     conversation, _ = talk(model, template, template.sampling, 9, "Hi")
-    first = [list(conversation.listen(conversation.completion(), "again")) for _ in range(2)]
-    assert first[0] != first[1]
+    assert said(conversation.reply("again")) != said(conversation.reply("again"))
     conversation.reset()
     fresh = Conversation(model, template, template.sampling, 5, 9)
-    assert conversation.unread == fresh.unread == GREETING
-    np.testing.assert_array_equal(conversation.state.wkv, model.new_state().wkv)
-    a, b = (list(c.listen(c.completion(), "Hi")) for c in (conversation, fresh))
-    assert a == b
+    assert same(conversation.now, fresh.now)
+    assert (conversation.now.unread, conversation.turns) == (GREETING, [])
+    assert said(conversation.reply("Hi")) == said(fresh.reply("Hi"))
+
+
+def test_undo_is_exact(byte_model: Path) -> None:
+    model, settings = rwkv_cli.load(byte_model), Sampling(top_p=1.0)
+    straight, _ = talk(model, TEMPLATES["plain"], settings, 9, "one", "two", "three")
+    detour, _ = talk(model, TEMPLATES["plain"], settings, 9, "one", "a detour", "and on")
+    assert [detour.undo().user, detour.undo().user] == ["and on", "a detour"]
+    for turn in ("two", "three"):
+        said(detour.reply(turn))
+    assert [turn.answer for turn in detour.turns] == [turn.answer for turn in straight.turns]
+    assert same(detour.now, straight.now)
+    for _ in range(3):
+        detour.undo()
+    assert same(detour.now, Conversation(model, TEMPLATES["plain"], settings, 5, 9).now)
+    with pytest.raises(ConversationError, match="no turn to take back"):
+        detour.undo()
+
+
+def test_retry_differs_and_repeats(byte_model: Path) -> None:
+    model, settings = rwkv_cli.load(byte_model), Sampling(top_p=1.0)
+    answers = []
+    for _ in range(2):
+        conversation, _ = talk(model, TEMPLATES["plain"], settings, 9, "one", "two")
+        before = conversation.turns[-1].before
+        answers.append([conversation.turns[-1].answer])
+        for _ in range(2):
+            said(conversation.retry())
+            assert [turn.user for turn in conversation.turns] == ["one", "two"]
+            assert conversation.turns[-1].before is before
+            answers[-1].append(conversation.turns[-1].answer)
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) == 3
+
+
+def test_old_snapshots_are_given_up(byte_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rwkv_cli.load(byte_model)
+    size = sum(array.nbytes for array in model.new_state().arrays().values())
+    monkeypatch.setattr("rwkv_cli.conversation._SNAPSHOT_BYTES", 2 * size)
+    conversation, _ = talk(model, TEMPLATES["plain"], Sampling(), 3, "a", "b", "c", "d")
+    assert [turn.before is None for turn in conversation.turns] == [True, True, False, False]
+    conversation.undo()
+    conversation.undo()
+    with pytest.raises(ConversationError, match="no longer kept"):
+        conversation.undo()
+    assert [turn.user for turn in conversation.turns] == ["a", "b"]
 
 
 def test_a_turn_interrupted_before_it_was_read_never_happened(
@@ -130,19 +177,83 @@ def test_a_turn_interrupted_before_it_was_read_never_happened(
 ) -> None:
     model = rwkv_cli.load(byte_model)
     conversation, _ = talk(model, TEMPLATES["plain"], Sampling(), 5, "Hi")
-    before, unread = conversation.state.clone(), conversation.unread
-    completion = conversation.completion()
+    before = conversation.now
+    reply = conversation.reply("x" * 1000)
     advance = Model.advance
 
     def interrupted(*args: Any) -> Any:
-        completion.cancelled = True
+        reply.completion.cancelled = True
         return advance(*args)
 
     monkeypatch.setattr(type(model), "advance", interrupted)
-    assert list(conversation.listen(completion, "x" * 1000)) == []
-    assert conversation.unread == unread
-    np.testing.assert_array_equal(conversation.state.wkv, before.wkv)
-    np.testing.assert_array_equal(conversation.state.att_shift, before.att_shift)
+    assert list(reply) == []
+    assert conversation.now is before
+    assert len(conversation.turns) == 1
+    monkeypatch.undo()
+    again, _ = talk(model, TEMPLATES["plain"], Sampling(), 5, "Hi")
+    assert same(conversation.now, again.now)
+
+
+@pytest.mark.parametrize(
+    ("mode", "prompt"),
+    [
+        ("off", "User: a\n\nAssistant:"),
+        ("on", "User: a\n\nAssistant: <think"),
+        ("short", "User: a (think a bit)\n\nAssistant: <think"),
+        ("long", "User: a (think a lot)\n\nAssistant: <think"),
+        ("fast", "User: a\n\nAssistant: <think>\n</think"),
+    ],
+)
+def test_think_modes_are_the_models(mode: str, prompt: str) -> None:
+    assert TEMPLATES["g1"].prompt("a", mode) == prompt
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("<think>\nhm </ok>\n\nwell\n</think>\n\nHello <b>", "hm </ok>\n\nwell", "Hello <b>"),
+        ("<think></think>Hi", "", "Hi"),
+        (" <think>\n</think>\nHi", "", "Hi"),
+        ("<think>cut </thi", "cut </thi", ""),
+        ("<thi", "", "<thi"),
+        (" \nno <think>x</think> y ", "", "no <think>x</think> y "),
+        ("", "", ""),
+    ],
+)
+def test_reasoning_is_told_apart(text: str, thought: str, answer: str, size: int) -> None:
+    pieces = list(parts(text[i : i + size] for i in range(0, len(text), size)))
+    assert all(piece for _, piece in pieces)
+    assert "".join(piece for thinking, piece in pieces if thinking) == thought
+    assert "".join(piece for thinking, piece in pieces if not thinking) == answer
+    assert [thinking for thinking, _ in pieces] == sorted((thinking for thinking, _ in pieces), reverse=True)
+
+
+def test_reasoning_is_not_in_the_shown_answer() -> None:
+    turn = Turn("a", "<think>b</think>\n\nc", None)
+    assert turn.shown() == "c"
+    assert markdown("m", [turn]) == "# Chat with m\n\n**You:** a\n\nc\n\n"
+
+
+class Pile:
+    """A vocabulary like GPT-NeoX's: a blank line is a token of its own."""
+
+    def encode(self, text: str) -> list[int]:
+        return [535 if piece == "\n\n" else ord(piece) for piece in re.findall(r"\n\n|.|\n", text)]
+
+
+@pytest.mark.parametrize(("template", "want"), [("raven", [97, 10, 10, 98]), ("plain", [97, 535, 98])])
+def test_blank_lines_are_what_the_model_knows(byte_model: Path, template: str, want: list[int]) -> None:
+    model = rwkv_cli.load(byte_model)
+    conversation = Conversation(model, TEMPLATES[template], Sampling(), 1)
+    model.tokenizer = Pile()  # type: ignore[assignment]
+    assert conversation.encode("a\n\nb") == want
+
+
+def test_a_system_text_comes_first() -> None:
+    assert TEMPLATES["world"].begin("") == GREETING
+    assert TEMPLATES["world"].begin("Be\n\nbrief. ") == "System: Be\nbrief.\n\n"
+    assert TEMPLATES["raven"].begin("x {y}") == "x {y}\n\n"
 
 
 @pytest.fixture
@@ -170,13 +281,75 @@ def test_commands(chat: Run) -> None:
     result = chat(input="/help\n/nothing here\n/reset\n/exit\nHi\n")
     assert (result.exit_code, result.stdout) == (0, "")
     lines = result.stderr.splitlines()
-    assert lines[0].startswith("/reset")
-    assert "/nothing here is not a command." in lines
+    assert lines[0].split() == ["/undo", "take", "the", "last", "turn", "back"]
+    assert "/nothing is not a command; /help lists them" in lines
     assert lines[-1] == "The conversation is forgotten."
     assert chat(input="").stdout == ""
     once, again = chat(input="Hi\n").stdout, chat(input="Hi\n/reset\nHi\n").stdout
     assert once + once == again
     assert chat(input="Hi\nHi\n").stdout != again
+
+
+def test_undo_retry_and_edit_in_a_pipe(chat: Run) -> None:
+    once = chat(input="Hi\n").stdout
+    assert chat(input="Hi\n/undo\nHi\n").stdout == once + once
+    assert chat(input="Ho\n/edit Hi\n").stdout.endswith(once)
+    retried = chat(input="Hi\n/retry\n/retry\n").stdout
+    assert retried.startswith(once)
+    assert retried != 3 * once
+    result = chat(input="/undo\n/retry\n/edit x\n/edit\n")
+    assert result.stderr.count("there is no turn to take back") == 3
+    assert "give the turn's new text" in result.stderr
+    assert chat(input="//undo\n").stdout == chat(input="/undo\n//undo\n").stdout != ""
+
+
+def test_settings_change_the_next_answer(chat: Run) -> None:
+    greedy = chat("--temperature", 0, "--frequency-penalty", 0, "--presence-penalty", 0, input="Hi\n").stdout
+    changed = chat(input="/set temperature 0\n/set frequency_penalty=0\n/set presence-penalty 0\nHi\n")
+    assert changed.stdout == greedy
+    assert chat("-n", 3, input="Hi\n").stdout == chat(input="/set max_tokens 3\nHi\n").stdout
+    assert chat("--seed", 9, input="Hi\n").stdout == chat(input="/set seed 9\nHi\n").stdout
+    for wrong in ("temperature -1", "temperature nan", "temperature", "heat 3", "top_k 1.5", "seed x"):
+        result = chat(input=f"/set {wrong}\nHi\n")
+        assert (result.exit_code, result.stdout) == (0, chat(input="Hi\n").stdout)
+        assert len(result.stderr.strip().splitlines()) == 1
+    shown = chat(input="/set top_p 0.25\n/params\n").stderr
+    assert re.search(r"top_p +0\.25\n", shown)
+    assert re.search(r"seed +5\n", shown)
+
+
+def test_system_and_think(chat: Run) -> None:
+    told = chat("--system", "Be brief.", input="Hi\n").stdout
+    assert told == chat(input="/system Be brief.\nHi\n").stdout != chat(input="Hi\n").stdout
+    assert chat("--system", "Be brief.", input="/system off\nHi\n").stdout == chat(input="Hi\n").stdout
+    assert "Be brief." in chat("--system", "Be brief.", input="/system\n").stderr
+    result = chat("--think", "on", input="Hi\n")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "template plain does not reason; --template g1 does" in result.stderr
+    modes = {mode: chat("--template", "g1", "--think", mode, input="Hi\n").stdout for mode in ("off", "fast")}
+    assert modes["off"] != modes["fast"]
+    assert chat("--template", "g1", "--think", "off", input="/think fast\nHi\n").stdout == modes["fast"]
+    assert "a is no think mode; there are off, on," in chat("--template", "g1", input="/think a\n").stderr
+
+
+def test_a_pipe_sees_no_reasoning(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(b">hm</think>\n\nok\0")
+    monkeypatch.setattr(Sampler, "pick", lambda *_: next(said))
+    result = chat("--template", "g1", "-n", 100, input="Hi\n/history\n")
+    assert (result.exit_code, result.stdout) == (0, "ok\n> Hi\nok\n\n")
+
+
+def test_what_was_said_can_be_had(chat: Run, tmp_path: Path) -> None:
+    file = tmp_path / "chat.md"
+    answer = chat(input="Hi\n").stdout
+    result = chat(input=f"Hi\n/history\n/copy {file}\n/copy {file}\n/copy {tmp_path}/no/where\n/copy\n/stats\n")
+    assert result.exit_code == 0
+    assert result.stdout == f"{answer}> Hi\n{answer}\n"
+    assert file.read_text("utf-8").startswith("# Chat with ")
+    assert f"**You:** Hi\n\n{answer.strip()}" in file.read_text("utf-8")
+    assert f"{file} exists; name another file" in result.stderr
+    assert f"{tmp_path}/no/where: No such file or directory" in result.stderr
+    assert re.search(r"turns +1\n", result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -209,55 +382,9 @@ def test_output_that_is_not_finite_ends_the_chat(chat: Run, monkeypatch: pytest.
     assert "the model's output is not finite" in result.stderr.splitlines()[-1]
 
 
-@pytest.fixture
-def terminal(rwkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A chat on a terminal, with a model that never ends an answer: the logit of 0 is about −100."""
-    pexpect = pytest.importorskip("pexpect")
-    weights = tiny.weights("7", vocab=256)
-    weights["ln_out.bias"][0], weights["head.weight"][:, 0] = 10, 0
-    weights["head.weight"][0, 0] = -10
-    assert rwkv("convert", tiny.write_pth(tmp_path / "m.pth", weights, "F32"), tmp_path / "m").exit_code == 0
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.delenv("RWKV_MODEL", raising=False)
-    options = ["chat", "-m", str(tmp_path / "m"), "--top-p", "1", "--template", "g1", "-n", "1000000"]
-    child = pexpect.spawn(sys.executable, ["-c", SCRIPT, *options], timeout=240, dimensions=(24, 500))
-    try:
-        yield child
-    finally:
-        child.close(force=True)
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_terminal(terminal: Any) -> None:
-    """Answers of a million bytes: each Ctrl-C ends one, and what the model babbles steers nothing."""
-    prompt = "\x1b[1m> \x1b[0m"
-    terminal.expect_exact("/help lists commands")
-    for turn in ("Hi", "There"):
-        terminal.expect_exact(prompt)
-        terminal.sendline(turn)
-        terminal.expect(re.compile(rb"[^\r\n]{20}|\n[^\n]{20}"))
-        terminal.expect_exact("�".encode())
-        terminal.sendintr()
-        terminal.expect_exact("\r\n\r\n")
-        said = terminal.before.replace(b"^C", b"")
-        assert not re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\r(?!\n)", said)
-    terminal.expect_exact(prompt)
-    terminal.sendintr()
-    terminal.expect_exact("(/exit or Ctrl-D leaves)")
-    terminal.expect_exact(prompt)
-    terminal.sendline("/help")
-    terminal.expect_exact("forget the conversation")
-    terminal.expect_exact(prompt)
-    terminal.sendeof()
-    rest = terminal.read()
-    terminal.wait()
-    assert terminal.exitstatus == 0
-    assert b"Traceback" not in rest
-
-
 def test_penalties_are_for_one_answer(byte_model: Path) -> None:
     template = TEMPLATES["world"]
     conversation, _ = talk(rwkv_cli.load(byte_model), template, template.sampling, 9, "Hi")
     assert conversation.sampler._counts
-    conversation.completion()
+    conversation.reply("again")
     assert not conversation.sampler._counts

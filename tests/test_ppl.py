@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from naive import log_softmax
 import rwkv_cli
 from rwkv_cli import scoring
 from rwkv_cli.models import Model
-from rwkv_cli.scoring import Mean, Quantile
+from rwkv_cli.scoring import ByPosition, Mean, Quantile
 
 Run = Callable[..., Result]
 TEXT = ("It was a dark and stormy night; the rain fell in torrents, é 你好 👋.\n" * 9).encode()
 KEYS = {"model", "file", "tokens", "bytes", "nll", "nll_stderr", "ppl", "ppl_stderr", "bits_per_byte", "context",
-        "start_token", "tokens_per_second"}  # fmt: skip
-COMPARED = {"kl_mean", "kl_p999", "top1_agreement", "nll_diff", "nll_diff_stderr", "other_ppl"}
+        "start_token", "tokens_per_second", "by_position"}  # fmt: skip
+COMPARED = {"kl_mean", "kl_p999", "top1_agreement", "nll_diff", "nll_diff_stderr", "other_ppl", "other_by_position"}
 
 
 @pytest.fixture
@@ -69,6 +70,37 @@ def test_figures_are_the_plain_ones(
     assert {key: facts[key] for key in want} == pytest.approx(want, rel=1e-6)
     assert facts["tokens_per_second"] > 0
     assert (facts["model"], facts["file"]) == (str(byte_model), str(text))
+
+
+@pytest.mark.parametrize("start", [0, None])
+@pytest.mark.parametrize(("context", "limit"), [(None, 300), (100, None), (64, 300), (2, 31), (3, 1 + 3)])
+def test_figures_by_position_are_the_plain_ones(
+    rwkv: Run, byte_model: Path, text: Path, start: int | None, context: int | None, limit: int | None
+) -> None:
+    options = ["--start-token", "none" if start is None else start]
+    options += ["--context", context] if context else []
+    options += ["--limit", limit] if limit else []
+    facts = json.loads(rwkv("ppl", text, "-m", byte_model, "--json", "--compare", byte_model, *options).stdout)
+    bins = facts["by_position"]
+    assert bins == facts["other_by_position"]
+    ids = list(TEXT)[:limit]
+    p, targets = scored(byte_model, ids, context, start)
+    nll = -p[np.arange(len(targets)), targets]
+    positions = np.arange(len(ids)) % (context or len(ids)) + 1
+    positions = positions[positions > (start is None)]
+    assert bins[0][0] == positions.min()
+    assert bins[-1][1] == positions.max()
+    assert all(after[0] == before[1] + 1 for before, after in pairwise(bins))
+    for first, last, tokens, mean, stderr in bins:
+        inside = nll[(positions >= first) & (positions <= last)]
+        assert last <= 1.5 * first
+        assert (tokens, mean) == (len(inside), pytest.approx(inside.mean(), rel=1e-5))
+        if tokens > 1:
+            assert stderr == pytest.approx(inside.std(ddof=1) / math.sqrt(tokens), rel=1e-4)
+        else:
+            assert stderr is None
+    assert sum(row[2] for row in bins) == facts["tokens"]
+    assert sum(row[2] * row[3] for row in bins) / facts["tokens"] == pytest.approx(facts["nll"], rel=1e-9)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
@@ -170,7 +202,6 @@ def test_a_text_for_a_json_tokenizer(rwkv: Run, json_models: list[Path], text: P
         (("{missing}", "-m", "{byte}"), 1, "{missing}: No such file or directory"),
         (("{folder}", "-m", "{byte}"), 2, "'{folder}' is a directory"),
         (("-m", "{byte}"), 2, "Missing argument 'FILE...'"),
-        (("{text}",), 2, "no model: give one with -m MODEL"),
         (("{text}", "-m", "{none}"), 1, "{none}: has no tokenizer"),
         (("{text}", "-m", "{byte}", "--compare", "{missing}"), 1, "{missing}: No such file or directory"),
         (("{text}", "-m", "{byte}", "--compare", "{json}"), 1, "{byte} and {json} have different tokenizers"),
@@ -240,6 +271,20 @@ def test_a_file_is_read_a_block_at_a_time(byte_model: Path, tmp_path: Path, monk
     scorer = scoring.Scorer(model, None, None, 0, 2500)
     assert scorer.run(tmp_path / "long", lambda *_: None).tokens == 2500
     assert took == [(1000, 0), (1000, 1000), (1000, 2000)]
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [1, 2, 3, 4, 5], [64, 65, 700], [999]])
+def test_bins_do_not_depend_on_the_steps(cuts: list[int]) -> None:
+    values = np.random.default_rng(1).exponential(2, 1000)
+    whole, parts = ByPosition(), ByPosition()
+    whole.add(1, values)
+    for at, part in zip([0, *cuts], np.split(values, cuts), strict=True):
+        parts.add(at + 1, part)
+    ends = [b.last for b in whole.bins()]
+    assert ends[:10] == [1, 2, 3, 4, 6, 8, 11, 16, 23, 32]
+    assert ends[-2:] == [724, 1000]
+    for a, b in zip(whole.bins(), parts.bins(), strict=True):
+        assert a == pytest.approx(b, rel=1e-12, nan_ok=True)
 
 
 def test_means_and_quantiles() -> None:

@@ -1,0 +1,66 @@
+"""Reading a person's turns: line editing and history on a terminal, plain lines from anywhere else."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import platformdirs
+
+Words = Mapping[str, Callable[[], Iterable[str]]]
+"""Commands, and what may follow each."""
+
+
+def is_terminal() -> bool:
+    """Whether a person reads and writes here."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def reader(words: Words) -> Callable[[str], str]:
+    """A function that reads one turn, given the text to start from.
+
+    It raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C.
+    """
+    return _terminal_reader(words) if is_terminal() else lambda _default: input()
+
+
+def _terminal_reader(words: Words) -> Callable[[str], str]:
+    """Alt-Enter begins a new line, a pasted text keeps its own; Up and Ctrl-R look through earlier turns."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import Completer, Completion
+    from prompt_toolkit.key_binding import KeyBindings
+
+    class Commands(Completer):
+        def get_completions(self, document: Any, complete_event: Any) -> Iterator[Completion]:  # noqa: ARG002
+            text = document.text_before_cursor
+            command, blank, rest = text.partition(" ")
+            found = words if not blank else words[command]() if command in words else ()
+            typed = rest if blank else command
+            if text.startswith("/"):
+                yield from (Completion(w, -len(typed)) for w in found if w.startswith(typed) and w != typed)
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    session: Any = PromptSession(
+        [("bold", "> ")],
+        history=_history(),
+        completer=Commands(),
+        key_bindings=keys,
+        prompt_continuation=[("", "  ")],
+        enable_history_search=True,
+        reserve_space_for_menu=4,
+    )
+    return lambda default: str(session.prompt(default=default))
+
+
+def _history() -> Any:
+    """What was typed in earlier runs, for the user's eyes only; kept in memory where there is no place for a file."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    path = platformdirs.user_state_path("rwkv", appauthor=False) / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(path)
