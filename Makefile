@@ -1,15 +1,18 @@
 # make test    set up .venv and run the tests
-# make demo    set up .venv, convert CHECKPOINT=…, measure it, let it write, chat if there is a terminal
+# make demo    set up .venv, convert the bundled storyteller (or CHECKPOINT=…), measure it on a text, let it write,
+#              chat if there is a terminal
+# make pictures  the terminal pictures of README (needs tmux)
 # make lint    formatting, style, types
 # EXTRAS=dev,reference adds torch and the reference package to the tests
 
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
-TEXT ?= docs/models.md
+TEXT ?= docs/story.txt
+CHECKPOINT ?= rwkv_cli/storyteller.pth
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint demo docs clean
+.PHONY: setup test lint demo docs pictures clean
 
 setup: $(VENV)/installed-$(EXTRAS)
 
@@ -31,13 +34,14 @@ lint: setup
 docs: setup
 	$(BIN)/python tools/make_docs.py
 
-demo:
-	@test -n "$(CHECKPOINT)" || { echo "name a checkpoint: make demo CHECKPOINT=path/to/RWKV….pth" >&2; exit 2; }
-	@$(MAKE) --no-print-directory setup
+pictures: setup
+	$(BIN)/python tools/make_pictures.py
+
+demo: setup
 	mkdir -p demo
 	$(BIN)/rwkv convert "$(CHECKPOINT)" demo/model.safetensors --force
 	$(BIN)/rwkv ppl $(TEXT) -m demo/model.safetensors --limit 2000
-	$(BIN)/rwkv generate "Once upon a time" -m demo/model.safetensors --max-tokens 100
+	$(BIN)/rwkv generate "Once upon a time" -m demo/model.safetensors --max-tokens 200
 	@if test -t 0; then $(BIN)/rwkv chat -m demo/model.safetensors; fi
 
 clean:

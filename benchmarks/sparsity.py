@@ -1,6 +1,6 @@
 """How many values of the channel mix are not zero after relu², layer by layer: what a sparse decode can skip.
 
-    python benchmarks/sparsity.py MODEL.safetensors TEXT [--limit 4096]
+python benchmarks/sparsity.py MODEL.safetensors TEXT [--limit 4096]
 """
 
 import argparse

@@ -185,7 +185,7 @@ def find_tokenizer(choice: str, src: Path, vocab: int) -> Tokenizer | None:
     tokenizer: Tokenizer
     if choice == "auto":
         folder = src if src.is_dir() else full_path(src).parent
-        for name in ("tokenizer.json", "20B_tokenizer.json"):
+        for name in (f"{full_path(src).stem}.tokenizer.json", "tokenizer.json", "20B_tokenizer.json"):
             if (folder / name).is_file():
                 tokenizer = read_tokenizer_file(folder / name)
                 # vocabularies are padded by a few hundred rows at most: another one lies here by chance

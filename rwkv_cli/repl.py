@@ -204,7 +204,7 @@ class Repl:
         note(columns([
             ("turns", len(self.talk.turns)),
             ("this run", _figures(self.made_tokens, self.made_seconds, self.read_tokens, self.read_seconds)),
-            ("state", f"{size / 1e6:.1f} MB, whatever the length; {kept} earlier ones kept for /undo"),
+            ("state", f"{size / 1e6:.1f} MB, whatever the length; {kept} kept for /undo"),
             ("session", self.session.name if self.session else "none; /save NAME keeps this conversation"),
         ]))  # fmt: skip
 

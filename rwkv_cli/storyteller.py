@@ -7,7 +7,7 @@ from rwkv_cli.kernels.jit import cache_folder
 from rwkv_cli.quant.checkpoint import FORMAT_VERSION
 
 SOURCE = Path(__file__).with_name("storyteller.pth")
-TOKENIZER = Path(__file__).with_name("storyteller.json")
+TOKENIZER = Path(__file__).with_name("storyteller.tokenizer.json")
 
 
 def storyteller() -> Path:
@@ -19,5 +19,5 @@ def storyteller() -> Path:
         digest.update(file.read_bytes())
     path = cache_folder() / f"storyteller-{digest.hexdigest()[:16]}.int8.safetensors"
     if not path.exists():
-        Conversion.of(SOURCE, "int8", str(TOKENIZER), "plain").write(path, overwrite=True)
+        Conversion.of(SOURCE, "int8").write(path, overwrite=True)
     return path

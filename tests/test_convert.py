@@ -258,7 +258,8 @@ def json_tokenizer(path: Path, size: int) -> Path:
         (300, "tokenizer.json", 300, "json"), (811, "tokenizer.json", 300, "json"),
         (812, "tokenizer.json", 300, "none"), (300, "tokenizer.json", 301, "none"),
         (256, "tokenizer.json", 300, "bytes"), (256, "tokenizer.json", 99, "json"),
-        (65536, "tokenizer.json", 300, "world"), (300, "20B_tokenizer.json", 300, "json"),
+        (65536, "tokenizer.json", 300, "world"), (300, "20B_tokenizer.json", 300, "json"), 
+        (300, "a.tokenizer.json", 300, "json"), (300, "b.tokenizer.json", 300, "none"),
     ],
 )  # fmt: skip
 def test_the_tokenizer_is_found(rwkv: Run, tmp_path: Path, vocab: int, beside: str, size: int, kind: str) -> None:

@@ -16,10 +16,10 @@ from rich.text import Text
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 WIDTH = 100
 PICTURES: dict[str, tuple[int, str, list[str]]] = {
-    "chat": (26, "rwkv chat --seed 4", [
-        "Tell me a story about a brave little dog.", "/retry", "/undo", "/stats", "/set temperature 0.5",
+    "chat": (46, "rwkv chat --seed 1", [
+        "Tell me a story about a brave little dog.", "/retry", "/undo", "Thanks!", "/stats",
     ]),
-    "convert": (20, "rwkv convert storyteller.pth", []),
+    "convert": (30, "rwkv convert storyteller.pth", []),
 }  # fmt: skip
 """Name: lines of screen, command, and what is typed once it waits for input."""
 
@@ -42,7 +42,8 @@ def settled() -> str:
 def record(lines: int, command: str, typed: list[str], folder: Path) -> str:
     """The screen after a command, and after each line that is typed to it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    shell = f"cd {folder} && env PATH='{path}' PS1='$ ' TERM=xterm-256color bash --norc"
+    home = f"XDG_STATE_HOME={folder}/home XDG_DATA_HOME={folder}/home"
+    shell = f"cd {folder} && env {home} PATH='{path}' PS1='$ ' TERM=xterm-256color bash --norc"
     tmux("new-session", "-d", "-x", str(WIDTH), "-y", str(lines), shell)
     try:
         for line in [command, *typed]:
