@@ -40,6 +40,9 @@ class Backend(Protocol):
     def float_weight(self, dtype: str, bits: NDArray[Any]) -> Weight:
         """A stored float matrix [N, K] as the bits of F32, F16 or BF16."""
 
+    def weight_size(self, weight: Weight) -> tuple[int, int, bool]:
+        """Its bytes, its elements, and whether `linear` of one token skips what a zero in x would multiply."""
+
     def vector(self, values: Array) -> Array:
         """A small float tensor, put where the kernels can read it."""
 

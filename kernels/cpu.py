@@ -32,6 +32,10 @@ class FloatWeight(NamedTuple):
 
 Weight = Int8Weight | FloatWeight
 
+# below these, in numbers and in products, one thread is done before another would be awake
+_SMALL = 1 << 15
+_SMALL_PRODUCT = 1 << 18
+
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:
     """A read-only view, so that kernels see one type of array whether it is mapped or not."""
@@ -48,6 +52,12 @@ def int8_weight(
 
 def float_weight(dtype: str, bits: NDArray[Any]) -> Weight:
     return FloatWeight(dtype, _frozen(bits))
+
+
+def weight_size(weight: Weight) -> tuple[int, int, bool]:
+    if isinstance(weight, FloatWeight):
+        return weight.bits.nbytes, weight.bits.size, False
+    return weight.values.nbytes + weight.scales.nbytes, weight.values.size, weight.layout == "columns"
 
 
 def vector(values: Array) -> Array:
@@ -88,12 +98,19 @@ def _int8_linear(x: Array, weight: Int8Weight) -> Array:
     levels = np.empty((T, planes, groups * matmul.GROUP), kind)
     factors, offsets = np.empty((T, groups), np.float32), np.empty((T, groups), np.int32)
     # float16 scale bits stand for 2**-112 of their value as float32 bits
-    matmul.quantize_activations(x, np.float32(2.0 ** (112 + weight.unit)), levels, factors, offsets)
+    unit, threads = np.float32(2.0 ** (112 + weight.unit)), get_num_threads()
+    if x.size < _SMALL:
+        matmul.quantize_one(x, unit, levels, factors, offsets)
+    else:
+        matmul.quantize_activations(x, unit, levels, factors, offsets, threads)
     y = np.zeros((T, values.shape[0] * values.shape[2]), np.float32)
     if weight.layout == "tile":
-        matmul.tiles(values, scales, levels, factors, offsets, y, get_num_threads())
+        if T * values.size < _SMALL_PRODUCT:
+            matmul.tiles_small(values, scales, levels, factors, offsets, y)
+        else:
+            matmul.tiles(values, scales, levels, factors, offsets, y, threads)
     elif T == 1:
-        matmul.columns_one(values, scales, levels, factors, y, get_num_threads())
+        matmul.columns_one(values, scales, levels, factors, y, threads)
     else:
         matmul.columns(values, scales, levels, factors, offsets, y)
     return y if y.shape[1] == N else np.ascontiguousarray(y[:, :N])

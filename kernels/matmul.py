@@ -20,14 +20,11 @@ _single = group_step(1, 1, VNNI)
 
 
 @kernel()
-def quantize_activations(x, unit, planes, factors, offsets):  # type: ignore[no-untyped-def]
-    """x [T, K] to `planes` (VNNI: int8 [T, 2, Kp], else int16 [T, 1, Kp]), `factors` and `offsets` [T, Kp/32].
-
-    factor = scale of the group · unit. A NaN or infinity in a group makes its factor NaN, and so every output.
-    """
-    T, K = x.shape
+def _quantize(x, unit, first, last, planes, factors, offsets):  # type: ignore[no-untyped-def]
+    """Tokens `first` to `last` of `quantize_activations`."""
+    K = x.shape[1]
     Kp = planes.shape[2]
-    for t in range(T):
+    for t in range(first, last):
         for g in range(Kp // GROUP):
             top, poison = np.float32(0), np.float32(0)
             start, stop = g * GROUP, min((g + 1) * GROUP, K)
@@ -52,9 +49,26 @@ def quantize_activations(x, unit, planes, factors, offsets):  # type: ignore[no-
                     planes[t, p, k] = 0
 
 
+@kernel()
+def quantize_one(x, unit, planes, factors, offsets):  # type: ignore[no-untyped-def]
+    """`quantize_activations` on this thread: a few tokens are done before others would be awake."""
+    _quantize(x, unit, 0, len(x), planes, factors, offsets)
+
+
 @kernel(parallel=True)
-def tiles(values, scales, planes, factors, offsets, y, threads):  # type: ignore[no-untyped-def]
-    """values [S, K/4, 16, 4], scales [S, K/32, 16] → y [T, S·16], added to what is there."""
+def quantize_activations(x, unit, planes, factors, offsets, threads):  # type: ignore[no-untyped-def]
+    """x [T, K] to `planes` (VNNI: int8 [T, 2, Kp], else int16 [T, 1, Kp]), `factors` and `offsets` [T, Kp/32].
+
+    factor = scale of the group · unit. A NaN or infinity in a group makes its factor NaN, and so every output.
+    """
+    T = len(x)
+    for part in prange(threads):
+        _quantize(x, unit, part * T // threads, (part + 1) * T // threads, planes, factors, offsets)
+
+
+@kernel()
+def _pairs(values, scales, planes, factors, offsets, y, begin, end):  # type: ignore[no-untyped-def]
+    """Pairs of strips `begin` to `end` of `tiles`."""
     S, G = values.shape[0], scales.shape[1]
     T = planes.shape[0]
     w, w_strip = values.ctypes.data, values.strides[0]
@@ -65,32 +79,45 @@ def tiles(values, scales, planes, factors, offsets, y, threads):  # type: ignore
     o, o_token = offsets.ctypes.data, offsets.strides[0]
     out, out_token = y.ctypes.data, y.strides[0]
     blocks = T // _TOKENS * _TOKENS
-    pairs = (S + _STRIPS - 1) // _STRIPS
+    for pair in range(begin, end):
+        first = pair * _STRIPS
+        whole = first + _STRIPS <= S
+        if whole:
+            for t in range(0, blocks, _TOKENS):
+                for g in range(G):
+                    _block(
+                        w + first * w_strip + g * 512, w_strip,
+                        a + t * a_token + g * a_group, a_token, a_plane,
+                        sc + first * sc_strip + g * 32, sc_strip,
+                        f + t * f_token + g * 4, f_token, o + t * o_token + g * 4, o_token,
+                        out + t * out_token + first * 64, out_token,
+                    )  # fmt: skip
+        for strip in range(first, min(first + _STRIPS, S)):
+            for t in range(blocks if whole else 0, T):
+                for g in range(G):
+                    _single(
+                        w + strip * w_strip + g * 512, w_strip,
+                        a + t * a_token + g * a_group, a_token, a_plane,
+                        sc + strip * sc_strip + g * 32, sc_strip,
+                        f + t * f_token + g * 4, f_token, o + t * o_token + g * 4, o_token,
+                        out + t * out_token + strip * 64, out_token,
+                    )  # fmt: skip
+
+
+@kernel()
+def tiles_small(values, scales, planes, factors, offsets, y):  # type: ignore[no-untyped-def]
+    """`tiles` on this thread, for matrices that are done before others would be awake."""
+    _pairs(values, scales, planes, factors, offsets, y, 0, (values.shape[0] + _STRIPS - 1) // _STRIPS)
+
+
+@kernel(parallel=True)
+def tiles(values, scales, planes, factors, offsets, y, threads):  # type: ignore[no-untyped-def]
+    """values [S, K/4, 16, 4], scales [S, K/32, 16] → y [T, S·16], added to what is there."""
+    pairs = (values.shape[0] + _STRIPS - 1) // _STRIPS
     parts = min(threads * 4, pairs)
     for part in prange(parts):
-        for pair in range(part * pairs // parts, (part + 1) * pairs // parts):
-            first = pair * _STRIPS
-            whole = first + _STRIPS <= S
-            if whole:
-                for t in range(0, blocks, _TOKENS):
-                    for g in range(G):
-                        _block(
-                            w + first * w_strip + g * 512, w_strip,
-                            a + t * a_token + g * a_group, a_token, a_plane,
-                            sc + first * sc_strip + g * 32, sc_strip,
-                            f + t * f_token + g * 4, f_token, o + t * o_token + g * 4, o_token,
-                            out + t * out_token + first * 64, out_token,
-                        )  # fmt: skip
-            for strip in range(first, min(first + _STRIPS, S)):
-                for t in range(blocks if whole else 0, T):
-                    for g in range(G):
-                        _single(
-                            w + strip * w_strip + g * 512, w_strip,
-                            a + t * a_token + g * a_group, a_token, a_plane,
-                            sc + strip * sc_strip + g * 32, sc_strip,
-                            f + t * f_token + g * 4, f_token, o + t * o_token + g * 4, o_token,
-                            out + t * out_token + strip * 64, out_token,
-                        )  # fmt: skip
+        begin, end = part * pairs // parts, (part + 1) * pairs // parts
+        _pairs(values, scales, planes, factors, offsets, y, begin, end)
 
 
 @kernel(parallel=True, fastmath=FIXED_ORDER)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rwkv_cli.options import model_options, open_model, sampling_options, state_option
+from rwkv_cli.options import complete_session, model_options, open_model, sampling_options, state_option
 
 
 @click.command("chat")
@@ -25,7 +25,10 @@ from rwkv_cli.options import model_options, open_model, sampling_options, state_
     help="How long a reasoning model (G1) thinks before it answers; default: on for such models.",
 )
 @click.option(
-    "--session", metavar="NAME", help="Keep the conversation under this name, and go on with it if it is there."
+    "--session",
+    metavar="NAME",
+    shell_complete=complete_session,
+    help="Keep the conversation under this name, and go on with it if it is there.",
 )
 @state_option
 @click.option(

@@ -81,13 +81,18 @@ class Conversation:
 
     def undo(self) -> Turn:
         """Take the last turn back: everything is as it was before it. Raises ConversationError if that cannot be."""
-        if not self.turns:
-            raise ConversationError("there is no turn to take back")
-        before = self.turns[-1].before
-        if before is None:
-            raise ConversationError("the state before that turn is no longer kept; /reset begins anew")
+        before = self.last().before
+        assert before is not None
         self.now = before
         return self.turns.pop()
+
+    def last(self) -> Turn:
+        """The last turn. Raises ConversationError where there is none that can be taken back."""
+        if not self.turns:
+            raise ConversationError("there is no turn to take back")
+        if self.turns[-1].before is None:
+            raise ConversationError("the state before that turn is no longer kept; /reset begins anew")
+        return self.turns[-1]
 
     def retry(self) -> "Reply":
         """Another answer to the last turn, from the state before it but with new random numbers."""

@@ -108,6 +108,7 @@ class Conversion:
 
     def write(self, dst: Path, overwrite: bool) -> list[Written]:
         """Write `dst`, with a progress bar; nothing is left behind by a failure, a signal or Ctrl-C."""
+        import numpy as np
         from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
         from rwkv_cli.kernels.quantize import quantize_rows
@@ -116,6 +117,7 @@ class Conversion:
         from rwkv_cli.terminal import progress_bar
 
         announce_compilation()
+        quantize_rows(np.zeros((1, 32), np.float32), 0)  # compiled before there is a bar
         parts = "Converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
         with _ended_by_exception(), progress_bar(*parts) as progress:
             task = progress.add_task("", total=sum(p.source_bytes for p in self.plan))

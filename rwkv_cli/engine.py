@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.kernels.jit import cache_folder
 from rwkv_cli.models import Model, State
 from rwkv_cli.models.base import CHUNK
 from rwkv_cli.quant import Checkpoint, FormatError
@@ -45,6 +46,15 @@ class LanguageModel(Model):
     def load(cls, path: Path, device: str = "cpu", threads: int | None = None) -> "LanguageModel":
         """Map a converted file."""
         return cls(Checkpoint(path), device, threads)
+
+    def compile_kernels(self) -> None:
+        """Compile what this kind of model runs on, if that was never done on this machine."""
+        done = cache_folder() / f"compiled-{self.config.version}-{self.quantization}"
+        if not done.exists():
+            state = self.new_state()
+            self.advance([0], state)
+            self.advance([0] * CHUNK, state)
+            done.touch()
 
     @property
     def text_tokenizer(self) -> Tokenizer:

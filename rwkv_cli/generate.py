@@ -102,8 +102,8 @@ def command(
     except TokenizerError as error:
         raise click.UsageError(f"the prompt is {error}") from None
     if not ids:
-        what = f"the text of {load_state} is read to its end" if load_state else "the prompt is empty"
-        raise click.UsageError(f"{what}: give some text to continue")
+        what = f"the text in {load_state} had come to its end" if load_state else "the prompt is empty"
+        raise click.UsageError(f"{what}; give some text to go on with")
     seed = options.pop("seed")
     settings = replace(Sampling(), **{name: value for name, value in options.items() if value is not None})
     sampler = new_sampler(lm, settings, seed)

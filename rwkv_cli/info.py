@@ -13,20 +13,22 @@ from rwkv_cli.plot import plot_errors, plot_option
 
 
 @click.command("info")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option("--tensors", is_flag=True, help="List every tensor: name, layout, shape, bytes, error.")
 @plot_option("the relative error that quantizing cost each tensor")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def command(model: Path, tensors: bool, plot: Path | None, as_json: bool) -> None:
-    """Show what a converted file holds. Nothing but its header is read.
+def command(model: Path | None, tensors: bool, plot: Path | None, as_json: bool) -> None:
+    """Show what a converted file holds; default: $RWKV_MODEL, else the bundled storyteller. Nothing but its header is
+    read.
 
     \b
     rwkv info RWKV-x070-World-0.1B.int8.safetensors --tensors
     rwkv info RWKV-x070-World-0.1B.int8.safetensors --plot error.svg
     """
+    from rwkv_cli.options import named_model
     from rwkv_cli.quant import Checkpoint
 
-    facts = describe(Checkpoint(model))
+    facts = describe(Checkpoint(named_model(model)))
     if plot is not None:
         _plot(plot, facts)
     if as_json:

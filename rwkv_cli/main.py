@@ -1,5 +1,6 @@
 """The command `rwkv`: registers the commands, loads one only when it is called, and words every expected error."""
 
+import difflib
 import importlib
 import io
 import sys
@@ -17,6 +18,7 @@ COMMANDS = {
     "sessions": "List, show and remove kept chats.",
     "ppl": "Measure perplexity on text files.",
     "info": "Show what a converted file holds.",
+    "bench": "Measure speed.",
 }
 
 
@@ -33,6 +35,13 @@ class _Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], COMMANDS, 1)
+            raise click.UsageError(error.message + (f" Did you mean {near[0]!r}?" if near else ""), ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -69,9 +78,10 @@ def _expected(error: Exception) -> str | None:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="rwkv")
 def cli() -> None:
-    """Run RWKV language models on this machine, quantized to int8.
+    """Run RWKV language models on this machine, quantized to int8. A small storyteller is bundled to try with.
 
     \b
+    rwkv chat                                   with the storyteller
     rwkv convert RWKV-x070-World-0.1B.pth       once: .pth to .safetensors
     rwkv chat -m RWKV-x070-World-0.1B.int8.safetensors
     """

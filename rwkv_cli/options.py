@@ -65,29 +65,40 @@ def state_option(command: Command) -> Command:
                         help="Start from a tuned initial state (.pth or .safetensors).")(command)  # fmt: skip
 
 
-def open_model(path: Path | None, device: str, threads: int | None) -> "LanguageModel":
-    """Load the model that is named here or by $RWKV_MODEL, else the bundled one; refuse one without a tokenizer.
-
-    Kernel compilation, and which model it is if none was named, are announced on stderr.
-    """
-    from rwkv_cli.engine import LanguageModel
+def named_model(path: Path | None) -> Path:
+    """The model that is named here or by $RWKV_MODEL, else the bundled one, which is announced on stderr."""
     from rwkv_cli.terminal import note
 
-    announce_compilation()
     named = os.environ.get("RWKV_MODEL")
-    if path is None and named:
-        path = Path(named)
-    if path is None:
-        from rwkv_cli.storyteller import storyteller
+    if path is not None or named:
+        return path or Path(str(named))
+    from rwkv_cli.storyteller import storyteller
 
-        path = storyteller()
-        note("No model named: this is the bundled storyteller, 6 M parameters. Name another with -m or $RWKV_MODEL.")
+    found = storyteller()
+    note("No model named: this is the bundled storyteller, 6 M parameters. Name another with -m or $RWKV_MODEL.")
+    return found
+
+
+def open_model(path: Path | None, device: str, threads: int | None) -> "LanguageModel":
+    """Load `named_model(path)`; refuse one without a tokenizer. Kernels are compiled here if they have to be."""
+    from rwkv_cli.engine import LanguageModel
+
+    announce_compilation()
+    path = named_model(path)
     model = LanguageModel.load(path, device, threads)
     if model.tokenizer is None:
         raise click.ClickException(
             f"{path}: has no tokenizer, so it cannot read text; convert it again with --tokenizer PATH"
         )
+    model.compile_kernels()
     return model
+
+
+def complete_session(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Shell completion of a session's name."""
+    from rwkv_cli import session
+
+    return [name for name in session.names() if name.startswith(incomplete)]
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import platformdirs
@@ -22,6 +23,25 @@ def reader(words: Words) -> Callable[[str], str]:
     It raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C.
     """
     return _terminal_reader(words) if is_terminal() else lambda _default: input()
+
+
+@contextmanager
+def no_echo() -> Iterator[None]:
+    """What is typed meanwhile does not show; it waits for the next prompt. Nothing where there is no terminal."""
+    try:
+        import termios
+
+        before = termios.tcgetattr(sys.stdin)
+    except (ImportError, termios.error, ValueError, OSError):  # Windows, or no terminal
+        yield
+        return
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _terminal_reader(words: Words) -> Callable[[str], str]:

@@ -1,5 +1,6 @@
 """The chat program: reads turns and commands, shows answers as they come, keeps the session."""
 
+import difflib
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from rwkv_cli import session as sessions
 from rwkv_cli.conversation import Conversation, ConversationError, Reply, markdown
 from rwkv_cli.options import SAMPLING
 from rwkv_cli.quant import replacing
-from rwkv_cli.reader import is_terminal, reader
+from rwkv_cli.reader import is_terminal, no_echo, reader
 from rwkv_cli.session import Session, SessionError
 from rwkv_cli.templates import THINK
 from rwkv_cli.terminal import columns, dim, note, reading_bar, write
@@ -30,7 +31,8 @@ class Repl:
         self.terminal = is_terminal()
         self.read_tokens = self.made_tokens = 0
         self.read_seconds = self.made_seconds = 0.0
-        self.prefilled = ""  # what the next line to type begins with
+        self.edited: str | None = None
+        """The last turn's text, while it is being changed."""
         self.over = False
         nothing: Callable[[], Iterable[str]] = tuple
         self.commands: dict[str, tuple[str, str, Callable[[str], None], Callable[[], Iterable[str]]]] = {
@@ -43,7 +45,12 @@ class Repl:
             "/set": ("NAME VALUE", "change a setting from the next answer on", self.set, lambda: _SETTINGS),
             "/params": ("", "the settings", self.params, nothing),
             "/history": ("", "all that was said", self.history, nothing),
-            "/save": ("NAME", "keep the conversation as a session", self.save, sessions.names),
+            "/save": (
+                "NAME",
+                "keep the conversation as a session; without one, go on in it",
+                self.save,
+                sessions.names,
+            ),
             "/load": ("NAME", "go on with a session", self.load, sessions.names),
             "/fork": ("NAME", "go on in a new session, the old one stays as it is", self.fork, nothing),
             "/stats": ("", "tokens, speed and memory so far", self.stats, nothing),
@@ -60,26 +67,33 @@ class Repl:
             note(dim(f"{self.talk.model.path.name} · RWKV-{config.version} · /help lists commands"))
             self._resumed()
         while not self.over:
+            editing, self.edited = self.edited, None
             try:
-                default, self.prefilled = self.prefilled, ""
-                line = read(default).strip()
+                line = read(editing or "").strip()
             except EOFError:
                 return
             except KeyboardInterrupt:
-                note(dim("/exit or Ctrl-D leaves"))
+                note(dim("The turn stays as it was." if editing else "/exit or Ctrl-D leaves"))
                 continue
             if line.startswith("/") and not line.startswith("//"):
                 self._command(line)
             elif line:
+                if editing:
+                    self.talk.undo()
                 self._say(self.talk.reply(line.removeprefix("/") if line.startswith("//") else line))
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         if name not in self.commands:
-            note(f"{name} is not a command; /help lists them")
+            near = difflib.get_close_matches(name, self.commands, 1)
+            note(f"{name} is not a command; " + (f"did you mean {near[0]}?" if near else "/help lists them"))
+            return
+        usage, _, run, _ = self.commands[name]
+        if bool(rest.strip()) < (usage != "" and not usage.startswith("[")) or (rest.strip() and not usage):
+            note(f"it is {name} {usage}".strip())
             return
         try:
-            self.commands[name][2](rest.strip())
+            run(rest.strip())
         except (ConversationError, SessionError, click.BadParameter) as error:
             note(error.message if isinstance(error, click.BadParameter) else str(error))
         except OSError as error:
@@ -87,7 +101,8 @@ class Repl:
 
     def _say(self, reply: Reply) -> None:
         done, thought = reply.completion, False
-        with _on_interrupt(lambda: setattr(done, "cancelled", True)), reading_bar(len(reply.prompt)) as done.on_read:
+        ends = _on_interrupt(lambda: setattr(done, "cancelled", True))
+        with ends, no_echo(), reading_bar(len(reply.prompt)) as done.on_read:
             for thinking, piece in reply:
                 if thinking and not self.terminal:
                     continue
@@ -130,11 +145,11 @@ class Repl:
     def edit(self, rest: str) -> None:
         if not rest and not self.terminal:
             raise ConversationError("/edit TEXT: give the turn's new text")
-        turn = self.talk.undo()
         if rest:
+            self.talk.undo()
             self._say(self.talk.reply(rest))
         else:
-            self.prefilled = turn.user
+            self.edited = self.talk.last().user
 
     def reset(self, _rest: str) -> None:
         self.talk.reset()
@@ -178,7 +193,8 @@ class Repl:
             write(f"> {turn.user}\n{turn.shown()}\n\n")
 
     def save(self, rest: str) -> None:
-        self._keep_as(rest)
+        saved = self._keep_as(rest)
+        self.session = self.session or saved
         note(f"Saved as {rest}.")
 
     def fork(self, rest: str) -> None:
@@ -209,8 +225,6 @@ class Repl:
         ]))  # fmt: skip
 
     def copy(self, rest: str) -> None:
-        if not rest:
-            raise ConversationError("/copy FILE: name the file")
         path = Path(rest).expanduser()
         if path.exists():
             raise ConversationError(f"{path} exists; name another file")

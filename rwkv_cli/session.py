@@ -79,10 +79,15 @@ def read(name: str) -> dict[str, Any]:
     return dict(data)
 
 
-def remove(name: str) -> None:
-    """Delete a session. Raises SessionError if there is none."""
+def check(name: str) -> None:
+    """Raises SessionError if there is no session of this name."""
     if not exists(name):
         raise SessionError(f"there is no session {name}; rwkv sessions list shows those there are")
+
+
+def remove(name: str) -> None:
+    """Delete a session. Raises SessionError if there is none."""
+    check(name)
     shutil.rmtree(path_of(name))
 
 

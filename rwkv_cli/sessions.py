@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from rwkv_cli.options import complete_session
+
 
 @click.group("sessions")
 def command() -> None:
@@ -46,7 +48,7 @@ def list_(as_json: bool) -> None:
 
 
 @command.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_session)
 @click.option("--json", "as_json", is_flag=True, help="The transcript as one JSON object.")
 def show(name: str, as_json: bool) -> None:
     """Print what was said in the session NAME, as Markdown."""
@@ -65,12 +67,14 @@ def show(name: str, as_json: bool) -> None:
 
 
 @command.command("rm")
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_session)
 def rm(names: tuple[str, ...]) -> None:
     """Delete sessions: transcripts and states."""
     from rwkv_cli import session
     from rwkv_cli.terminal import note
 
+    for name in names:
+        session.check(name)
     for name in names:
         session.remove(name)
         note(f"Removed {name}.")

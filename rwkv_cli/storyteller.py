@@ -17,7 +17,8 @@ def storyteller() -> Path:
     digest = hashlib.sha256(f"{FORMAT_VERSION}".encode())
     for file in (SOURCE, TOKENIZER):
         digest.update(file.read_bytes())
-    path = cache_folder() / f"storyteller-{digest.hexdigest()[:16]}.int8.safetensors"
+    path = cache_folder() / digest.hexdigest()[:16] / "storyteller.int8.safetensors"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         Conversion.of(SOURCE, "int8").write(path, overwrite=True)
     return path

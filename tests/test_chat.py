@@ -278,11 +278,11 @@ def test_turns_come_through_a_pipe(chat: Run, byte_model: Path) -> None:
 
 
 def test_commands(chat: Run) -> None:
-    result = chat(input="/help\n/nothing here\n/reset\n/exit\nHi\n")
+    result = chat(input="/help\n/xyz here\n/reset\n/exit\nHi\n")
     assert (result.exit_code, result.stdout) == (0, "")
     lines = result.stderr.splitlines()
     assert lines[0].split() == ["/undo", "take", "the", "last", "turn", "back"]
-    assert "/nothing is not a command; /help lists them" in lines
+    assert "/xyz is not a command; /help lists them" in lines
     assert lines[-1] == "The conversation is forgotten."
     assert chat(input="").stdout == ""
     once, again = chat(input="Hi\n").stdout, chat(input="Hi\n/reset\nHi\n").stdout

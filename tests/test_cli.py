@@ -50,7 +50,7 @@ def test_help_lists_the_commands(rwkv: Run) -> None:
 
 @pytest.mark.parametrize(
     ("args", "says"),
-    [(("convrt",), "No such command"), (("--nope",), "No such option"), (("info",), "Missing argument 'MODEL'"),
+    [(("convrt",), "No such command"), (("--nope",), "No such option"), (("genrate",), "Did you mean 'generate'?"),
      (("chat", "--nope"), "No such option"), (("info", "a", "b"), "unexpected extra argument")],
 )  # fmt: skip
 def test_wrong_usage_ends_with_2(rwkv: Run, args: tuple[str, ...], says: str) -> None:

@@ -151,8 +151,8 @@ def test_the_model_may_come_from_the_environment(rwkv: Run, byte_model: Path, mo
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (("-m", "{byte}", ""), 2, "the prompt is empty: give some text to continue"),
-        (("-m", "{byte}"), 2, "the prompt is empty: give some text to continue"),
+        (("-m", "{byte}", ""), 2, "the prompt is empty; give some text to go on with"),
+        (("-m", "{byte}"), 2, "the prompt is empty; give some text to go on with"),
         (("hi", "-m", "{none}"), 1, "{none}: has no tokenizer, so it cannot read text; convert it again with"),
         (("hi", "-m", "missing.st"), 1, "missing.st: No such file or directory"),
         (("hi", "-m", "{empty}"), 1, "{empty}"),

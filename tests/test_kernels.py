@@ -377,10 +377,21 @@ def test_activations_keep_fifteen_bits() -> None:
     wide = matmul.has_vnni()
     planes = np.zeros((3, 2, 96), np.int8) if wide else np.zeros((3, 1, 96), np.int16)
     factors, offsets = np.zeros((3, 3), np.float32), np.zeros((3, 3), np.int32)
-    matmul.quantize_activations(x, np.float32(1), planes, factors, offsets)
+    matmul.quantize_activations(x, np.float32(1), planes, factors, offsets, 2)
     levels = planes.astype(int)
     total = levels[:, 0] * 256 + levels[:, 1] if wide else levels[:, 0]
     assert np.abs(total).max() == 32512
     np.testing.assert_array_equal(offsets, total.reshape(3, 3, 32).sum(-1) * 128)
     back = (total.reshape(3, 3, 32) * factors[:, :, None]).reshape(3, 96)
     np.testing.assert_allclose(back[:, :70], x, atol=0.51 * factors.max(), rtol=0)
+
+
+def test_small_work_on_one_thread_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, x = quantize(normal(77, 100)), outliers(9, 100)
+    weight = cpu.int8_weight("tile", stored.shape, stored.values, stored.scales, stored.unit)
+    got = []
+    for limit in (0, 1 << 40):
+        monkeypatch.setattr(cpu, "_SMALL", limit)
+        monkeypatch.setattr(cpu, "_SMALL_PRODUCT", limit)
+        got.append(cpu.linear(x, weight))
+    np.testing.assert_array_equal(*got)

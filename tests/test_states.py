@@ -273,7 +273,7 @@ def test_a_text_that_is_read_to_its_end_needs_a_prompt(
     path = tmp_path / "state"
     assert rwkv("generate", "Once", "-m", byte_model, "--save-state", path).exit_code == 0
     wrong(
-        rwkv("generate", "-m", byte_model, "--load-state", path, input=""), f"the text of {path} is read to its end", 2
+        rwkv("generate", "-m", byte_model, "--load-state", path, input=""), f"the text in {path} had come to its end", 2
     )
     assert rwkv("generate", "Go on", "-m", byte_model, "--load-state", path).exit_code == 0
 
