@@ -19,6 +19,11 @@ import numba
 from numba.core.event import Event, Listener, register
 from platformdirs import user_cache_path
 
+# a thread that waits for others spins for some 30 µs and then sleeps: GNU OpenMP's own choice, milliseconds, makes
+# every parallel kernel wait for whatever else runs on the core that a sleeping thread would free
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 config: Any = numba.core.config
 """numba's settings, made at run time."""
 

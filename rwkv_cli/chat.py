@@ -79,7 +79,7 @@ def command(
     chosen = {key: value for key, value in options.items() if value is not None}
     if resumed:
         kept, talk = Session.resume(resumed, lm)
-        talk.settings, talk.max_tokens = replace(talk.settings, **chosen), max_tokens
+        talk.settings, talk.max_tokens = replace(talk.settings, **chosen), max_tokens or talk.max_tokens
         if seed is not None:
             talk.set_seed(seed)
     else:

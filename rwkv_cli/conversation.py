@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rwkv_cli.engine import Completion, LanguageModel, new_sampler
@@ -68,36 +68,43 @@ class Conversation:
         self.turns: list[Turn] = []
         self.now = Snapshot(state, self.template.begin(self.system), self.sampler.random)
 
-    def reply(self, text: str, random: dict[str, Any] | None = None) -> "Reply":
-        """The model's answer to `text`, to be iterated; `random` takes the place of the generator's own state."""
+    def reply(self, text: str, again: bool = False, random: dict[str, Any] | None = None) -> "Reply":
+        """The model's answer to `text`, to be iterated; `again`: in the place of the last turn, once it is made.
+
+        `random` takes the place of the random numbers that belong there. Raises ConversationError where the last turn
+        cannot be taken back, TokenizerError.
+        """
+        before = self._before_last() if again else self.now
         self.sampler.settings = self.settings
-        self.sampler.random = random or self.now.random
+        self.sampler.random = random or before.random
         self.sampler.forget()  # penalties are for repetition within an answer
         start = THINK[self.think][1]
-        state = self.now.state.clone()
+        state = before.state.clone()
         completion = Completion(self.model, state, self.sampler, self.limit, self.template.stops)
-        prompt = self.encode(self.now.unread + self.template.prompt(text, self.think))
-        return Reply(self, text, prompt, start, completion)
+        prompt = self.encode(before.unread + self.template.prompt(text, self.think))
+        return Reply(self, text, before, again, prompt, start, completion)
 
     def undo(self) -> Turn:
         """Take the last turn back: everything is as it was before it. Raises ConversationError if that cannot be."""
-        before = self.last().before
-        assert before is not None
-        self.now = before
+        self.now = self._before_last()
         return self.turns.pop()
 
     def last(self) -> Turn:
-        """The last turn. Raises ConversationError where there is none that can be taken back."""
+        """The last turn. Raises ConversationError if there is none."""
         if not self.turns:
             raise ConversationError("there is no turn to take back")
-        if self.turns[-1].before is None:
-            raise ConversationError("the state before that turn is no longer kept; /reset begins anew")
         return self.turns[-1]
 
+    def _before_last(self) -> Snapshot:
+        before = self.last().before
+        if before is None:
+            raise ConversationError("the state before that turn is no longer kept; /reset begins anew")
+        return before
+
     def retry(self) -> "Reply":
-        """Another answer to the last turn, from the state before it but with new random numbers."""
-        random = self.now.random
-        return self.reply(self.undo().user, random)
+        """Another answer to the last turn, from the state before it but with the random numbers that come next."""
+        self._before_last()
+        return self.reply(self.turns[-1].user, True, self.now.random)
 
     def set_think(self, mode: str) -> None:
         """Change the think mode. Raises ConversationError for one that is none, or that the template lacks."""
@@ -108,10 +115,12 @@ class Conversation:
         self.think = mode
 
     def set_seed(self, seed: int) -> None:
-        """Go on with the random numbers of a chat that begins with this seed."""
+        """Go on, here and wherever undo leads, with the random numbers of a chat that begins with this seed."""
         self.seed = seed
         self.sampler = new_sampler(self.model, self.settings, seed)
-        self.now = Snapshot(self.now.state, self.now.unread, self.sampler.random)
+        self.now = replace(self.now, random=self.sampler.random)
+        for turn in self.turns:
+            turn.before = turn.before and replace(turn.before, random=self.sampler.random)
 
     @property
     def limit(self) -> int:
@@ -129,11 +138,14 @@ class Conversation:
             return ids
         return [part for token in ids for part in (one * 2 if token == two[0] else [token])]
 
-    def finish(self, turn: Turn, state: State, unread: str) -> None:
-        """Add a turn, after which the state is `state`; give up the oldest snapshots if there are too many."""
-        self.turns.append(turn)
-        self.now = Snapshot(state, unread + self.template.end, self.sampler.random)
-        size = sum(array.nbytes for array in state.arrays().values())
+    def finish(self, reply: "Reply") -> None:
+        """Move on to after an answer; give up the oldest snapshots if there are too many."""
+        done = reply.completion
+        if reply.again:
+            self.turns.pop()
+        self.turns.append(Turn(reply.user, (reply.start + done.text).strip(), reply.before))
+        self.now = Snapshot(done.state, done.unread + self.template.end, self.sampler.random)
+        size = sum(array.nbytes for array in done.state.arrays().values())
         for old in self.turns[: -max(_SNAPSHOT_BYTES // size, 1)]:
             old.before = None
 
@@ -144,6 +156,9 @@ class Reply:
 
     conversation: Conversation
     user: str
+    before: Snapshot
+    again: bool
+    """Whether it takes the last turn's place."""
     prompt: list[int]
     """What the state has to read first."""
     start: str
@@ -151,13 +166,11 @@ class Reply:
     completion: Completion
 
     def __iter__(self) -> Iterator[tuple[bool, str]]:
-        """Pieces, each with whether it is reasoning. Interrupted before the turn was read, it never happened."""
-        talk, done = self.conversation, self.completion
-        before = talk.now
+        """Pieces, each with whether it is reasoning. Interrupted before there was one, it never happened."""
+        done = self.completion
         yield from parts(self._pieces())
-        if done.prompt_tokens == len(self.prompt):
-            answer = self.start + done.text
-            talk.finish(Turn(self.user, answer.strip(), before), done.state, done.unread)
+        if done.stop != "interrupted" or done.text:
+            self.conversation.finish(self)
 
     def _pieces(self) -> Iterator[str]:
         if self.start:

@@ -53,7 +53,8 @@ class LanguageModel(Model):
         if not done.exists():
             state = self.new_state()
             self.advance([0], state)
-            self.advance([0] * CHUNK, state)
+            # as many as the kernels for long prompts want
+            self.advance([0] * min(CHUNK, (1 << 15) // self.config.width + 1), state)
             done.touch()
 
     @property

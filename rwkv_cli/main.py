@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import io
+import os
 import sys
 from typing import Any
 
@@ -46,6 +47,10 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError:
+            raise
+        except click.ClickException as error:
+            raise click.ClickException(harmless(error.message)) from None
         except (OSError, ValueError, MemoryError) as error:
             message = _expected(error)
             if message is None:
@@ -89,6 +94,9 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             # bytes that are no text, or a character that the terminal lacks, are no reason to stop

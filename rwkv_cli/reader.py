@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import platformdirs
@@ -70,12 +70,22 @@ def _terminal_reader(words: Words) -> Callable[[str], str]:
         enable_history_search=True,
         reserve_space_for_menu=4,
     )
-    return lambda default: str(session.prompt(default=default))
+
+    def read(default: str) -> str:
+        line: str = session.prompt(default=default)
+        return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # keys that are no UTF-8
+
+    return read
 
 
 def _history() -> Any:
     """What was typed in earlier runs, for the user's eyes only; kept in memory where there is no place for a file."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class History(FileHistory):
+        def store_string(self, string: str) -> None:
+            with suppress(OSError):  # a full disk
+                super().store_string(string)
 
     path = platformdirs.user_state_path("rwkv", appauthor=False) / "history"
     try:
@@ -83,4 +93,4 @@ def _history() -> Any:
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     except OSError:
         return InMemoryHistory()
-    return FileHistory(path)
+    return History(path)

@@ -17,7 +17,8 @@ from rwkv_cli.quant import replacing
 from rwkv_cli.reader import is_terminal, no_echo, reader
 from rwkv_cli.session import Session, SessionError
 from rwkv_cli.templates import THINK
-from rwkv_cli.terminal import columns, dim, note, reading_bar, write
+from rwkv_cli.terminal import columns, note, reading_bar, write
+from rwkv_cli.tokenizer import TokenizerError
 
 _KEYS = "Ctrl-C ends an answer, Ctrl-D leaves, Alt-Enter begins a new line; a line that begins with // is text."
 _SETTINGS = SAMPLING | {"max_tokens": (click.IntRange(min=1), "N", "End an answer after N tokens.")}
@@ -31,7 +32,7 @@ class Repl:
         self.terminal = is_terminal()
         self.read_tokens = self.made_tokens = 0
         self.read_seconds = self.made_seconds = 0.0
-        self.edited: str | None = None
+        self.edited = ""
         """The last turn's text, while it is being changed."""
         self.over = False
         nothing: Callable[[], Iterable[str]] = tuple
@@ -64,23 +65,24 @@ class Repl:
         read = reader({name: command[3] for name, command in self.commands.items()})
         if self.terminal:
             config = self.talk.model.config
-            note(dim(f"{self.talk.model.path.name} · RWKV-{config.version} · /help lists commands"))
+            note(f"{self.talk.model.path.name} · RWKV-{config.version} · /help lists commands", faint=True)
             self._resumed()
         while not self.over:
-            editing, self.edited = self.edited, None
+            editing, self.edited = self.edited, ""
             try:
-                line = read(editing or "").strip()
+                line = read(editing).strip()
+                if line.startswith("/") and not line.startswith("//"):
+                    self._command(line)
+                elif line:
+                    self._say(self.talk.reply(_unescaped(line), again=bool(editing)))
             except EOFError:
                 return
             except KeyboardInterrupt:
-                note(dim("The turn stays as it was." if editing else "/exit or Ctrl-D leaves"))
-                continue
-            if line.startswith("/") and not line.startswith("//"):
-                self._command(line)
-            elif line:
-                if editing:
-                    self.talk.undo()
-                self._say(self.talk.reply(line.removeprefix("/") if line.startswith("//") else line))
+                if not self.terminal:
+                    raise
+                note("The turn stays as it was." if editing else "/exit or Ctrl-D leaves", faint=True)
+            except (ConversationError, SessionError, TokenizerError) as error:
+                note(str(error))
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -94,30 +96,38 @@ class Repl:
             return
         try:
             run(rest.strip())
-        except (ConversationError, SessionError, click.BadParameter) as error:
-            note(error.message if isinstance(error, click.BadParameter) else str(error))
+        except click.BadParameter as error:
+            note(error.message)
         except OSError as error:
             note(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
     def _say(self, reply: Reply) -> None:
         done, thought = reply.completion, False
-        ends = _on_interrupt(lambda: setattr(done, "cancelled", True))
-        with ends, no_echo(), reading_bar(len(reply.prompt)) as done.on_read:
-            for thinking, piece in reply:
-                if thinking and not self.terminal:
-                    continue
-                if thought and not thinking:
-                    write("\n\n")
-                thought = thinking
-                write(piece, faint=thinking)
+        with _on_interrupt(lambda: setattr(done, "cancelled", True)), no_echo():
+            with reading_bar(len(reply.prompt)) as done.on_read:
+                for thinking, piece in reply:
+                    if thinking and not self.terminal:
+                        continue
+                    if thought and not thinking:
+                        write("\n\n")
+                    thought = thinking
+                    write(piece, faint=thinking)
+            self._figures(reply)
+            self._keep()
+        if done.cancelled and not self.terminal:
+            raise KeyboardInterrupt
+
+    def _figures(self, reply: Reply) -> None:
+        """Count what was read and made, and show it."""
+        done = reply.completion
         click.echo("\n" if self.terminal else "")
         self.read_tokens += done.prompt_tokens
         self.read_seconds += done.prompt_seconds
         self.made_tokens += done.tokens
         self.made_seconds += done.seconds
         if self.terminal:
-            note(dim(_figures(done.tokens, done.seconds, done.prompt_tokens, done.prompt_seconds, done.stop)) + "\n")
-        self._keep()
+            text = _figures(done.tokens, done.seconds, done.prompt_tokens, done.prompt_seconds, done.stop)
+            note(text + "\n", faint=True)
 
     def _keep(self) -> None:
         """Save the session, if there is one. A chat goes on even where that fails."""
@@ -131,8 +141,8 @@ class Repl:
         """Where a resumed conversation was."""
         if self.session is not None and self.talk.turns:
             last = self.talk.turns[-1]
-            note(dim(f"session {self.session.name}, {len(self.talk.turns)} turns; the last one:"))
-            note(dim(f"> {last.user}\n{last.shown()}") + "\n")
+            note(f"session {self.session.name}, {len(self.talk.turns)} turns; the last one:", faint=True)
+            note(f"> {last.user}\n{last.shown()}\n", faint=True)
 
     def undo(self, _rest: str) -> None:
         turn = self.talk.undo()
@@ -146,10 +156,10 @@ class Repl:
         if not rest and not self.terminal:
             raise ConversationError("/edit TEXT: give the turn's new text")
         if rest:
-            self.talk.undo()
-            self._say(self.talk.reply(rest))
+            self._say(self.talk.reply(_unescaped(rest), again=True))
         else:
-            self.edited = self.talk.last().user
+            user = self.talk.last().user
+            self.edited = "/" + user if user.startswith("/") else user
 
     def reset(self, _rest: str) -> None:
         self.talk.reset()
@@ -166,6 +176,7 @@ class Repl:
     def think(self, rest: str) -> None:
         if rest:
             self.talk.set_think(rest)
+            self._keep()
         note(f"think {self.talk.think}")
 
     def set(self, rest: str) -> None:
@@ -180,6 +191,7 @@ class Repl:
             self.talk.set_seed(value)
         else:
             self.talk.settings = replace(self.talk.settings, **{name: value})
+        self._keep()
         note(f"{name} {value}")
 
     def params(self, _rest: str) -> None:
@@ -209,6 +221,8 @@ class Repl:
         return session
 
     def load(self, rest: str) -> None:
+        if self.session is None and self.talk.turns:
+            raise ConversationError("this conversation is not kept yet: /save NAME it, or /reset it first")
         self.session, self.talk = Session.resume(rest, self.talk.model)
         note(f"This is session {rest} now, {len(self.talk.turns)} turns.")
         if self.terminal:
@@ -238,6 +252,11 @@ class Repl:
 
     def exit(self, _rest: str) -> None:
         self.over = True
+
+
+def _unescaped(line: str) -> str:
+    """A line that is text; one that begins with a slash is typed with two."""
+    return line[1:] if line.startswith("//") else line
 
 
 def _short(text: str) -> str:

@@ -7,6 +7,8 @@ one whole turn or the one before. A session belongs to the model that it was beg
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,34 +63,45 @@ def read(name: str) -> dict[str, Any]:
     """The transcript of a session, checked as far as programs rely on it. Raises SessionError."""
     path = path_of(name) / "transcript.json"
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data: Any = json.loads(path.read_text("utf-8"))
         if data["format"] > _FORMAT:
             raise SessionError(f"session {name} was written by a newer rwkv; upgrade rwkv-cli")
-        for key, kind in (("model", dict), ("sampling", dict), ("turns", list), ("states", list), ("revision", int)):
-            if not isinstance(data[key], kind):
-                raise ValueError(key)
-        for turn in data["turns"]:
-            if not isinstance(turn["user"] + turn["answer"], str):
-                raise ValueError("turns")
+        words = [data["saved"], data["model"]["path"], data["model"]["digest"], data["system"], data["think"]]
+        words += [part for turn in data["turns"] for part in (turn["user"], turn["answer"])]
+        numbers = [data["revision"], data["seed"], data["max_tokens"] or 1, *data["sampling"].values()]
+        if not all(type(word) is str for word in words) or not all(type(n) in (int, float) for n in numbers):
+            raise ValueError("a field is of the wrong kind")
     except FileNotFoundError:
         raise SessionError(f"there is no session {name}; rwkv sessions list shows those there are") from None
     except SessionError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SessionError(f"session {name} is damaged ({path}); remove it with: rwkv sessions rm {name}") from None
     return dict(data)
 
 
-def check(name: str) -> None:
-    """Raises SessionError if there is no session of this name."""
-    if not exists(name):
+def remove(name: str) -> None:
+    """Delete a session, or what is left of one. Raises SessionError if there is none."""
+    path = path_of(name)
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
         raise SessionError(f"there is no session {name}; rwkv sessions list shows those there are")
 
 
-def remove(name: str) -> None:
-    """Delete a session. Raises SessionError if there is none."""
-    check(name)
-    shutil.rmtree(path_of(name))
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While no other process reads or writes this folder."""
+    with (path / "lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:  # not on Windows
+            pass
+        yield
 
 
 @dataclass
@@ -103,8 +116,12 @@ class Session:
         """Keep all that was said so far. Raises SessionError if another process has changed the session meanwhile."""
         path = path_of(self.name)
         path.mkdir(0o700, parents=True, exist_ok=True)
-        if self._on_disk() != self.revision:
-            raise SessionError(f"session {self.name} was changed by another chat; /save another name to keep this one")
+        with _alone(path):
+            if self._on_disk() != self.revision:
+                raise SessionError(f"session {self.name} was changed by another chat; /fork NAME goes on in a new one")
+            self._write(path, conversation)
+
+    def _write(self, path: Path, conversation: Conversation) -> None:
         model, turns = conversation.model, conversation.turns
         snapshots = [*(turn.before for turn in turns), conversation.now]
         states = []
@@ -114,7 +131,7 @@ class Session:
                 if not (path / file).exists():
                     snapshot.state.save(path / file)
                 states.append({"turns": count, "file": file, "unread": snapshot.unread, "random": snapshot.random})
-        if conversation.start is not None and not (path / _START).exists():
+        if conversation.start is not None and self.revision == 0:
             conversation.start.save(path / _START)
         data = {
             "format": _FORMAT,
@@ -124,7 +141,8 @@ class Session:
             "system": conversation.system,
             "think": conversation.think,
             "sampling": asdict(conversation.settings),
-            "seed": conversation.seed,
+            "max_tokens": conversation.max_tokens,
+            "seed": conversation.sampler.seed,
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
             "start": conversation.start is not None,
             "states": states,
@@ -134,7 +152,7 @@ class Session:
             out.write(json.dumps(data, ensure_ascii=False, indent=1).encode("utf-8", "replace"))
         self.revision += 1
         kept = {state["file"] for state in states}
-        for old in path.glob("state-*.safetensors"):
+        for old in (*path.glob("state-*.safetensors"), *path.glob(".rwkv-*.part")):
             if old.name not in kept:
                 old.unlink(missing_ok=True)
 
@@ -147,32 +165,47 @@ class Session:
     @classmethod
     def resume(cls, name: str, model: LanguageModel) -> tuple["Session", Conversation]:
         """The session and its conversation, without reading a word again. Raises SessionError."""
-        data, path = read(name), path_of(name)
-        if data["model"].get("digest") != model.digest:
-            raise SessionError(
-                f"session {name} belongs to another model ({data['model'].get('path')}), not to {model.path}; "
-                "name that one with -m, or another session"
-            )
-        try:
-            template, settings = data["template"], Sampling(**data["sampling"])
-            talk = Conversation(
-                model, TEMPLATES[template], settings, data["seed"], system=data["system"], think=data["think"]
-            )
-            if data["start"]:
-                talk.start = State.load(path / _START, like=talk.now.state)
-            snapshots = {
-                int(entry["turns"]): Snapshot(
-                    State.load(path / Path(entry["file"]).name, like=talk.now.state),
-                    entry["unread"], entry["random"], Path(entry["file"]).stem.removeprefix("state-"),
+        read(name)  # there is one, so that its folder can be locked
+        with _alone(path_of(name)):
+            data = read(name)
+            if data["model"]["digest"] != model.digest:
+                raise SessionError(
+                    f"session {name} belongs to another model ({data['model']['path']}), not to {model.path}; "
+                    "name that one with -m, or another session"
                 )
-                for entry in data["states"]
-            }  # fmt: skip
-            talk.turns = [Turn(turn["user"], turn["answer"], snapshots.get(i)) for i, turn in enumerate(data["turns"])]
-            talk.now = snapshots[len(talk.turns)]
-            for snapshot in snapshots.values():
-                talk.sampler.random = snapshot.random
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise SessionError(
-                f"session {name} is damaged ({error}); remove it with: rwkv sessions rm {name}"
-            ) from None
-        return cls(name, data["revision"]), talk
+            try:
+                return cls(name, data["revision"]), _restored(path_of(name), data, model)
+            except (KeyError, TypeError, ValueError, OSError) as error:
+                raise SessionError(
+                    f"session {name} is damaged ({error}); rwkv sessions show {name} prints what was said"
+                ) from None
+
+
+def _restored(path: Path, data: dict[str, Any], model: LanguageModel) -> Conversation:
+    """The conversation of a transcript. Of the states, only the last has to be sound."""
+    talk = Conversation(
+        model,
+        TEMPLATES[data["template"]],
+        Sampling(**data["sampling"]),
+        data["seed"],
+        data["max_tokens"],
+        data["system"],
+        start=State.load(path / _START, like=model.new_state()) if data["start"] else None,
+    )
+    talk.set_think(data["think"])
+    snapshots = {}
+    for entry in data["states"]:
+        last = entry["turns"] == len(data["turns"])
+        file = path / Path(entry["file"]).name
+        try:
+            state = State.load(file, like=talk.now.state)
+            talk.sampler.random = entry["random"]
+        except (KeyError, TypeError, ValueError, OSError):
+            if last:
+                raise
+            continue
+        unread, id_ = str(entry["unread"]), file.stem.removeprefix("state-")
+        snapshots[entry["turns"]] = Snapshot(state, unread, entry["random"], id_)
+    talk.turns = [Turn(turn["user"], turn["answer"], snapshots.get(i)) for i, turn in enumerate(data["turns"])]
+    talk.now = snapshots[len(talk.turns)]
+    return talk

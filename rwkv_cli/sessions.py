@@ -74,7 +74,5 @@ def rm(names: tuple[str, ...]) -> None:
     from rwkv_cli.terminal import note
 
     for name in names:
-        session.check(name)
-    for name in names:
         session.remove(name)
         note(f"Removed {name}.")

@@ -91,6 +91,7 @@ def reading_bar(tokens: int) -> Iterator[Callable[[int], None]]:
         yield show
 
 
-def note(text: str) -> None:
+def note(text: str, faint: bool = False) -> None:
     """A line beside the result: to standard error."""
-    click.echo(text, err=True)
+    text = harmless(text)
+    click.echo(dim(text) if faint else text, err=True)

@@ -1,6 +1,10 @@
 """rwkv chat: templates, what the state has read turn after turn, undo and retry, reasoning, commands in a pipe."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +198,24 @@ def test_a_turn_interrupted_before_it_was_read_never_happened(
     assert same(conversation.now, again.now)
 
 
+def test_a_retry_interrupted_while_it_reads_changes_nothing(byte_model: Path) -> None:
+    conversation, _ = talk(rwkv_cli.load(byte_model), TEMPLATES["plain"], Sampling(), 5, "one", "two")
+    before, turns = conversation.now, list(conversation.turns)
+    for reply in (conversation.retry(), conversation.reply("three", again=True)):
+        reply.completion.cancelled = True
+        assert list(reply) == []
+        assert conversation.now is before
+        assert conversation.turns == turns
+
+
+def test_a_new_seed_outlives_undo(byte_model: Path) -> None:
+    model, settings = rwkv_cli.load(byte_model), Sampling(top_p=1.0)
+    conversation, _ = talk(model, TEMPLATES["plain"], settings, 9, "one")
+    conversation.set_seed(9)
+    conversation.undo()
+    assert said(conversation.reply("two")) == said(Conversation(model, TEMPLATES["plain"], settings, 9, 9).reply("two"))
+
+
 @pytest.mark.parametrize(
     ("mode", "prompt"),
     [
@@ -337,6 +359,34 @@ def test_a_pipe_sees_no_reasoning(chat: Run, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Sampler, "pick", lambda *_: next(said))
     result = chat("--template", "g1", "-n", 100, input="Hi\n/history\n")
     assert (result.exit_code, result.stdout) == (0, "ok\n> Hi\nok\n\n")
+
+
+def test_nothing_steers_the_terminal(chat: Run) -> None:
+    result = chat("--system", "a\x1b]0;b\x07", input="Hi\x1b[2J\n/undo\n/system\n/xyz\x1b[2J\n/set seed \x1b[2J\n")
+    assert result.exit_code == 0
+    assert "Hi" in result.stderr
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", result.stderr)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["chat", "generate -n 2"])
+def test_closed_streams_are_empty(byte_model: Path, closed: str, command: str) -> None:
+    script = f'"{sys.executable}" -m rwkv_cli {command} -m "{byte_model}" {closed}'
+    done = subprocess.run(["sh", "-c", script], input=b"Hi\n", capture_output=True, timeout=120)
+    assert b"Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_a_chat_in_a_pipe(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pick = Sampler.pick
+
+    def interrupted(*args: Any) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return pick(*args)
+
+    monkeypatch.setattr(Sampler, "pick", interrupted)
+    result = chat(input="Hi\nThere\n")
+    assert result.exit_code == 1
+    assert "Aborted!" in result.stderr
 
 
 def test_what_was_said_can_be_had(chat: Run, tmp_path: Path) -> None:

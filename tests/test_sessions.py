@@ -3,7 +3,9 @@
 import json
 import os
 import stat
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +125,18 @@ def damage(path: Path, how: str) -> None:
         path.write_text(json.dumps(data | {"states": [s | {"file": "../../secret"} for s in data["states"]]}))
     elif how == "random":
         path.write_text(json.dumps(data | {"states": [s | {"random": {"x": 1}} for s in data["states"]]}))
-    elif how == "template":
+    elif how == "unknown template":
         path.write_text(json.dumps(data | {"template": "none"}))
     elif how == "sampling":
         path.write_text(json.dumps(data | {"sampling": {"heat": 1}}))
+    elif how == "heat":
+        path.write_text(json.dumps(data | {"sampling": {"temperature": "hot"}}))
+    elif how in data:
+        path.write_text(json.dumps({key: value for key, value in data.items() if key != how}))
     elif how == "turn":
         path.write_text(json.dumps(data | {"turns": [{"user": 1, "answer": 2}]}))
     elif how == "state":
-        next(path.parent.glob("state-*")).write_bytes(b"nothing")
+        (path.parent / data["states"][-1]["file"]).write_bytes(b"nothing")
     elif how == "gone":
         for file in path.parent.glob("state-*"):
             file.unlink()
@@ -138,7 +144,25 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["cut", "list", "newer", "no states", "elsewhere", "random", "template", "sampling", "turn", "state", "gone"],
+    [
+        "cut",
+        "list",
+        "newer",
+        "no states",
+        "elsewhere",
+        "random",
+        "unknown template",
+        "sampling",
+        "heat",
+        "turn",
+        "state",
+        "gone",
+        "saved",
+        "model",
+        "turns",
+        "revision",
+        "template",
+    ],
 )
 def test_a_broken_session_is_refused_and_left(chat: Run, home: Path, how: str) -> None:
     assert chat("--session", "a", input="Hi\n").exit_code == 0
@@ -213,6 +237,73 @@ def test_two_chats_do_not_overwrite_each_other(byte_model: Path) -> None:
     with pytest.raises(SessionError, match="changed by another chat"):
         second.save(other)
     assert [turn["user"] for turn in sessions.read("a")["turns"]] == ["one", "two"]
+
+
+def test_two_chats_at_once_leave_one_whole(byte_model: Path) -> None:
+    model = rwkv_cli.load(byte_model)
+    talks = [begun(model, "one", "two"), begun(model, "eins", "zwei")]
+    for round_ in range(10):
+        name = f"s{round_}"
+
+        def save(talk: Conversation, name: str = name) -> None:
+            with suppress(SessionError):
+                Session(name).save(talk)
+
+        threads = [threading.Thread(target=save, args=(talk,)) for talk in talks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        session, resumed = Session.resume(name, model)
+        assert session.revision == 1
+        assert [turn.user for turn in resumed.turns] in (["one", "two"], ["eins", "zwei"])
+
+
+def test_only_the_last_state_has_to_be_there(byte_model: Path, home: Path) -> None:
+    model = rwkv_cli.load(byte_model)
+    Session("a").save(begun(model, "one", "two", "three"))
+    (home / "a" / sessions.read("a")["states"][1]["file"]).unlink()
+    _, resumed = Session.resume("a", model)
+    assert [turn.before is None for turn in resumed.turns] == [False, True, False]
+    resumed.undo()
+    with pytest.raises(ValueError, match="no longer kept"):
+        resumed.undo()
+
+
+def test_what_is_left_of_a_session_is_not_taken_over(byte_model: Path, rwkv: Run, home: Path) -> None:
+    model = rwkv_cli.load(byte_model)
+    old, new = (model.new_state() for _ in range(2))
+    old.wkv += 1
+    new.wkv += 2
+    for start in (old, new):
+        (home / "a" / "transcript.json").unlink(missing_ok=True)
+        talk = Conversation(model, TEMPLATES["plain"], Sampling(), 5, 9, start=start)
+        Session("a").save(talk)
+    (home / "a" / ".rwkv-0.part").touch()
+    session, resumed = Session.resume("a", model)
+    assert resumed.start is not None
+    assert equal(resumed.start, new)
+    session.save(resumed)
+    assert not (home / "a" / ".rwkv-0.part").exists()
+    (home / "a" / "transcript.json").unlink()
+    assert rwkv("sessions", "rm", "a").exit_code == 0
+    assert not (home / "a").exists()
+
+
+def test_settings_are_kept_too(chat: Run) -> None:
+    chat("--session", "a", input="Hi\n/set max_tokens 4\n/set top_k 7\n")
+    data = sessions.read("a")
+    assert (data["max_tokens"], data["sampling"]["top_k"]) == (4, 7)
+    seeds = {chat("--session", "a", input="/params\n").stderr.split("seed")[1].split()[0] for _ in range(2)}
+    assert seeds == {str(data["seed"])}
+
+
+def test_loading_does_not_drop_what_is_not_kept(chat: Run) -> None:
+    chat("--session", "a", input="Hi\n")
+    result = chat(input="one\n/load a\n/history\n/save b\n/load a\n/history\n")
+    assert "this conversation is not kept yet" in result.stderr
+    assert result.stdout.count("> one") == 1
+    assert result.stdout.count("> Hi") == 1
 
 
 def test_save_fork_and_load(chat: Run) -> None:

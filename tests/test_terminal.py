@@ -106,6 +106,38 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(chat: Callable[..., Any]) -> Non
     leave(child)
 
 
+def test_edit_can_be_given_up(chat: Callable[..., Any]) -> None:
+    child = chat()
+    ask(child, "//one")
+    child.send("/edit\r")
+    prompt(child)
+    child.expect_exact("//one")
+    child.sendintr()
+    child.expect_exact("The turn stays as it was.")
+    prompt(child)
+    assert "> /one" in ask(child, "/history")
+    leave(child)
+
+
+def test_keys_that_are_no_text(chat: Callable[..., Any]) -> None:
+    child = chat("--session", "a")
+    os.write(child.child_fd, b"caf\xe9\r")
+    prompt(child)
+    assert "> caf" in ask(child, "/history")
+    leave(child)
+
+
+def test_typing_ahead_does_not_show(chat: Callable[..., Any]) -> None:
+    child = chat(n=3000)
+    child.send("Hi\r")
+    child.expect_exact("�")
+    child.send("/undo\r")
+    before = prompt(child)
+    assert "/undo" not in before
+    assert "Taken back: Hi" in prompt(child)
+    leave(child)
+
+
 def test_figures_follow_an_answer(chat: Callable[..., Any]) -> None:
     child = chat()
     after = ask(child, "Hi")
@@ -115,13 +147,13 @@ def test_figures_follow_an_answer(chat: Callable[..., Any]) -> None:
     leave(child)
 
 
-def test_reasoning_is_dim_and_apart(chat: Callable[..., Any]) -> None:
-    child = chat("--template", "g1", "--think", "on")
+def test_reasoning_is_dim_and_apart(chat: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = r"from rwkv_cli.sampling import Sampler; said = iter(b'>hm</think>\n\nok\0');"
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", said + "Sampler.pick = lambda *_: next(said);" + SCRIPT)
+    child = chat("--template", "g1", "--think", "on", n=100)
     child.send("Hi\r")
+    child.expect_exact("\x1b[2mh\x1b[22m\x1b[2mm\x1b[22m\r\n\r\nok\r\n")
     prompt(child)
-    answer, figures, _ = child.before.partition("8 tokens")
-    assert figures
-    assert "<think" in answer  # the babbler does not close the tag, so that it is text
     leave(child)
 
 
