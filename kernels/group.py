@@ -15,6 +15,7 @@ Activations are int16 (quantized to ±32512 in the same groups of 32). Two forms
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.cgutils import get_or_insert_function
@@ -153,5 +154,84 @@ def group_step(strips: int, tokens: int, vnni: bool) -> Callable[..., None]:
             return context.get_dummy_value()
 
         return types.void(*([types.int64] * 13)), generate
+
+    return step
+
+
+def pair_step(vnni: bool) -> Callable[..., None]:
+    """total[i] += first[i] · p + second[i] · q for 16 outputs i, where two inputs p and q of one group are not zero.
+
+    Arguments, all int64: addresses of 16 weights of either row (int8), `levels` (p in the low 16 bits, q in the high
+    ones) and the address of `total` (int32). Bytes of both rows are interleaved, so that one `vpdpwssd` (or `pmaddwd`)
+    adds both products into an output's lane.
+    """
+
+    @intrinsic
+    def step(typingctx, first, second, levels, total):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            e, b, wide = _Emitter(builder), builder, _vector(I32, 16)
+            first, second, levels, total = args
+            rows = [e.load(_vector(I8, 16), place) for place in (first, second)]
+            order = ir.Constant(_vector(I32, 32), [I32(i // 2 + 16 * (i % 2)) for i in range(32)])
+            w = e.widen(b.shuffle_vector(*rows, order), I16)
+            a = b.bitcast(e.splat(b.trunc(levels, I32), 16), w.type)
+            old = e.load(wide, total)
+            if vnni:
+                kind = ir.FunctionType(wide, [wide, wide, wide])
+                dot = get_or_insert_function(b.module, kind, "llvm.x86.avx512.vpdpwssd.512")
+                e.store(b.call(dot, [old, b.bitcast(w, wide), b.bitcast(a, wide)]), total)
+            else:
+                even, odd = range(0, 32, 2), range(1, 32, 2)
+                products = [b.mul(e.widen(e.pick(w, half), I32), e.widen(e.pick(a, half), I32)) for half in (even, odd)]
+                e.store(b.add(old, b.add(*products)), total)
+            return context.get_dummy_value()
+
+        return types.void(*([types.int64] * 4)), generate
+
+    return step
+
+
+def quantize_step(vnni: bool, levels: int) -> Callable[..., None]:
+    """32 float32 activations to integers of at most ±`levels`, in the form that `group_step` takes.
+
+    Arguments: addresses (int64) of x, of the high and the low plane (the same for int16), of factor and offset, and
+    `unit` (float32). factor = max|x| / levels · unit; a NaN or infinity makes it NaN.
+    """
+
+    @intrinsic
+    def step(typingctx, x, high, low, factor, offset, unit):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            e, b = _Emitter(builder), builder
+            x, high, low, factor, offset, unit = args
+            ints, floats = _vector(I32, 32), _vector(F32, 32)
+
+            def call(name: str, result: Any, *values: Any) -> Any:
+                kind = ir.FunctionType(result, [value.type for value in values])
+                return b.call(get_or_insert_function(b.module, kind, name), list(values))
+
+            def all_(value: int) -> Any:
+                return ir.Constant(ints, [I32(value)] * 32)
+
+            value = e.load(floats, x)
+            # magnitudes order as their bits do, and what is not finite comes last
+            bits = call("llvm.vector.reduce.umax.v32i32", I32, b.and_(b.bitcast(value, ints), all_(0x7FFFFFFF)))
+            top = b.bitcast(bits, F32)
+            poison = b.fmul(top, F32(0))
+            inverse = b.select(b.fcmp_ordered(">", top, F32(1e-30)), b.fdiv(F32(levels), top), F32(0))
+            scale = b.fmul(b.fmul(top, F32(float(np.float32(1 / levels)))), unit)
+            e.store(b.fadd(scale, poison), factor)
+            scaled = call("llvm.rint.v32f32", floats, b.fmul(value, e.splat(inverse, 32)))
+            q = call("llvm.fptosi.sat.v32i32.v32f32", ints, scaled)
+            total = call("llvm.vector.reduce.add.v32i32", I32, q)
+            e.store(b.mul(total, I32(128)), offset)
+            if vnni:
+                upper = b.ashr(b.add(q, all_(128)), all_(8))
+                e.store(b.trunc(upper, _vector(I8, 32)), high)
+                e.store(b.trunc(b.sub(q, b.shl(upper, all_(8))), _vector(I8, 32)), low)
+            else:
+                e.store(b.trunc(q, _vector(I16, 32)), high)
+            return context.get_dummy_value()
+
+        return types.void(*([types.int64] * 5), types.float32), generate
 
     return step

@@ -19,10 +19,10 @@ import numba
 from numba.core.event import Event, Listener, register
 from platformdirs import user_cache_path
 
-# a thread that waits for others spins for some 30 µs and then sleeps: GNU OpenMP's own choice, milliseconds, makes
+# a thread that waits for others spins for a few µs and then sleeps: GNU OpenMP's own choice, milliseconds, makes
 # every parallel kernel wait for whatever else runs on the core that a sleeping thread would free
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 config: Any = numba.core.config
 """numba's settings, made at run time."""
@@ -67,7 +67,9 @@ def kernel(parallel: bool = False, fastmath: set[str] = FASTMATH) -> Callable[[C
         # numba picks the cache's place here, once, from this setting
         config.CACHE_DIR = str(cache_folder())
         try:
-            return numba.njit(parallel=parallel, fastmath=fastmath, cache=True)(function)
+            # numpy's division: by zero it gives infinity or NaN, where Python's test for it would keep loops scalar
+            options = {"parallel": parallel, "fastmath": fastmath, "error_model": "numpy", "cache": True}
+            return numba.njit(**options)(function)
         finally:
             config.CACHE_DIR = before
 

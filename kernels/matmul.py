@@ -7,7 +7,7 @@ many, VNNI or portable: the same numbers but for float32 rounding.
 import numpy as np
 from numba import prange
 
-from rwkv_cli.kernels.group import group_step
+from rwkv_cli.kernels.group import group_step, pair_step, quantize_step
 from rwkv_cli.kernels.jit import FIXED_ORDER, has_vnni, kernel
 
 GROUP = 32
@@ -17,36 +17,29 @@ _STRIPS, _TOKENS = (2, 6) if VNNI else (1, 4)
 
 _block = group_step(_STRIPS, _TOKENS, VNNI)
 _single = group_step(1, 1, VNNI)
+_pair = pair_step(VNNI)
+_quantize_group = quantize_step(VNNI, _LEVELS)
 
 
 @kernel()
 def _quantize(x, unit, first, last, planes, factors, offsets):  # type: ignore[no-untyped-def]
     """Tokens `first` to `last` of `quantize_activations`."""
-    K = x.shape[1]
-    Kp = planes.shape[2]
+    K, Kp = x.shape[1], planes.shape[2]
+    size, last_plane = planes.itemsize, planes.shape[1] - 1
+    tail = np.zeros(GROUP, np.float32)
     for t in range(first, last):
+        row, plane = x.ctypes.data + t * x.strides[0], planes.ctypes.data + t * planes.strides[0]
+        f, o = factors.ctypes.data + t * factors.strides[0], offsets.ctypes.data + t * offsets.strides[0]
         for g in range(Kp // GROUP):
-            top, poison = np.float32(0), np.float32(0)
-            start, stop = g * GROUP, min((g + 1) * GROUP, K)
-            for k in range(start, stop):
-                top = max(top, abs(x[t, k]))
-                poison += x[t, k] * np.float32(0)
-            inverse = np.float32(_LEVELS) / top if top > np.float32(1e-30) else np.float32(0)
-            factors[t, g] = top * np.float32(1 / _LEVELS) * unit + poison
-            total = np.int32(0)
-            for k in range(start, stop):
-                q = np.int32(np.rint(x[t, k] * inverse))
-                total += q
-                if VNNI:
-                    high = (q + np.int32(128)) >> 8
-                    planes[t, 0, k] = high
-                    planes[t, 1, k] = q - (high << 8)
-                else:
-                    planes[t, 0, k] = q
-            offsets[t, g] = total * np.int32(128)
-            for k in range(stop, start + GROUP):
-                for p in range(planes.shape[1]):
-                    planes[t, p, k] = 0
+            source = row + g * GROUP * 4
+            if (g + 1) * GROUP > K:
+                for k in range(g * GROUP, K):
+                    tail[k - g * GROUP] = x[t, k]
+                source = tail.ctypes.data
+            high = plane + g * GROUP * size
+            _quantize_group(source, high, high + last_plane * planes.strides[1], f + g * 4, o + g * 4, unit)
+    # the tail must live until here, and its address alone does not keep it
+    tail[0] = 0
 
 
 @kernel()
@@ -122,34 +115,59 @@ def tiles(values, scales, planes, factors, offsets, y, threads):  # type: ignore
 
 @kernel(parallel=True, fastmath=FIXED_ORDER)
 def columns_one(values, scales, planes, factors, y, threads):  # type: ignore[no-untyped-def]
-    """values [B, K, W], scales [B, K/32, W], one token → y [1, B·W]. Reads only the rows whose input is not zero."""
-    B, _, W = values.shape
-    parts = min(threads * 2, B)
+    """values [B, K, W], scales [B, K/32, W], one token → y [1, B·W]. Reads only the rows whose input is not zero.
+
+    Rows go in pairs, an odd last one of a group with a level of zero beside it.
+    """
+    B, K, W = values.shape
+    G = K // GROUP
+    # the rows of group g that are not zero, and levels of each two: used[g, :count[g]], levels[g, :count[g] / 2]
+    used, levels = np.empty((G, GROUP), np.int64), np.empty((G, GROUP // 2), np.int64)
+    count = np.zeros(G, np.int64)
+    for g in range(G):
+        n = 0
+        for k in range(g * GROUP, (g + 1) * GROUP):
+            q = np.int64(planes[0, 0, k])
+            if VNNI:
+                q = (q << 8) + np.int64(planes[0, 1, k])
+            if q != 0:
+                used[g, n] = k
+                if n % 2:
+                    levels[g, n // 2] |= q << 16
+                else:
+                    levels[g, n // 2] = q & 0xFFFF
+                    used[g, n + 1] = k
+                n += 1
+        count[g] = (n + 1) // 2 * 2
+    # a block is cut until every thread has as many pieces
+    width = W
+    while B * (W // width) % threads and width > 64:
+        width //= 2
+    pieces = B * (W // width)
+    parts = min(threads, pieces)
     for part in prange(parts):
-        total, group = np.empty(W, np.float32), np.empty(W, np.int32)
-        for b in range(part * B // parts, (part + 1) * B // parts):
+        total, group = np.empty(width, np.float32), np.empty(width, np.int32)
+        address = group.ctypes.data
+        for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
+            b, start = piece // (W // width), piece % (W // width) * width
+            rows = values.ctypes.data + b * values.strides[0] + start
             total[:] = 0
-            for g in range(scales.shape[1]):
-                used = False
-                for k in range(g * GROUP, (g + 1) * GROUP):
-                    q = np.int32(planes[0, 0, k])
-                    if VNNI:
-                        q = (q << 8) + np.int32(planes[0, 1, k])
-                    if q != 0:
-                        if not used:
-                            group[:] = 0
-                            used = True
-                        for i in range(W):
-                            group[i] += np.int32(q * np.int32(values[b, k, i]))
+            for g in range(G):
                 # a factor that is NaN must reach the output though every activation beside it is zero
-                if used or factors[0, g] != 0:
-                    if not used:
-                        group[:] = 0
-                    bits = scales[b, g].astype(np.uint32) << np.uint32(13)
-                    real = bits.view(np.float32)
-                    for i in range(W):
-                        total[i] += np.float32(group[i]) * (real[i] * factors[0, g])
-            y[0, b * W : (b + 1) * W] = total
+                if count[g] == 0 and factors[0, g] == 0:
+                    continue
+                group[:] = 0
+                for n in range(0, count[g], 2):
+                    first, second = rows + used[g, n] * W, rows + used[g, n + 1] * W
+                    for i in range(0, width, 16):
+                        _pair(first + i, second + i, levels[g, n // 2], address + i * 4)
+                bits = scales[b, g, start : start + width].astype(np.uint32) << np.uint32(13)
+                real = bits.view(np.float32)
+                for i in range(width):
+                    total[i] += np.float32(group[i]) * (real[i] * factors[0, g])
+            y[0, b * W + start : b * W + start + width] = total
+        # the sums must live until here, and their address alone does not keep them
+        group[0] = 0
 
 
 @kernel(parallel=True)

@@ -6,14 +6,13 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 _OWN = {"batch", "output", "batch_size"}
 _SHARED = {"model", "threads", "device", "max_tokens", "stops", "ignore_eos", "state", *SAMPLING}
 """Options of `rwkv generate` that mean the same for a batch."""
-
-_FIRST = b'{"id": '
-"""What an answer's line begins with."""
 
 
 def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,33 +86,39 @@ def run(
     if "" in stops:
         raise click.BadParameter("an empty text would end at once", param_hint="--stop")
     data = sys.stdin.buffer.read() if str(batch) == "-" else batch.read_bytes()
+    if output is not None and output.is_file() and batch.is_file() and output.samefile(batch):
+        raise click.ClickException(f"{output}: holds the prompts themselves; give --output another file")
     jobs = read_jobs(name, data, Job(0, 0, "", max_tokens, seed, stops))
     lm = open_model(model, device, threads)
     settings = replace(Sampling(), **{key: value for key, value in options.items() if value is not None})
     start = read_tuned_state(state, lm) if state else lm.new_state()
     common = _digest(lm.digest, lm.quantization, lm.text_tokenizer.kind, _bits(start), asdict(settings), ignore_eos)
     digests = {job.id: _digest(common, job.max_tokens, job.seed, job.stops) for job in jobs}
-    done, end = answered(output, {job.id: job for job in jobs}, digests) if output is not None else (set(), 0)
-    todo = [(job, _encode(lm, name, job)) for job in jobs if job.id not in done]
+    encoded = [(job, _encode(lm, name, job)) for job in jobs]
 
     def begin(job: Job) -> Completion:
         sampler = new_sampler(lm, settings, job.seed)
         return Completion(lm, start, sampler, job.max_tokens, job.stops, ignore_eos)
 
     hidden = output is None and sys.stdout.isatty()  # where the answers themselves show how far it is
-    count, tokens, began = len(done), 0, time.perf_counter()
-    try:
-        with _lines(output, end) as put, _progress(len(jobs), hidden) as show:
-            for ended, running in _answers(lm, todo, batch_size, begin):
-                for job, completion in ended:
-                    put(_record(job, completion, digests[job.id]))
-                    count, tokens = count + 1, tokens + completion.tokens
-                making = sum(completion.tokens for completion in running)
-                part = sum(completion.tokens / completion.max_tokens for completion in running)
-                show(count, part, (tokens + making) / (time.perf_counter() - began))
-    except KeyboardInterrupt:
-        note(f"{count} of {len(jobs)} prompts are answered" + ("; the same command does the rest" if output else ""))
-        raise click.Abort from None
+    with _only_writer(output) as file:
+        done, end = answered(output, {job.id: job for job in jobs}, digests) if output is not None else (set(), 0)
+        todo = [(job, ids) for job, ids in encoded if job.id not in done]
+        put = _lines(output, file, end)
+        count, tokens, began = len(done), 0, time.perf_counter()
+        try:
+            with _progress(len(jobs), hidden) as show:
+                for ended, running in _answers(lm, todo, batch_size, begin):
+                    for job, completion in ended:
+                        put(_record(job, completion, digests[job.id]))
+                        count, tokens = count + 1, tokens + completion.tokens
+                    making = sum(completion.tokens for completion in running)
+                    part = sum(completion.tokens / completion.max_tokens for completion in running)
+                    show(count, part, (tokens + making) / (time.perf_counter() - began))
+        except KeyboardInterrupt:
+            rest = "; the same command does the rest" if output else ""
+            note(f"{count} of {len(jobs)} prompts are answered{rest}")
+            raise click.Abort from None
     seconds = time.perf_counter() - began
     before = f", {len(done)} of them before" if done else ""
     note(f"{count} prompts answered{before}; {tokens} tokens in {seconds:.1f} s")
@@ -151,7 +153,7 @@ def read_jobs(name: str, data: bytes, default: Job) -> list[Job]:
         if not line.strip():
             continue
         try:
-            job = _job(json.loads(line), number, default)
+            job = _job(json.loads(line, parse_int=_whole_number), number, default)
         except json.JSONDecodeError as error:
             raise click.ClickException(f"{name} line {number}: not JSON ({error.msg}, column {error.colno})") from None
         except (ValueError, RecursionError) as error:
@@ -162,6 +164,14 @@ def read_jobs(name: str, data: bytes, default: Job) -> list[Job]:
     if not jobs:
         raise click.ClickException(f"{name}: holds no prompts")
     return list(jobs.values())
+
+
+def _whole_number(digits: str) -> int:
+    """One in JSON. Raises ValueError for one that Python refuses to read."""
+    try:
+        return int(digits)
+    except ValueError:
+        raise ValueError(f"a number in it has {len(digits)} digits, which is too long") from None
 
 
 def _job(value: Any, number: int, default: Job) -> Job:
@@ -233,8 +243,8 @@ def _record(job: Job, completion: Completion, digest: str) -> bytes:
 def answered(path: Path, jobs: dict[str | int, Job], digests: dict[str | int, str]) -> tuple[set[str | int], int]:
     """Which prompts the file `path` has answers to, and how many bytes of it are whole lines.
 
-    A last line that was cut short is not counted. Raises ClickException where anything else is not an answer that
-    `jobs` would get now.
+    A last line that was cut short is not counted, if it begins as the answer to one of `jobs` does. Raises
+    ClickException where anything else is not an answer that `jobs` would get now.
     """
     done: set[str | int] = set()
     end = 0
@@ -243,13 +253,14 @@ def answered(path: Path, jobs: dict[str | int, Job], digests: dict[str | int, st
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path} line {number}"
-            if not line.endswith(b"\n") and line[: len(_FIRST)] == _FIRST[: len(line)]:
-                break
+            whole = line.endswith(b"\n")
             try:
                 record = json.loads(line)
                 key, prompt, digest = record["id"], record["prompt"], record["digest"]
                 job = jobs.get(key)
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if isinstance(error, json.JSONDecodeError) and not whole and _begins(line, jobs.values()):
+                    break
                 raise click.ClickException(f"{where}: not an answer of --batch; give --output another file") from None
             if job is None or job.prompt != prompt:
                 raise click.ClickException(
@@ -260,30 +271,59 @@ def answered(path: Path, jobs: dict[str | int, Job], digests: dict[str | int, st
                     f"{where}: id {key!r} was answered by another model or with other settings; "
                     "give --output another file"
                 )
+            if not whole:
+                break
             done.add(key)
             end += len(line)
     return done, end
 
 
+def _begins(line: bytes, jobs: Iterable[Job]) -> bool:
+    """Whether it may be what was written of the answer to one of `jobs`."""
+    for job in jobs:
+        head = json.dumps({"id": job.id, "prompt": job.prompt, "text": ""}).encode().removesuffix(b'"}')
+        if line.startswith(head) or head.startswith(line):
+            return True
+    return False
+
+
 @contextmanager
-def _lines(path: Path | None, end: int) -> Iterator[Callable[[bytes], object]]:
-    """A function that writes a line at once: to the file after its first `end` bytes, or to standard output."""
+def _only_writer(path: Path | None) -> Iterator[IO[bytes] | None]:
+    """The file, to be added to, which no other run may add to meanwhile; None for standard output."""
     if path is None:
-        stream = sys.stdout  # itself, not what a progress bar puts in its place
-        yield lambda line: click.echo(line.decode(), nl=False, file=stream)
+        yield None
         return
-    if path.is_file():
-        os.truncate(path, end)
     with path.open("ab", buffering=0) as file:
+        if sys.platform != "win32" and path.is_file():
+            import fcntl
 
-        def put(line: bytes) -> None:
             try:
-                while line:
-                    line = line[file.write(line) :]
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from None
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise click.ClickException(
+                    f"{path}: another run is writing its answers there; wait for its end, or give --output another file"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+        yield file
 
-        yield put
+
+def _lines(path: Path | None, file: IO[bytes] | None, end: int) -> Callable[[bytes], object]:
+    """A function that writes a line at once: to the file after its first `end` bytes, or to standard output."""
+    if path is None or file is None:
+        stream = sys.stdout  # itself, not what a progress bar puts in its place
+        return lambda line: click.echo(line.decode(), nl=False, file=stream)
+    if path.is_file():
+        file.truncate(end)
+
+    def put(line: bytes) -> None:
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+    return put
 
 
 @contextmanager

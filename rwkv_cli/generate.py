@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from rwkv_cli.options import model_options, open_model, sampling_options, state_
     "--load-state",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Go on after the text whose state --save-state kept; PROMPT may then be left out.",
+    help="Go on after the text whose state --save-state kept, random numbers too; PROMPT may then be left out.",
 )
 @click.option(
     "--save-state", type=click.Path(path_type=Path), metavar="FILE", help="Keep the state after PROMPT and its text."
@@ -68,8 +69,9 @@ def command(
     top-p 0.85, presence and frequency penalty 0.2, decaying by 0.996 a token.
 
     With --batch, FILE holds a JSON object a line: {"prompt": …} and, if wanted, "id" (else the line's number),
-    "max_tokens", "seed" and "stop". An answer is a JSON object a line too, written when it ends; its text is what the
-    prompt alone would get with that seed, and --seed is every prompt's.
+    "max_tokens", "seed" and "stop"; other settings are refused, since they are options, and unknown keys are ignored.
+    An answer is a JSON object a line too, written when it ends; its text is what the prompt alone would get with that
+    seed, and --seed is every prompt's.
 
     \b
     rwkv generate "Once upon a time" -m stories.safetensors
@@ -80,7 +82,7 @@ def command(
     from rwkv_cli.engine import Completion, new_sampler
     from rwkv_cli.models.tuned import read_tuned_state
     from rwkv_cli.sampling import Sampling
-    from rwkv_cli.terminal import reading_bar, write
+    from rwkv_cli.terminal import harmless, reading_bar, write
     from rwkv_cli.tokenizer import TokenizerError
 
     if state and load_state:
@@ -88,9 +90,11 @@ def command(
     if any(not stop for stop in stops):
         raise click.BadParameter("an empty text would end at once", param_hint="--stop")
     if save_state:
-        states.check_target(save_state, states.STATE)
+        save_state = states.check_target(save_state, states.STATE)
     if prompt_cache:
-        states.check_target(prompt_cache, states.CACHE)
+        prompt_cache = states.check_target(prompt_cache, states.CACHE)
+    if save_state and prompt_cache and os.path.realpath(save_state) == os.path.realpath(prompt_cache):
+        raise click.UsageError("--save-state and --prompt-cache name the same file; give each one of its own")
     text = read_prompt(prompt, needed=load_state is None)
     lm = open_model(model, device, threads)
     if load_state:
@@ -103,11 +107,13 @@ def command(
         raise click.UsageError(f"the prompt is {error}") from None
     if not ids:
         what = f"the text in {load_state} had come to its end" if load_state else "the prompt is empty"
-        raise click.UsageError(f"{what}; give some text to go on with")
+        raise click.UsageError(harmless(f"{what}; give some text to go on with"))
     seed = options.pop("seed")
     settings = replace(Sampling(), **{name: value for name, value in options.items() if value is not None})
-    sampler = new_sampler(lm, settings, seed)
+    sampler = new_sampler(lm, settings, start.seed if seed is None else seed)
     sampler.counts = start.counts
+    if seed is None and start.random:
+        sampler.random = start.random
     cache = states.PromptCache(prompt_cache, lm, start.state, ids) if prompt_cache else None
     begun, cached = cache.find() if cache else (start.state, 0)
     completion = Completion(lm, begun, sampler, max_tokens, stops, ignore_eos)

@@ -3,16 +3,18 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import click
 import numpy as np
 
 from rwkv_cli.engine import Completion, LanguageModel
 from rwkv_cli.models import State
 from rwkv_cli.quant import FormatError
+from rwkv_cli.sampling import Sampler, Sampling
 from rwkv_cli.terminal import note
 
 CACHE, STATE = "prompt cache", "saved state"
@@ -30,11 +32,18 @@ class Start:
     """… or as text, in a state that `save` did not write."""
     counts: dict[int, float] = field(default_factory=dict)
     """What the sampler penalizes (`Sampler.counts`)."""
+    seed: int | None = None
+    """Of the sampler that made the text so far…"""
+    random: dict[str, Any] | None = None
+    """… and where its random numbers are (`Sampler.random`)."""
 
 
 def save(path: Path, completion: Completion) -> None:
     """Keep where a text ended, so that it can go on as if it had not."""
-    going_on = {"ids": list(completion.unread_ids), "counts": completion.sampler.counts}
+    sampler = completion.sampler
+    going_on = {
+        "ids": list(completion.unread_ids), "counts": sampler.counts, "seed": sampler.seed, "random": sampler.random,
+    }  # fmt: skip
     completion.state.save(path, {"unread": completion.unread, "going_on": json.dumps(going_on)})
 
 
@@ -53,22 +62,35 @@ def load(path: Path, model: LanguageModel) -> Start:
             raise ValueError("an id is outside the vocabulary")
         if not all(map(math.isfinite, counts.values())):
             raise ValueError("a count is not finite")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        seed, random = going_on["seed"], going_on["random"]
+        if type(seed) is not int:
+            raise ValueError("the seed is not a whole number")
+        sampler = Sampler(Sampling(), seed)
+        sampler.random = random
+        if sampler.random != random:
+            raise ValueError("the random numbers are nowhere that they can be")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise FormatError(f"{path}: what is kept beside the state is damaged; save it again") from None
-    return Start(state, ids, counts=counts)
+    return Start(state, ids, counts=counts, seed=seed, random=random)
 
 
-def check_target(path: Path, kind: str) -> None:
-    """Refuse a file that cannot be written, or that is there and is not one of this kind, before any work is done."""
+def check_target(path: Path, kind: str) -> Path:
+    """The file to write: `path`, or what it links to.
+
+    Raises FormatError for one that cannot be written, or that is there and is not one of this kind.
+    """
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
-        raise click.ClickException(f"{path.parent} is not a folder; make it first, or give another file")
+        raise FormatError(f"{path.parent} is not a folder; make it first, or give another file")
     if path.exists():
         try:
             same = path.is_file() and _kind(State.read_metadata(path)) == kind
         except FormatError:
             same = False
         if not same:
-            raise click.ClickException(f"{path} is there and is not a {kind}; remove it, or give another file")
+            raise FormatError(f"{path} is there and is not a {kind}; remove it, or give another file")
+    return path
 
 
 def _kind(metadata: Mapping[str, str]) -> str:

@@ -253,19 +253,80 @@ def test_answers_of_another_run_are_left_alone(
     assert out.read_bytes() == whole
     for content in (
         '{"id": 1}\n',
+        '{"id": 7, "name": "my precious data"}',
+        '{"id": 7, "na',
+        '{"id": 1, "prompt": "a", "text": "',  # the beginning of an answer to another prompt
         "notes",
-        "{",
+        " ",
         "[" * 100_000 + "\n",
         '{"id": [1], "prompt": "a", "digest": ""}\n',
         "1\n",
     ):
         out.write_text(content)
-        if content == "{":  # what a torn first line may be
-            continue
         refused(batch(prompts, "-o", out), f"{out} line 1: not an answer of --batch; give --output another file")
         assert out.read_text() == content
-    # not even the prompts themselves
-    refused(batch(prompts, "-o", prompts), f"{prompts} line 1: not an answer")
+    out.write_text("{")  # what a torn first line may be
+    assert batch(prompts, "-o", out, "--batch-size", 1).exit_code == 0
+    assert out.read_bytes() == whole
+    out.write_bytes(whole[:-1].replace(b'"tokens"', b'"Tokens"'))
+    assert ", 6 of them before" in batch(prompts, "-o", out, "--batch-size", 1).stderr
+    assert out.read_bytes() == whole.replace(b'"tokens"', b'"Tokens"', 6)
+
+
+def test_the_prompts_are_never_written_over(batch: Run, tmp_path: Path) -> None:
+    for content in ('{"id": 1, "prompt": "Once"}', '\n{"prompt": "Once"}\n'):
+        (tmp_path / "in").write_text(content)
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to("in")
+        for out in (tmp_path / "in", tmp_path / "link"):
+            refused(batch(tmp_path / "in", "-o", out), f"{out}: holds the prompts themselves; give --output another")
+        assert (tmp_path / "in").read_text() == content
+
+
+def test_one_run_at_a_time_writes_a_file(batch: Run, prompts: Path, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    with out.open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(batch(prompts, "-o", out), f"{out}: another run is writing its answers there; wait for its end, or")
+        assert out.read_bytes() == b""
+    assert batch(prompts, "-o", out).exit_code == 0
+    with out.open("ab") as other:  # it has let go
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert len(answers(out)) == len(PROMPTS)
+
+
+def test_a_run_holds_its_file(batch: Run, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    step, free = Batch.step, []
+
+    def look(self: Batch) -> list[Completion]:
+        with (tmp_path / "out").open("rb") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                free.append(self)
+            except BlockingIOError:
+                pass
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", look)
+    assert batch(prompts, "-o", tmp_path / "out").exit_code == 0
+    assert not free
+
+
+def test_answers_go_where_a_link_leads(batch: Run, prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("out")
+    assert batch(prompts, "-o", tmp_path / "link").exit_code == 0
+    assert (tmp_path / "link").is_symlink()
+    assert len(answers(tmp_path / "out")) == len(PROMPTS)
+
+
+def test_names_cannot_steer_the_terminal(batch: Run, prompts: Path, tmp_path: Path) -> None:
+    name = tmp_path / "\x1b[31m"
+    name.write_text("notes")
+    refused(batch(name), "�\\[31m line 1: not JSON")
+    refused(batch(prompts, "-o", name), "�\\[31m line 1: not an answer")
+    refused(batch(name, "-o", name), "�\\[31m: holds the prompts")
 
 
 @pytest.mark.parametrize(
@@ -284,6 +345,7 @@ def test_answers_of_another_run_are_left_alone(
         (b'{"prompt": "a", "id": true}', 'its "id" must be a text or a whole number'),
         (b'{"prompt": "a", "max_tokens": 0}', 'its "max_tokens" must be a whole number from 1'),
         (b'{"prompt": "a", "max_tokens": null}', 'its "max_tokens" must be a whole number from 1'),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "line 3: a number in it has 5000 digits, which is too long"),
         (b'{"prompt": "a", "seed": -1}', 'its "seed" must be a whole number from 0'),
         (b'{"prompt": "a", "seed": "1"}', 'its "seed" must be a whole number from 0'),
         (b'{"prompt": "a", "stop": ""}', 'its "stop" must be a text or a list of texts, none of them empty'),

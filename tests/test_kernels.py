@@ -395,3 +395,13 @@ def test_small_work_on_one_thread_gives_the_same_bits(monkeypatch: pytest.Monkey
         monkeypatch.setattr(cpu, "_SMALL_PRODUCT", limit)
         got.append(cpu.linear(x, weight))
     np.testing.assert_array_equal(*got)
+
+
+def test_exp() -> None:
+    x = np.concatenate([np.linspace(-87.3, 88.3, 200_001), [0, -0.0, 1e-30, -1e-8]]).astype(np.float32)
+    got = np.array([elementwise.exp(value) for value in x[::50]])
+    np.testing.assert_allclose(got, np.exp(x[::50].astype(np.float64)), rtol=2.5e-7)
+    assert elementwise.exp(np.float32(-1e30)) == elementwise.exp(np.float32(-np.inf)) == 0
+    assert elementwise.exp(np.float32(np.inf)) == elementwise.exp(np.float32(1e30)) == np.inf
+    assert np.isnan(elementwise.exp(np.float32(np.nan)))
+    assert elementwise.exp(np.float32(0)) == 1

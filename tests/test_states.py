@@ -116,13 +116,17 @@ def damaged(path: Path, kind: str) -> None:
         del arrays["ffn_shift"]
     elif kind == "foreign":
         metadata = {}
-    elif kind in ("ids", "counts", "deep"):
-        bad = {
-            "ids": '{"ids": [256], "counts": {}}',
-            "counts": '{"ids": [], "counts": {"1": NaN}}',
-            "deep": "[" * 10**5,
+    elif kind in ("ids", "counts", "deep", "seed", "random", "nowhere"):
+        random = Sampler(Sampling(), 5).random
+        good = {"ids": [], "counts": {}, "seed": 5, "random": random}
+        bad: dict[str, dict[str, Any]] = {
+            "ids": {"ids": [256]},
+            "counts": {"counts": {"1": float("nan")}},
+            "seed": {"seed": [5]},
+            "random": {"random": random | {"state": {"state": 1.5, "inc": 1}}},
+            "nowhere": {"random": random | {"state": {"state": 1 << 128, "inc": 1}}},
         }
-        metadata["going_on"] = bad[kind]
+        metadata["going_on"] = "[" * 10**5 if kind == "deep" else json.dumps(good | bad[kind])
     save_file(arrays, path, metadata)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-1])
@@ -146,6 +150,9 @@ def damaged(path: Path, kind: str) -> None:
         ("empty", "not a saved state; give a file that --save-state wrote"),
         ("ids", "what is kept beside the state is damaged; save it again"),
         ("counts", "what is kept beside the state is damaged; save it again"),
+        ("seed", "what is kept beside the state is damaged; save it again"),
+        ("random", "what is kept beside the state is damaged; save it again"),
+        ("nowhere", "what is kept beside the state is damaged; save it again"),
         ("deep", "what is kept beside the state is damaged; save it again"),
     ],
 )
@@ -217,6 +224,54 @@ def test_a_text_goes_on_as_if_it_had_not_been_saved(
     assert left(tmp_path) == {"state"}
 
 
+@pytest.mark.usefixtures("letters")
+def test_a_sampled_text_goes_on_as_if_it_had_not_been_saved(rwkv: Run, byte_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "state"
+
+    def run(*args: object) -> Any:
+        return facts(rwkv("generate", *args, "-m", byte_model, "--ignore-eos", "--json", input=""))
+
+    whole = run("Once", "-n", 30, "--seed", 5)["text"]
+    first = run("Once", "-n", 15, "--seed", 5, "--save-state", path)["text"]
+    for _ in range(2):  # the file is as it was
+        second = run("-n", 15, "--load-state", path)
+        assert (first + second["text"], second["seed"]) == (whole, 5)
+    other = run("-n", 15, "--load-state", path, "--seed", 5)
+    assert other["text"] != second["text"]  # that seed's first numbers, not those that come next
+    assert other == run("-n", 15, "--load-state", path, "--seed", 5) | {
+        name: value for name, value in other.items() if name.endswith("per_second")
+    }
+
+
+@pytest.mark.parametrize("option", ["--save-state", "--prompt-cache"])
+def test_a_link_is_kept_and_its_target_written(generate: Run, tmp_path: Path, option: str) -> None:
+    (tmp_path / "folder").mkdir()
+    link, target = tmp_path / "link", tmp_path / "folder" / "state"
+    link.symlink_to("folder/state")
+    for _ in range(2):
+        assert generate("Once", "-n", 2, option, link).exit_code == 0
+        assert link.is_symlink()
+        assert target.is_file()
+        assert left(tmp_path / "folder") == {"state"}
+        target.rename(tmp_path / "old")
+    target.write_text("mine")
+    wrong(generate("Once", option, link), f"{target} is there and is not a ")
+    link.unlink()
+    link.symlink_to("none/state")
+    wrong(generate("Once", option, link), f"{tmp_path}/none is not a folder; make it first")
+
+
+def test_names_cannot_steer_the_terminal(generate: Run, tmp_path: Path) -> None:
+    name = tmp_path / "\x1b[31m"
+    name.write_text("mine")
+    for option in ("--save-state", "--prompt-cache", "--load-state"):
+        wrong(generate("Once", option, name), f"{tmp_path}/�[31m")
+        wrong(generate("Once", option, name / "a"), f"{tmp_path}/�[31m")
+    name.unlink()
+    generate("Once", "-n", 1, "--prompt-cache", name)
+    assert generate("Twice", "-n", 1, "--prompt-cache", name).stderr.startswith(f"{tmp_path}/�[31m: of another prompt")
+
+
 def test_a_text_cut_inside_a_character_goes_on_with_the_same_tokens(
     generate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,16 +325,19 @@ def test_a_text_that_is_read_to_its_end_needs_a_prompt(
     rwkv: Run, byte_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Sampler, "pick", lambda *_: 0)
-    path = tmp_path / "state"
+    path = tmp_path / "\x1b[31m"  # nor can its name steer the terminal
     assert rwkv("generate", "Once", "-m", byte_model, "--save-state", path).exit_code == 0
-    wrong(
-        rwkv("generate", "-m", byte_model, "--load-state", path, input=""), f"the text in {path} had come to its end", 2
-    )
+    result = rwkv("generate", "-m", byte_model, "--load-state", path, input="")
+    wrong(result, f"the text in {tmp_path}/�[31m had come to its end", 2)
     assert rwkv("generate", "Go on", "-m", byte_model, "--load-state", path).exit_code == 0
 
 
 def test_options_that_exclude_each_other(generate: Run, tmp_path: Path) -> None:
     wrong(generate("a", "--state", tmp_path / "a", "--load-state", tmp_path / "b"), "exclude each other", 2)
+    (tmp_path / "link").symlink_to("a")
+    for other in (tmp_path / "a", tmp_path / "link", os.path.relpath(tmp_path / "a")):
+        wrong(generate("a", "--save-state", tmp_path / "a", "--prompt-cache", other), "name the same file", 2)
+    assert left(tmp_path) == {"link"}
 
 
 def tuned_tensors(version: str = "7", layers: int = 3, heads: int = 3, size: int = 16) -> tiny.Tensors:
