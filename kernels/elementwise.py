@@ -5,23 +5,9 @@ scalar loop behind that, and where arrays happen to lie would decide in which or
 """
 
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
+from rwkv_cli.kernels.bits import bits_of, float_of
 from rwkv_cli.kernels.jit import FIXED_ORDER, kernel
-
-
-@intrinsic
-def _bits(typingctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """A float32's bits as int32."""
-    return types.int32(types.float32), lambda _context, b, _signature, args: b.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
-def _float(typingctx, bits):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """The float32 that has these bits."""
-    return types.float32(types.int32), lambda _context, b, _signature, args: b.bitcast(args[0], ir.FloatType())
 
 
 @kernel(fastmath=FIXED_ORDER)
@@ -42,7 +28,7 @@ def exp(x):  # type: ignore[no-untyped-def]
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * (r * r) + r + np.float32(1)
-    y = _float(_bits(p) + (_bits(shifted) << np.int32(23)))
+    y = float_of(bits_of(p) + (bits_of(shifted) << np.int32(23)))
     y = np.float32(0) if x < np.float32(-87.33) else y
     y = np.float32(np.inf) if x > np.float32(88.37) else y
     return x if x != x else y
@@ -66,22 +52,36 @@ def layer_norm(x, weight, bias, eps, out):  # type: ignore[no-untyped-def]
 
 
 @kernel()
+def _squares(x):  # type: ignore[no-untyped-def]
+    """Σ x²."""
+    total = np.float32(0)
+    for d in range(len(x)):
+        total += x[d] * x[d]
+    return total
+
+
+@kernel()
+def _mean(x):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for d in range(len(x)):
+        total += x[d]
+    return total / np.float32(len(x))
+
+
+@kernel()
 def group_norm(x, weight, bias, heads, eps):  # type: ignore[no-untyped-def]
     """Layer norm of each of `heads` equal parts of a row, in place; weight and bias [D]."""
     T, D = x.shape
     N = D // heads
     for t in range(T):
         for h in range(heads):
-            total = np.float32(0)
-            for d in range(h * N, (h + 1) * N):
-                total += x[t, d]
-            mean = total / np.float32(N)
-            square = np.float32(0)
-            for d in range(h * N, (h + 1) * N):
-                square += (x[t, d] - mean) * (x[t, d] - mean)
-            scale = np.float32(1) / np.sqrt(square / np.float32(N) + np.float32(eps))
-            for d in range(h * N, (h + 1) * N):
-                x[t, d] = (x[t, d] - mean) * scale * weight[d] + bias[d]
+            part, w, b = x[t, h * N : (h + 1) * N], weight[h * N : (h + 1) * N], bias[h * N : (h + 1) * N]
+            mean = _mean(part)
+            for d in range(N):
+                part[d] -= mean
+            scale = np.float32(1) / np.sqrt(_squares(part) / np.float32(N) + np.float32(eps))
+            for d in range(N):
+                part[d] = part[d] * scale * w[d] + b[d]
 
 
 @kernel()
@@ -182,17 +182,23 @@ def delta_terms(k, w, a, k_k, k_a, heads, kappa, beta):  # type: ignore[no-untyp
     T, D = k.shape
     N = D // heads
     for t in range(T):
+        # few arrays a loop: with more, LLVM gives up telling them apart and stays scalar
+        wt, at, kt, kappat, betat = w[t], a[t], k[t], kappa[t], beta[t]
+        for d in range(D):
+            wt[d] = exp(np.float32(-0.606530659712633) / (np.float32(1) + exp(-wt[d])))
+        for d in range(D):
+            betat[d] = np.float32(1) / (np.float32(1) + exp(-at[d]))
+        for d in range(D):
+            kappat[d] = kt[d] * k_k[d]
         for h in range(heads):
-            square = np.float32(0)
-            for d in range(h * N, (h + 1) * N):
-                square += k[t, d] * k_k[d] * (k[t, d] * k_k[d])
-            norm = np.float32(1) / max(np.sqrt(square), np.float32(1e-12))
-            for d in range(h * N, (h + 1) * N):
-                w[t, d] = exp(np.float32(-0.606530659712633) / (np.float32(1) + exp(-w[t, d])))
-                rate = np.float32(1) / (np.float32(1) + exp(-a[t, d]))
-                kappa[t, d] = k[t, d] * k_k[d] * norm
-                beta[t, d] = kappa[t, d] * rate
-                k[t, d] *= np.float32(1) + (rate - np.float32(1)) * k_a[d]
+            part = kappat[h * N : (h + 1) * N]
+            norm = np.float32(1) / max(np.sqrt(_squares(part)), np.float32(1e-12))
+            for d in range(N):
+                part[d] *= norm
+        for d in range(D):
+            kt[d] *= np.float32(1) + (betat[d] - np.float32(1)) * k_a[d]
+        for d in range(D):
+            betat[d] *= kappat[d]
 
 
 @kernel()

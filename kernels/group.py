@@ -191,6 +191,20 @@ def pair_step(vnni: bool) -> Callable[..., None]:
     return step
 
 
+@intrinsic
+def prefetch(typingctx, address):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Ask for the cache line at `address` (int64) before it is needed. Any address is fine."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        place = builder.inttoptr(args[0], I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
+        call = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(call, [place, I32(0), I32(2), I32(1)])  # to read, into the second cache, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 def quantize_step(vnni: bool, levels: int) -> Callable[..., None]:
     """32 float32 activations to integers of at most ±`levels`, in the form that `group_step` takes.
 

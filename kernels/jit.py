@@ -19,10 +19,10 @@ import numba
 from numba.core.event import Event, Listener, register
 from platformdirs import user_cache_path
 
-# a thread that waits for others spins for a few µs and then sleeps: GNU OpenMP's own choice, milliseconds, makes
+# a thread that waits for others spins for some 10 µs and then sleeps: GNU OpenMP's own choice, milliseconds, makes
 # every parallel kernel wait for whatever else runs on the core that a sleeping thread would free
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 config: Any = numba.core.config
 """numba's settings, made at run time."""

@@ -7,13 +7,17 @@ many, VNNI or portable: the same numbers but for float32 rounding.
 import numpy as np
 from numba import prange
 
-from rwkv_cli.kernels.group import group_step, pair_step, quantize_step
+from rwkv_cli.kernels.bits import float_of
+from rwkv_cli.kernels.group import group_step, pair_step, prefetch, quantize_step
 from rwkv_cli.kernels.jit import FIXED_ORDER, has_vnni, kernel
 
 GROUP = 32
 _LEVELS = 32512  # 127 · 256: both byte planes of any level fit in int8
 VNNI = has_vnni()
 _STRIPS, _TOKENS = (2, 6) if VNNI else (1, 4)
+
+_AHEAD = 2
+"""Groups of 32 rows that a sparse product asks for in advance."""
 
 _block = group_step(_STRIPS, _TOKENS, VNNI)
 _single = group_step(1, 1, VNNI)
@@ -156,15 +160,20 @@ def columns_one(values, scales, planes, factors, y, threads):  # type: ignore[no
                 # a factor that is NaN must reach the output though every activation beside it is zero
                 if count[g] == 0 and factors[0, g] == 0:
                     continue
+                # which rows come is not what a CPU's own prefetcher could guess
+                if g + _AHEAD < G:
+                    for n in range(count[g + _AHEAD]):
+                        for i in range(0, width, 64):
+                            prefetch(rows + used[g + _AHEAD, n] * W + i)
                 group[:] = 0
                 for n in range(0, count[g], 2):
                     first, second = rows + used[g, n] * W, rows + used[g, n + 1] * W
                     for i in range(0, width, 16):
                         _pair(first + i, second + i, levels[g, n // 2], address + i * 4)
-                bits = scales[b, g, start : start + width].astype(np.uint32) << np.uint32(13)
-                real = bits.view(np.float32)
+                scale, factor = scales[b, g, start : start + width], factors[0, g]
                 for i in range(width):
-                    total[i] += np.float32(group[i]) * (real[i] * factors[0, g])
+                    real = float_of(np.int32(scale[i]) << np.int32(13))
+                    total[i] += np.float32(group[i]) * (real * factor)
             y[0, b * W + start : b * W + start + width] = total
         # the sums must live until here, and their address alone does not keep them
         group[0] = 0
