@@ -1,17 +1,21 @@
 """A float32 and its bits, inside a kernel."""
 
+from typing import Any
+
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 
-@intrinsic
-def bits_of(typingctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _bits_of(typingctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """The bits of a float32 as int32."""
     return types.int32(types.float32), lambda _context, b, _signature, args: b.bitcast(args[0], ir.IntType(32))
 
 
-@intrinsic
-def float_of(typingctx, bits):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _float_of(typingctx, bits):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """The float32 that has these bits (int32)."""
     return types.float32(types.int32), lambda _context, b, _signature, args: b.bitcast(args[0], ir.FloatType())
+
+
+bits_of: Any = intrinsic(_bits_of)
+float_of: Any = intrinsic(_float_of)

@@ -191,8 +191,7 @@ def pair_step(vnni: bool) -> Callable[..., None]:
     return step
 
 
-@intrinsic
-def prefetch(typingctx, address):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _prefetch(typingctx, address):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """Ask for the cache line at `address` (int64) before it is needed. Any address is fine."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
@@ -203,6 +202,9 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]  # noqa: ARG00
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+prefetch: Any = intrinsic(_prefetch)
 
 
 def quantize_step(vnni: bool, levels: int) -> Callable[..., None]:

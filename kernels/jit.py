@@ -68,8 +68,7 @@ def kernel(parallel: bool = False, fastmath: set[str] = FASTMATH) -> Callable[[C
         config.CACHE_DIR = str(cache_folder())
         try:
             # numpy's division: by zero it gives infinity or NaN, where Python's test for it would keep loops scalar
-            options = {"parallel": parallel, "fastmath": fastmath, "error_model": "numpy", "cache": True}
-            return numba.njit(**options)(function)
+            return numba.njit(parallel=parallel, fastmath=fastmath, error_model="numpy", cache=True)(function)
         finally:
             config.CACHE_DIR = before
 

@@ -19,6 +19,7 @@ from rwkv_cli.session import Session, SessionError
 from rwkv_cli.templates import THINK
 from rwkv_cli.terminal import columns, note, reading_bar, write
 from rwkv_cli.tokenizer import TokenizerError
+from rwkv_cli.wrap import Wrapped
 
 _KEYS = "Ctrl-C ends an answer, Ctrl-D leaves, Alt-Enter begins a new line; a line that begins with // is text."
 _SETTINGS = SAMPLING | {"max_tokens": (click.IntRange(min=1), "N", "End an answer after N tokens.")}
@@ -103,15 +104,16 @@ class Repl:
 
     def _say(self, reply: Reply) -> None:
         done, thought = reply.completion, False
+        show = Wrapped().write if self.terminal else write
         with _on_interrupt(lambda: setattr(done, "cancelled", True)), no_echo():
             with reading_bar(len(reply.prompt)) as done.on_read:
                 for thinking, piece in reply:
                     if thinking and not self.terminal:
                         continue
                     if thought and not thinking:
-                        write("\n\n")
+                        show("\n\n")
                     thought = thinking
-                    write(piece, faint=thinking)
+                    show(piece, faint=thinking)
             self._figures(reply)
             self._keep()
         if done.cancelled and not self.terminal:
