@@ -75,7 +75,7 @@ def named_model(path: Path | None) -> Path:
     from rwkv_cli.storyteller import storyteller
 
     found = storyteller()
-    note("No model named: this is the bundled storyteller, 6 M parameters. Name another with -m or $RWKV_MODEL.")
+    note("No model named: this is the bundled storyteller. Name another with -m or $RWKV_MODEL.")
     return found
 
 

@@ -224,3 +224,33 @@ def test_a_hang_up_ends_it(chat: Callable[..., Any]) -> None:
     child.expect(pexpect.EOF)
     child.wait()
     assert child.signalstatus == signal.SIGHUP
+
+
+def test_retry_and_undo(chat: Callable[..., Any]) -> None:
+    child = chat()
+    ask(child, "one")
+    ask(child, "two")
+    first = ask(child, "/history")
+    assert "8 tokens" in ask(child, "/retry")
+    second = ask(child, "/history")
+    assert second.count("\n> ") == first.count("\n> ") == 2
+    assert second != first
+    ask(child, "/undo")
+    ask(child, "two")
+    assert ask(child, "/history").split("> one")[1] == first.split("> one")[1]
+    leave(child)
+
+
+def test_a_broken_session(chat: Callable[..., Any], babbler: Path, tmp_path: Path) -> None:
+    child = chat("--session", "a")
+    ask(child, "Hi")
+    leave(child)
+    (transcript,) = tmp_path.rglob("transcript.json")
+    transcript.write_text(transcript.read_text("utf-8")[:-20], "utf-8")
+    args = ["-c", SCRIPT, "chat", "-m", str(babbler), "--session", "a"]
+    child = pexpect.spawn(sys.executable, args, timeout=120, dimensions=(24, 300), encoding="utf-8")
+    child.expect_exact("Error: session a is damaged")
+    child.expect_exact("remove it with: rwkv sessions rm a")
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 1
