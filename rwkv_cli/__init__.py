@@ -7,12 +7,16 @@ logits, state = model.forward(model.tokenizer.encode("Once upon a time"))
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rwkv_cli.engine import LanguageModel
+
+# in a source tree kernels, models and quant lie beside this folder, and Python started there finds this one first
+_here = Path(__file__).parent
+if not (_here / "kernels").is_dir():
+    __path__.append(str(_here.parent))
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -27,8 +31,6 @@ def load(path: str | Path, device: str = "cpu", threads: int | None = None) -> L
 
     Raises OSError, or a ValueError that says what is wrong with the file, the device or the number of threads.
     """
-    from pathlib import Path
-
     from rwkv_cli.engine import LanguageModel
 
     return LanguageModel.load(Path(path), device, threads)

@@ -134,3 +134,14 @@ def test_the_kernel_cache_survives_a_read_only_home(monkeypatch: pytest.MonkeyPa
     folder.parent.chmod(0o777)
     monkeypatch.setattr(jit.tempfile, "mkdtemp", lambda prefix: f"{tmp_path}/{prefix}x")
     assert jit.cache_folder.__wrapped__() == tmp_path / "rwkv-kernels-x"
+
+
+def test_python_in_the_source_folder_finds_everything() -> None:
+    """Also where the package is installed as a copy, which the folder of the same name hides."""
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
+        "import rwkv_cli.kernels.cpu, rwkv_cli.models, rwkv_cli.quant; print(rwkv_cli.models.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == ROOT / "models" / "__init__.py"
