@@ -16,6 +16,7 @@ import tiny
 from click.testing import Result
 from safetensors.numpy import load_file, save_file
 
+import rwkv_cli.session  # noqa: F401 - with all it imports, before a test patches something below it
 from rwkv_cli import __version__, main, terminal
 from rwkv_cli.kernels.backend import DeviceError
 from rwkv_cli.models import UnsupportedModelError
@@ -142,7 +143,8 @@ def test_progress_names_any_file(rwkv: Run, byte_model: Path, tmp_path: Path, mo
     console = rich.console.Console
     monkeypatch.setattr(rich.console, "Console", lambda **_: console(file=screen, force_terminal=True, width=150))
     (tmp_path / "x{0}[b].txt").write_bytes(b"abc" * 50)
-    assert rwkv("ppl", tmp_path / "x{0}[b].txt", "-m", byte_model).exit_code == 0
+    result = rwkv("ppl", tmp_path / "x{0}[b].txt", "-m", byte_model)
+    assert result.exit_code == 0, result.output
     assert "x{0}[b].txt" in screen.getvalue()
     assert "100 %" in screen.getvalue()
 
