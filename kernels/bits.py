@@ -1,4 +1,4 @@
-"""A float32 and its bits, inside a kernel."""
+"""A float32, its bits and its place, inside a kernel."""
 
 from typing import Any
 
@@ -17,5 +17,13 @@ def _float_of(typingctx, bits):  # type: ignore[no-untyped-def]  # noqa: ARG001
     return types.float32(types.int32), lambda _context, b, _signature, args: b.bitcast(args[0], ir.FloatType())
 
 
+def _float_at(typingctx, address):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """The float32 at an address (int64)."""
+    return types.float32(types.int64), lambda _context, b, _signature, args: b.load(
+        b.inttoptr(args[0], ir.FloatType().as_pointer())
+    )
+
+
 bits_of: Any = intrinsic(_bits_of)
+float_at: Any = intrinsic(_float_at)
 float_of: Any = intrinsic(_float_of)

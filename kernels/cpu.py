@@ -1,20 +1,27 @@
-"""The CPU's Backend: allocates outputs and calls the kernels. Contracts are in `backend.Backend`."""
+"""The CPU's Backend: weights as they are mapped, and programs of kernels. Contracts are in `backend`."""
 
+import math
+import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import get_num_threads
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels import elementwise, matmul, scores, wkv
-from rwkv_cli.kernels.backend import Activation, Array, Starts
+from rwkv_cli.kernels.backend import Activation, Lerp, Norm, Product, Starts
+from rwkv_cli.kernels.limits import int8_peak as int8_peak
+from rwkv_cli.kernels.limits import read_bandwidth as read_bandwidth
+from rwkv_cli.kernels.team import Program
 
-_ACTIVATIONS = {
-    "sigmoid": elementwise.sigmoid,
-    "silu": elementwise.silu,
-    "tanh": elementwise.tanh,
-    "relu_squared": elementwise.relu_squared,
-}
+Array = NDArray[Any]
+
+_PART_BYTES = 1 << 18
+"""Of weights that a thread takes at a time for one token: some microseconds."""
+_PARTS = 8
+"""For each thread, where there is enough work: the last to finish is then not far behind."""
+_SMALL = 1 << 14
+"""Numbers below which one part is done before another would begin."""
 
 
 class Int8Weight(NamedTuple):
@@ -22,7 +29,8 @@ class Int8Weight(NamedTuple):
     shape: tuple[int, int]
     values: NDArray[np.int8]
     scales: NDArray[np.uint16]
-    unit: int
+    unit: np.float32
+    """2^112 of the tensor's unit: float16 bits stand for 2^−112 of their value as float32 bits."""
 
 
 class FloatWeight(NamedTuple):
@@ -32,26 +40,25 @@ class FloatWeight(NamedTuple):
 
 Weight = Int8Weight | FloatWeight
 
-# below these, in numbers and in products, one thread is done before another would be awake
-_SMALL = 1 << 15
-_SMALL_PRODUCT = 1 << 18
 
+class _Rounded(NamedTuple):
+    """Activations as integers (see `matmul`)."""
 
-def _frozen(array: NDArray[Any]) -> NDArray[Any]:
-    """A read-only view, so that kernels see one type of array whether it is mapped or not."""
-    view = np.ascontiguousarray(array).view()
-    view.flags.writeable = False
-    return view
+    levels: Array
+    factors: Array
+    offsets: Array
 
 
 def int8_weight(
     layout: str, shape: tuple[int, int], values: NDArray[np.int8], scales: NDArray[np.uint16], unit: int
 ) -> Weight:
-    return Int8Weight(layout, shape, _frozen(values), _frozen(scales), unit)
+    return Int8Weight(
+        layout, shape, np.ascontiguousarray(values), np.ascontiguousarray(scales), np.float32(2.0 ** (112 + unit))
+    )
 
 
 def float_weight(dtype: str, bits: NDArray[Any]) -> Weight:
-    return FloatWeight(dtype, _frozen(bits))
+    return FloatWeight(dtype, np.ascontiguousarray(bits))
 
 
 def weight_size(weight: Weight) -> tuple[int, int, bool]:
@@ -60,152 +67,266 @@ def weight_size(weight: Weight) -> tuple[int, int, bool]:
     return weight.values.nbytes + weight.scales.nbytes, weight.values.size, weight.layout == "columns"
 
 
-def vector(values: Array) -> Array:
-    return _frozen(values)
+def vector(values: NDArray[np.float32]) -> Array:
+    return np.ascontiguousarray(values)
 
 
-def embed(ids: NDArray[np.int64], table: Weight) -> Array:
-    if isinstance(table, FloatWeight):
-        bits: NDArray[Any] = table.bits[ids]
-        if table.dtype == "F32":
-            return np.asarray(bits, np.float32)
-        if table.dtype == "F16":
-            return np.asarray(bits.view(np.float16), np.float32)
-        wide: NDArray[np.uint32] = np.left_shift(bits, 16, dtype=np.uint32)
-        return wide.view(np.float32)
-    q = table.values[ids].reshape(len(ids), -1, matmul.GROUP).astype(np.float32)
-    scale = table.scales[ids].view(np.float16).astype(np.float32) * np.float32(2.0**table.unit)
-    x = (q * scale[:, :, None]).reshape(len(ids), -1)
-    return np.ascontiguousarray(x[:, : table.shape[1]])
+def describe() -> str:
+    return "the CPU"
 
 
-def linear(x: Array, weight: Weight, activation: Activation = "") -> Array:
-    if isinstance(weight, FloatWeight):
-        y = np.empty((len(x), len(weight.bits)), np.float32)
-        matmul.floats(weight.bits, ("F32", "BF16", "F16").index(weight.dtype), x, y, get_num_threads())
-    else:
-        y = _int8_linear(x, weight)
-    if activation:
-        _ACTIVATIONS[activation](y)
-    return y
+def device_array(values: Array) -> Array:
+    return values
 
 
-def _int8_linear(x: Array, weight: Int8Weight) -> Array:
-    """The activations are rounded to int16 once, in groups, whatever the layout."""
-    T, N, values, scales = len(x), weight.shape[0], weight.values, weight.scales
-    groups = scales.shape[1]
-    planes, kind = (2, np.int8) if matmul.VNNI else (1, np.int16)
-    levels = np.empty((T, planes, groups * matmul.GROUP), kind)
-    factors, offsets = np.empty((T, groups), np.float32), np.empty((T, groups), np.int32)
-    # float16 scale bits stand for 2**-112 of their value as float32 bits
-    unit, threads = np.float32(2.0 ** (112 + weight.unit)), get_num_threads()
-    if x.size < _SMALL:
-        matmul.quantize_one(x, unit, levels, factors, offsets)
-    else:
-        matmul.quantize_activations(x, unit, levels, factors, offsets, threads)
-    y = np.zeros((T, values.shape[0] * values.shape[2]), np.float32)
-    if weight.layout == "tile":
-        if T * values.size < _SMALL_PRODUCT:
-            matmul.tiles_small(values, scales, levels, factors, offsets, y)
+def record(inputs: Sequence[Array], threads: int) -> "Recorder":
+    return Recorder(inputs, threads)
+
+
+class Workspace:
+    """Memory of a program's arrays. One that nobody holds any more serves the next of its size: steps run in the order
+    in which they were recorded, so whoever reads the first array has run before the second is written."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, list[NDArray[np.uint8]]] = {}
+        self._ids: set[int] = set()
+
+    def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        blocks = self._blocks.setdefault(size, [])
+        for block in blocks:
+            # held by the list, by `block`, by the call, and by every view of it
+            if sys.getrefcount(block) == 3:
+                break
         else:
-            matmul.tiles(values, scales, levels, factors, offsets, y, threads)
-    elif T == 1:
-        matmul.columns_one(values, scales, levels, factors, y, threads)
-    else:
-        matmul.columns(values, scales, levels, factors, offsets, y)
-    return y if y.shape[1] == N else np.ascontiguousarray(y[:, :N])
+            block = np.empty(size + 64, np.uint8)
+            blocks.append(block)
+            self._ids.add(id(block))
+        start = -block.ctypes.data % 64
+        array: Array = block[start : start + size].view(dtype).reshape(shape)
+        return array
+
+    def owns(self, array: Array) -> bool:
+        return id(array.base) in self._ids
 
 
-def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
-    out = np.empty_like(x)
-    elementwise.layer_norm(x, weight, bias, eps, out)
-    return out
+class Recorder:
+    def __init__(self, inputs: Sequence[Array], threads: int) -> None:
+        self._program = Program(inputs)
+        self._threads = threads
+        self._workspace = Workspace()
+        self.empty = self._workspace.empty
+
+    def run(self, inputs: Sequence[Array]) -> None:
+        self._program.run(self._threads, inputs)
+
+    def read(self, array: Array) -> Array:
+        return array.copy()
+
+    def _add(self, kernel: Any, parts: int, *arguments: Any, then: bool = True) -> None:
+        self._program.add(kernel, parts, *arguments, then=then, owned=self._workspace.owns)
+
+    def _parts(self, x: Array) -> int:
+        """To share the rows of x between threads."""
+        return 1 if x.size < _SMALL else min(len(x), _PARTS * self._threads)
+
+    def _by_rows(self, kernel: Any, x: Array, *arguments: Any) -> None:
+        parts = self._parts(x)
+        self._add(kernel, parts, *arguments, parts)
+
+    def embed(self, ids: Array, table: Weight) -> Array:
+        if isinstance(table, Int8Weight):
+            out = self.empty((len(ids), table.shape[1]))
+            self._by_rows(elementwise.embed_int8, out, ids, table.values, table.scales, table.unit, out)
+        else:
+            out = self.empty((len(ids), table.bits.shape[1]))
+            self._by_rows(elementwise.embed_floats, out, ids, *_by_size(table), out)
+        return out
+
+    def layer_norm(self, x: Array, norm: Norm) -> Array:
+        out = self.empty(x.shape)
+        self._by_rows(elementwise.layer_norm, x, x, norm.weight, norm.bias, norm.eps, out)
+        return out
+
+    def round_to(self, x: Array, dtype: str) -> None:
+        if dtype != "F32":
+            self._by_rows(elementwise.round_to, x, x, elementwise.DTYPES.index(dtype))
+
+    def take(self, x: Array, rows: NDArray[np.int64]) -> Array:
+        out = self.empty((len(rows), x.shape[1]))
+        self._add(elementwise.take, 1, x, rows, out)
+        return out
+
+    def token_shift(self, x: Array, starts: Starts, last: Array) -> Array:
+        delta = self.empty(x.shape)
+        parts = 1 if x.size < _SMALL else min(x.shape[1] // 64 + 1, _PARTS * self._threads)
+        self._add(elementwise.shift, parts, x, starts, last, delta, parts)
+        return delta
+
+    def linear(self, *products: Product) -> list[Array]:
+        rounded = self._rounded([(p.x, p.weight) for p in products])
+        out = [
+            self._product(x, p.weight, p.activation, p.bias, None)
+            for x, p in zip(rounded, products, strict=True)
+        ]  # fmt: skip
+        self._program.barrier()
+        return out
+
+    def add_linear(self, x: Array, y: Array, weight: Weight) -> None:
+        self._product(self._rounded([(y, weight)])[0], weight, "", None, x)
+        self._program.barrier()
+
+    def _rounded(self, reads: Sequence[tuple[Array | Lerp, Weight]]) -> list[Array | _Rounded]:
+        """What each product reads: integers for an int8 matrix, each made once."""
+        made: dict[tuple[int, ...], Array | _Rounded] = {}
+        keys = []
+        for x, weight in reads:
+            parts = tuple(map(id, x)) if isinstance(x, Lerp) else (id(x),)
+            keys.append((*parts, isinstance(weight, Int8Weight)))
+            if keys[-1] not in made:
+                made[keys[-1]] = self._round(x) if isinstance(weight, Int8Weight) else self._plain(x)
+        self._program.barrier()
+        return [made[key] for key in keys]
+
+    def _plain(self, x: Array | Lerp) -> Array:
+        if isinstance(x, Lerp):
+            out = self.empty(x.x.shape)
+            parts = self._parts(out)
+            self._add(elementwise.lerp, parts, *x, out, parts, then=False)
+            return out
+        if not x.flags.c_contiguous:
+            zero, out = np.zeros((1, x.shape[1]), np.float32), self.empty(x.shape)
+            for t in range(len(x)):
+                self._add(elementwise.lerp, 1, x[t : t + 1], zero, zero, out[t : t + 1], 1, then=False)
+            return out
+        return x
+
+    def _round(self, x: Array | Lerp) -> _Rounded:
+        delta, mix = (x.delta, x.mix) if isinstance(x, Lerp) else (None, None)
+        x = x.x if isinstance(x, Lerp) else x
+        T, K = x.shape
+        G = -(-K // matmul.GROUP)
+        rounded = _Rounded(
+            self.empty((T, G, matmul.PLANES, matmul.GROUP), matmul.LEVEL),
+            self.empty((T, G)), self.empty((T, G), np.int32),
+        )  # fmt: skip
+        parts = 1 if x.size < _SMALL else min(T * G, _PARTS * self._threads)
+        stride = 0 if mix is None or len(mix) == 1 else mix.strides[0]
+        self._add(matmul.quantize, parts, x, x.strides[0], T, K, delta, mix, stride, *rounded, parts, then=False)
+        return rounded
+
+    def _product(
+        self, x: Array | _Rounded, weight: Weight, activation: Activation, bias: Array | None, onto: Array | None
+    ) -> Array:  # fmt: skip
+        """activation(x · wᵀ + bias), or `onto` += x · wᵀ."""
+        code = elementwise.ACTIVATIONS.index(activation)
+        if isinstance(weight, FloatWeight):
+            assert not isinstance(x, _Rounded)
+            N = len(weight.bits)
+            y = self.empty((len(x), N))
+            parts = min(-(-N // 4), _PARTS * self._threads)
+            self._add(matmul.floats, parts, *_by_size(weight), x, y, parts)
+            return self._finish(y, N, code, bias, onto)
+        assert isinstance(x, _Rounded)
+        T, N = len(x.factors), weight.shape[0]
+        padded = weight.values.shape[0] * weight.values.shape[2]
+        tile = weight.layout == "tile"
+        # into place if every output is one of the matrix's own, and the kernel has a use for bias and activation
+        direct = padded == N and (tile or (bias is None and not code))
+        y = onto if direct and onto is not None else self.empty((T, padded))
+        adds = direct and onto is not None
+        if tile:
+            S, G = weight.scales.shape[:2]
+            strips = self._strips(T, S, G)
+            self._add(
+                matmul.tiles, -(-S // strips), weight.values, weight.scales, S, G, *x, T, weight.unit, y,
+                bias if direct else None, adds, code if direct else 0, strips, then=False,
+            )  # fmt: skip
+        elif T == 1:
+            self._sparse(x, weight, y, adds)
+        else:
+            parts = padded // min(32, weight.values.shape[2])
+            self._add(matmul.columns, parts, weight.values, weight.scales, *x, T, weight.unit, y, adds, then=False)
+        return y if direct else self._finish(y, N, code, bias, onto)
+
+    def _strips(self, T: int, S: int, G: int) -> int:
+        """Of a part: for one token by the bytes that are read, for many as few as give every thread enough parts."""
+        bytes_ = G * 544
+        most = _PART_BYTES // bytes_ if T == 1 else min(8 * _PART_BYTES // bytes_, S // (_PARTS * self._threads))
+        return max(1, most // matmul.STRIPS) * matmul.STRIPS
+
+    def _sparse(self, x: _Rounded, weight: Int8Weight, y: Array, onto: bool) -> None:
+        B, K, W = weight.values.shape
+        G = K // matmul.GROUP
+        rows, levels = self.empty((G, matmul.GROUP), np.int64), self.empty((G, matmul.GROUP), np.int16)
+        count = self.empty((G,), np.int64)
+        wide = x.levels.dtype == np.int8
+        parts = min(G, 2 * self._threads)
+        self._add(
+            matmul.pick, parts, x.levels if wide else None, None if wide else x.levels, rows, levels, count, parts
+        )  # fmt: skip
+        # blocks are cut until every thread has as many pieces
+        width = W
+        while B * (W // width) % self._threads and width > 64:
+            width //= 2
+        self._add(
+            matmul.columns_one, B * (W // width), weight.values, weight.scales, rows, levels, count, x.factors,
+            weight.unit, y, onto, width,
+        )  # fmt: skip
+
+    def _finish(self, y: Array, N: int, code: int, bias: Array | None, onto: Array | None) -> Array:
+        """The first N columns of y, with what its kernel has left to do."""
+        self._program.barrier()
+        if onto is None and bias is None and not code and y.shape[1] == N:
+            return y
+        out = self.empty((len(y), N)) if onto is None else onto
+        parts = self._parts(out)
+        self._add(elementwise.finish, parts, y, bias, code, onto is not None, out, parts)
+        return out
+
+    def add_gated(self, x: Array, y: Array, gate: Array) -> None:
+        self._by_rows(elementwise.add_gated, x, x, y, gate)
+
+    def split(self, x: Array, parts: int) -> list[Array]:
+        return np.split(x, parts, axis=1)
+
+    def wkv4(self, r: Array, k: Array, v: Array, w: Array, u: Array, starts: Starts, state: Array) -> Array:
+        y = self.empty(k.shape)
+        parts = -(-k.shape[1] // wkv.CHANNELS) * len(state)
+        self._add(wkv.wkv4, parts, r, k, v, w, u, starts, state, y)
+        return y
+
+    def wkv6(
+        self, r: Array, k: Array, v: Array, w: Array, u: Array, norm: Norm, gate: Array | None, starts: Starts,
+        state: Array,
+    ) -> Array:  # fmt: skip
+        y = self.empty(r.shape)
+        self._add(wkv.wkv6, len(u) * len(state), r, k, v, w, u, *norm, gate, starts, state, y)
+        return y
+
+    def wkv7(
+        self, r: Array, w: Array, k: Array, v: Array, a: Array, g: Array, residual: tuple[Array, Array] | None,
+        k_k: Array, k_a: Array, r_k: Array, norm: Norm, starts: Starts, state: Array,
+    ) -> Array:  # fmt: skip
+        y = self.empty(r.shape)
+        first, mix = residual or (None, None)
+        self._add(
+            wkv.wkv7, len(r_k) * len(state), r, w, k, v, a, g, first, mix, k_k, k_a, r_k, *norm, starts, state, y
+        )  # fmt: skip
+        return y
+
+    def cross_entropy(self, logits: Array, targets: Array) -> Array:
+        nll = self.empty((len(logits),), np.float64)
+        self._by_rows(scores.cross_entropy, logits, logits, targets, nll)
+        return nll
+
+    def divergence(self, p: Array, q: Array) -> tuple[Array, Array]:
+        kl, same = self.empty((len(p),), np.float64), self.empty((len(p),), np.bool_)
+        self._by_rows(scores.divergence, p, p, q, kl, same)
+        return kl, same
 
 
-def take(x: Array, rows: NDArray[np.int64]) -> Array:
-    return x[rows]
-
-
-def token_shift(x: Array, starts: Starts, last: Array) -> Array:
-    delta = np.empty_like(x)
-    elementwise.shift(x, starts, last, delta)
-    return delta
-
-
-def lerp(x: Array, delta: Array, mix: Array) -> Array:
-    out = np.empty_like(x)
-    elementwise.lerp(x, delta, mix, out)
-    return out
-
-
-def round_to(x: Array, dtype: str) -> None:
-    if dtype == "F16":
-        x[:] = x.astype(np.float16)
-    elif dtype == "BF16":
-        bits = x.view(np.uint32)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        bits &= 0xFFFF0000
-
-
-def add(x: Array, y: Array) -> None:
-    elementwise.add(x, y)
-
-
-def multiply(x: Array, y: Array) -> None:
-    elementwise.multiply(x, y)
-
-
-def split(x: Array, parts: int) -> list[Array]:
-    return [np.ascontiguousarray(part) for part in np.split(x, parts, axis=1)]
-
-
-def decay(x: Array) -> None:
-    elementwise.decay(x)
-
-
-def group_norm(x: Array, weight: Array, bias: Array, heads: int, eps: float) -> None:
-    elementwise.group_norm(x, weight, bias, heads, eps)
-
-
-def wkv4(k: Array, v: Array, w: Array, u: Array, starts: Starts, state: Array) -> Array:
-    y = np.empty_like(k)
-    wkv.wkv4(k, v, w, u, starts, state, y)
-    return y
-
-
-def wkv6(r: Array, k: Array, v: Array, w: Array, u: Array, starts: Starts, state: Array) -> Array:
-    y = np.empty_like(r)
-    wkv.wkv6(r, k, v, w, u, starts, state, y)
-    return y
-
-
-def delta_terms(k: Array, w: Array, a: Array, k_k: Array, k_a: Array, heads: int) -> tuple[Array, Array]:
-    kappa, beta = np.empty_like(k), np.empty_like(k)
-    elementwise.delta_terms(k, w, a, k_k, k_a, heads, kappa, beta)
-    return kappa, beta
-
-
-def blend(v: Array, first: Array, gate: Array) -> None:
-    elementwise.blend(v, first, gate)
-
-
-def wkv7(r: Array, w: Array, k: Array, v: Array, kappa: Array, beta: Array, starts: Starts, state: Array) -> Array:
-    y = np.empty_like(r)
-    wkv.wkv7(r, w, k, v, kappa, beta, starts, state, y)
-    return y
-
-
-def bonus(y: Array, r: Array, k: Array, v: Array, r_k: Array) -> None:
-    elementwise.bonus(y, r, k, v, r_k)
-
-
-def cross_entropy(logits: Array, targets: NDArray[np.int64]) -> NDArray[np.float64]:
-    nll = np.empty(len(logits))
-    scores.cross_entropy(logits, targets, nll)
-    return nll
-
-
-def divergence(p: Array, q: Array) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    kl, same = np.empty(len(p)), np.empty(len(p), np.bool_)
-    scores.divergence(p, q, kl, same)
-    return kl, same
+def _by_size(weight: FloatWeight) -> tuple[Array | None, Array | None, int]:
+    """Its bits as 16 and as 32 bits a number, one of them None, and its kind."""
+    kind = elementwise.DTYPES.index(weight.dtype)
+    return (None, weight.bits.view(np.uint32), kind) if kind == 0 else (weight.bits, None, kind)

@@ -1,4 +1,4 @@
-"""Norms, shifts, mixes and activations on float32 [T, D], a row a token. All write in place or into `out`.
+"""Rows in and out of the matrix products: embedding, norms, token shift, activations. float32 [T, D], a row a token.
 
 A loop that sums never stores floats as well. LLVM would put a test for overlapping arrays before it and a second,
 scalar loop behind that, and where arrays happen to lie would decide in which order the sum is taken.
@@ -6,11 +6,15 @@ scalar loop behind that, and where arrays happen to lie would decide in which or
 
 import numpy as np
 
+from rwkv_cli.kernels.args import unpack
 from rwkv_cli.kernels.bits import bits_of, float_of
-from rwkv_cli.kernels.jit import FIXED_ORDER, kernel
+from rwkv_cli.kernels.jit import FIXED_ORDER, function, kernel
+
+ACTIVATIONS = ("", "sigmoid", "silu", "tanh", "relu_squared", "decay", "soft_decay")
+DTYPES = ("F32", "BF16", "F16")
 
 
-@kernel(fastmath=FIXED_ORDER)
+@function(FIXED_ORDER)
 def exp(x):  # type: ignore[no-untyped-def]
     """e^x to 2 units in the last place, in a form that loops over it become vectors (the library's does not).
 
@@ -34,191 +38,225 @@ def exp(x):  # type: ignore[no-untyped-def]
     return x if x != x else y
 
 
-@kernel()
-def layer_norm(x, weight, bias, eps, out):  # type: ignore[no-untyped-def]
-    """out[t] = (x[t] − mean) / √(var + eps) · weight + bias."""
-    T, D = x.shape
-    for t in range(T):
-        total = np.float32(0)
-        for d in range(D):
-            total += x[t, d]
-        mean = total / np.float32(D)
-        square = np.float32(0)
-        for d in range(D):
-            square += (x[t, d] - mean) * (x[t, d] - mean)
-        scale = np.float32(1) / np.sqrt(square / np.float32(D) + np.float32(eps))
-        for d in range(D):
-            out[t, d] = (x[t, d] - mean) * scale * weight[d] + bias[d]
+@function()
+def span(part, parts, n):  # type: ignore[no-untyped-def]
+    """The range of n things that part `part` of `parts` has."""
+    return part * n // parts, (part + 1) * n // parts
 
 
-@kernel()
-def _squares(x):  # type: ignore[no-untyped-def]
-    """Σ x²."""
-    total = np.float32(0)
-    for d in range(len(x)):
-        total += x[d] * x[d]
-    return total
+@function()
+def activate(x, activation):  # type: ignore[no-untyped-def]
+    """ACTIVATIONS[activation] of each element of x [n], in place. NaN stays NaN."""
+    n = len(x)
+    if activation == 1:
+        for i in range(n):
+            x[i] = np.float32(1) / (np.float32(1) + exp(-x[i]))
+    elif activation == 2:
+        for i in range(n):
+            x[i] /= np.float32(1) + exp(-x[i])
+    elif activation == 3:
+        for i in range(n):
+            x[i] = np.tanh(x[i])
+    elif activation == 4:
+        for i in range(n):
+            x[i] = np.float32(0) if x[i] <= 0 else x[i] * x[i]
+    elif activation == 5:
+        for i in range(n):
+            x[i] = exp(-exp(x[i]))
+    elif activation == 6:
+        for i in range(n):
+            x[i] = exp(np.float32(-0.606530659712633) / (np.float32(1) + exp(-x[i])))
 
 
-@kernel()
-def _mean(x):  # type: ignore[no-untyped-def]
+EMBED_INT8 = "i64.1 i8.2 u16.2 f32 f32.2 int"
+
+
+@kernel(EMBED_INT8)
+def embed_int8(args, part):  # type: ignore[no-untyped-def]
+    """Rows `ids` of a table: values [V, Kp], scales [V, Kp/32] as float16 bits. unit = 2^(112 + the tensor's)."""
+    ids, values, scales, unit, out, parts = unpack(args, EMBED_INT8)
+    begin, end = span(part, parts, len(ids))
+    for t in range(begin, end):
+        row, scale = values[ids[t]], scales[ids[t]]
+        for d in range(out.shape[1]):
+            out[t, d] = np.float32(row[d]) * (float_of(np.int32(scale[d // 32]) << np.int32(13)) * unit)
+
+
+EMBED_FLOATS = "i64.1 u16.2 u32.2 int f32.2 int"
+
+
+@kernel(EMBED_FLOATS)
+def embed_floats(args, part):  # type: ignore[no-untyped-def]
+    """Rows `ids` of a table of 16 or 32 bits a number, whichever is given; DTYPES[kind]."""
+    ids, half, whole, kind, out, parts = unpack(args, EMBED_FLOATS)
+    begin, end = span(part, parts, len(ids))
+    for t in range(begin, end):
+        if kind == 0:
+            widen(whole[ids[t]], kind, out[t])
+        else:
+            widen(half[ids[t]], kind, out[t])
+
+
+@function()
+def widen(bits, kind, out):  # type: ignore[no-untyped-def]
+    """out [n] float32 from the bits of DTYPES[kind]."""
+    n = len(out)
+    if kind == 0:
+        for i in range(n):
+            out[i] = float_of(np.int32(bits[i]))
+    elif kind == 1:
+        for i in range(n):
+            out[i] = float_of(np.int32(np.uint32(bits[i]) << np.uint32(16)))
+    else:
+        for i in range(n):
+            h = np.uint32(bits[i])
+            wide = (h & np.uint32(0x8000)) << np.uint32(16) | (h & np.uint32(0x7FFF)) << np.uint32(13)
+            out[i] = float_of(np.int32(wide)) * np.float32(2.0**112)
+
+
+@function()
+def mean_of(x):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for d in range(len(x)):
         total += x[d]
     return total / np.float32(len(x))
 
 
-@kernel()
-def group_norm(x, weight, bias, heads, eps):  # type: ignore[no-untyped-def]
-    """Layer norm of each of `heads` equal parts of a row, in place; weight and bias [D]."""
-    T, D = x.shape
-    N = D // heads
-    for t in range(T):
-        for h in range(heads):
-            part, w, b = x[t, h * N : (h + 1) * N], weight[h * N : (h + 1) * N], bias[h * N : (h + 1) * N]
-            mean = _mean(part)
-            for d in range(N):
-                part[d] -= mean
-            scale = np.float32(1) / np.sqrt(_squares(part) / np.float32(N) + np.float32(eps))
-            for d in range(N):
-                part[d] = part[d] * scale * w[d] + b[d]
+@function()
+def squares_about(x, mean):  # type: ignore[no-untyped-def]
+    """Σ (x − mean)²."""
+    total = np.float32(0)
+    for d in range(len(x)):
+        total += (x[d] - mean) * (x[d] - mean)
+    return total
 
 
-@kernel()
-def shift(x, starts, last, delta):  # type: ignore[no-untyped-def]
-    """Token shift: delta[t] = x[t−1] − x[t]. Before sequence b's first row is last[b], which then becomes its last row.
+@function()
+def normalize(x, weight, bias, eps, out):  # type: ignore[no-untyped-def]
+    """out = (x − mean) / √(var + eps) · weight + bias, all [n]; out may be x."""
+    mean = mean_of(x)
+    scale = np.float32(1) / np.sqrt(squares_about(x, mean) / np.float32(len(x)) + eps)
+    for d in range(len(x)):
+        out[d] = (x[d] - mean) * scale * weight[d] + bias[d]
 
-    starts [B + 1], last [B, D].
+
+LAYER_NORM = "f32.2 f32.1 f32.1 f32 f32.2 int"
+
+
+@kernel(LAYER_NORM)
+def layer_norm(args, part):  # type: ignore[no-untyped-def]
+    """Of each row."""
+    x, weight, bias, eps, out, parts = unpack(args, LAYER_NORM)
+    begin, end = span(part, parts, len(x))
+    for t in range(begin, end):
+        normalize(x[t], weight, bias, eps, out[t])
+
+
+ROUND_TO = "f32.2 int int"
+
+
+@kernel(ROUND_TO, FIXED_ORDER)
+def round_to(args, part):  # type: ignore[no-untyped-def]
+    """x to the nearest number of DTYPES[kind], 1 or 2, ties to even."""
+    x, kind, parts = unpack(args, ROUND_TO)
+    begin, end = span(part, parts, len(x))
+    for t in range(begin, end):
+        for d in range(x.shape[1]):
+            b = np.uint32(bits_of(x[t, d]))
+            size = b & np.uint32(0x7FFFFFFF)
+            if size >= np.uint32(0x7F800000):  # infinity and NaN stay
+                continue
+            if kind == 1:
+                b = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+            elif size >= np.uint32(0x38800000):  # normal float16: 10 bits of mantissa, up to 65504
+                b = (b + np.uint32(0xFFF) + ((b >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
+                if (b & np.uint32(0x7FFFFFFF)) >= np.uint32(0x47800000):
+                    b = (b & np.uint32(0x80000000)) | np.uint32(0x7F800000)
+            else:  # below, multiples of 2^-24
+                magnitude = float_of(np.int32(size))
+                least = (magnitude + np.float32(0.75)) - np.float32(0.75)  # 0.75's last bit is 2^-24
+                b = (b & np.uint32(0x80000000)) | np.uint32(bits_of(least))
+            x[t, d] = float_of(np.int32(b))
+
+
+TAKE = "f32.2 i64.1 f32.2"
+
+
+@kernel(TAKE)
+def take(args, part):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """out[i] = x[rows[i]]."""
+    x, rows, out = unpack(args, TAKE)
+    for i in range(len(rows)):
+        out[i] = x[rows[i]]
+
+
+SHIFT = "f32.2 i64.1 f32.2 f32.2 int"
+
+
+@kernel(SHIFT)
+def shift(args, part):  # type: ignore[no-untyped-def]
+    """delta[t] = x[t−1] − x[t]. Before sequence b's first row is last[b], which then becomes its last row.
+
+    starts [B + 1], last [B, D]. A part is a range of columns, so that nobody reads a last row that another has set.
     """
-    B, D = last.shape
-    for b in range(B):
-        first, end = starts[b], starts[b + 1]
-        for d in range(D):
-            delta[first, d] = last[b, d] - x[first, d]
-        for t in range(first + 1, end):
-            for d in range(D):
-                delta[t, d] = x[t - 1, d] - x[t, d]
-        for d in range(D):
-            last[b, d] = x[end - 1, d]
+    x, starts, last, delta, parts = unpack(args, SHIFT)
+    begin, end = span(part, parts, x.shape[1])
+    for b in range(len(last)):
+        before = last[b, begin:end]
+        for t in range(starts[b], starts[b + 1]):
+            here, out = x[t, begin:end], delta[t, begin:end]
+            for d in range(end - begin):
+                out[d] = before[d] - here[d]
+            before = here
+        for d in range(end - begin):
+            last[b, begin + d] = before[d]
 
 
-@kernel()
-def lerp(x, delta, mix, out):  # type: ignore[no-untyped-def]
+LERP = "f32.2 f32.2 f32.2 f32.2 int"
+
+
+@kernel(LERP)
+def lerp(args, part):  # type: ignore[no-untyped-def]
     """out = x + delta · mix; mix is [1, D] or [T, D]."""
-    T, D = x.shape
-    for t in range(T):
-        row = t if mix.shape[0] > 1 else 0
-        for d in range(D):
-            out[t, d] = x[t, d] + delta[t, d] * mix[row, d]
+    x, delta, mix, out, parts = unpack(args, LERP)
+    begin, end = span(part, parts, len(x))
+    for t in range(begin, end):
+        xt, dt, mt, ot = x[t], delta[t], mix[t if len(mix) > 1 else 0], out[t]
+        for d in range(len(xt)):
+            ot[d] = xt[d] + dt[d] * mt[d]
 
 
-@kernel()
-def add(x, y):  # type: ignore[no-untyped-def]
-    """x += y; y is [T, D] or [1, D]."""
-    T, D = x.shape
-    for t in range(T):
-        row = t if y.shape[0] > 1 else 0
-        for d in range(D):
-            x[t, d] += y[row, d]
+ADD_GATED = "f32.2 f32.2 f32.2 int"
 
 
-@kernel()
-def multiply(x, y):  # type: ignore[no-untyped-def]
-    """x *= y."""
-    T, D = x.shape
-    for t in range(T):
-        for d in range(D):
-            x[t, d] *= y[t, d]
+@kernel(ADD_GATED)
+def add_gated(args, part):  # type: ignore[no-untyped-def]
+    """x += y · gate."""
+    x, y, gate, parts = unpack(args, ADD_GATED)
+    begin, end = span(part, parts, len(x))
+    for t in range(begin, end):
+        xt, yt, gt = x[t], y[t], gate[t]
+        for d in range(len(xt)):
+            xt[d] += yt[d] * gt[d]
 
 
-@kernel()
-def sigmoid(x):  # type: ignore[no-untyped-def]
-    T, D = x.shape
-    for t in range(T):
-        for d in range(D):
-            x[t, d] = np.float32(1) / (np.float32(1) + exp(-x[t, d]))
+FINISH = "f32.2 f32.2 int int f32.2 int"
 
 
-@kernel()
-def silu(x):  # type: ignore[no-untyped-def]
-    T, D = x.shape
-    for t in range(T):
-        for d in range(D):
-            x[t, d] /= np.float32(1) + exp(-x[t, d])
-
-
-@kernel()
-def tanh(x):  # type: ignore[no-untyped-def]
-    T, D = x.shape
-    for t in range(T):
-        for d in range(D):
-            x[t, d] = np.tanh(x[t, d])
-
-
-@kernel()
-def relu_squared(x):  # type: ignore[no-untyped-def]
-    T, D = x.shape
-    for t in range(T):
-        for d in range(D):
-            # written so that NaN stays NaN
-            x[t, d] = np.float32(0) if x[t, d] <= 0 else x[t, d] * x[t, d]
-
-
-@kernel()
-def decay(x):  # type: ignore[no-untyped-def]
-    """x = exp(−exp(x)), the decay of v5 and v6 from its logarithm's logarithm."""
-    T, D = x.shape
-    for t in range(T):
-        for d in range(D):
-            x[t, d] = exp(-exp(x[t, d]))
-
-
-@kernel()
-def delta_terms(k, w, a, k_k, k_a, heads, kappa, beta):  # type: ignore[no-untyped-def]
-    """RWKV-7's terms of the delta rule from k, w and a before their sigmoids (rwkv_v7_numpy.py), all [T, D].
-
-    w ← exp(−e^{−1/2} σ(w)) · a = σ(a) · κ = k∘k_k / ‖k∘k_k‖ by head · beta ← κ∘a · k ← k∘(1 + (a − 1)∘k_a)
-    """
-    T, D = k.shape
-    N = D // heads
-    for t in range(T):
-        # few arrays a loop: with more, LLVM gives up telling them apart and stays scalar
-        wt, at, kt, kappat, betat = w[t], a[t], k[t], kappa[t], beta[t]
-        for d in range(D):
-            wt[d] = exp(np.float32(-0.606530659712633) / (np.float32(1) + exp(-wt[d])))
-        for d in range(D):
-            betat[d] = np.float32(1) / (np.float32(1) + exp(-at[d]))
-        for d in range(D):
-            kappat[d] = kt[d] * k_k[d]
-        for h in range(heads):
-            part = kappat[h * N : (h + 1) * N]
-            norm = np.float32(1) / max(np.sqrt(_squares(part)), np.float32(1e-12))
-            for d in range(N):
-                part[d] *= norm
-        for d in range(D):
-            kt[d] *= np.float32(1) + (betat[d] - np.float32(1)) * k_a[d]
-        for d in range(D):
-            betat[d] *= kappat[d]
-
-
-@kernel()
-def blend(v, first, gate):  # type: ignore[no-untyped-def]
-    """RWKV-7's value residual: v += (first − v) · σ(gate), all [T, D]."""
-    T, D = v.shape
-    for t in range(T):
-        for d in range(D):
-            v[t, d] += (first[t, d] - v[t, d]) / (np.float32(1) + exp(-gate[t, d]))
-
-
-@kernel()
-def bonus(y, r, k, v, r_k):  # type: ignore[no-untyped-def]
-    """RWKV-7's bonus: y += (Σ_head r∘k∘r_k) · v, all [T, D], r_k [H, N]."""
-    T = y.shape[0]
-    H, N = r_k.shape
-    for t in range(T):
-        for h in range(H):
-            total = np.float32(0)
-            for i in range(N):
-                total += r[t, h * N + i] * k[t, h * N + i] * r_k[h, i]
-            for i in range(N):
-                y[t, h * N + i] += total * v[t, h * N + i]
+@kernel(FINISH)
+def finish(args, part):  # type: ignore[no-untyped-def]
+    """out [T, N] = activation(y + bias), or out += y if `onto`; y [T, N or more], bias [1, N] or none."""
+    y, bias, activation, onto, out, parts = unpack(args, FINISH)
+    begin, end = span(part, parts, len(y))
+    for t in range(begin, end):
+        ot, yt = out[t], y[t, : out.shape[1]]
+        if onto:
+            for d in range(len(ot)):
+                ot[d] += yt[d]
+            continue
+        for d in range(len(ot)):
+            ot[d] = yt[d]
+        if len(bias):
+            for d in range(len(ot)):
+                ot[d] += bias[0, d]
+        activate(ot, activation)

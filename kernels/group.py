@@ -1,6 +1,6 @@
 """LLVM code for the inner step of the int8 matmul: one group of 32 columns, some strips of 16 rows, some tokens.
 
-    y[t, s·16 + i] += (Σ_c w[s, c, i] · a[t, c]) · scale[s, i] · factor[t]      i < 16, c < 32
+    y[t, s·16 + i] += (Σ_c w[s, c, i] · a[t, c]) · (scale[s, i] · unit) · factor[t]      i < 16, c < 32
 
 The sum is exact in int32; the rest is float32. Weights lie in tiles of 16 rows × 4 columns, so that one instruction
 multiplies a tile with 4 activations and adds each row's 4 products into its own lane: no horizontal sums.
@@ -8,246 +8,203 @@ multiplies a tile with 4 activations and adds each row's 4 products into its own
 Activations are int16 (quantized to ±32512 in the same groups of 32). Two forms of the same sum:
 
 - AVX-512 VNNI: `vpdpbusd` multiplies unsigned by signed bytes, so a weight w enters as w + 128 (one xor) and an
-  activation as two signed planes, a = 256·high + low. `offset[t]` = 128 · Σ_c a[t, c] takes the 128 back out.
-- Portable: both are widened to 16 bits, multiplied and added in pairs, which LLVM turns into `pmaddwd` on x86.
+  activation as two signed planes, a = 256·high + low: of a group, 32 bytes of one and then 32 of the other.
+  `offset[t]` = −128 · Σ_c a[t, c] takes the 128 back out.
+- Portable: both are widened to 16 bits, multiplied and added in pairs (`pmaddwd` on x86; LLVM finds `smlal` on Arm).
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+from rwkv_cli.kernels.emit import F32, I8, I16, I32, I64, Emitter, vector
+
 TILES = 8
 """Tiles of 4 columns in a group of 32."""
 TILE_BYTES = 64
 
 
-def _vector(element: Any, n: int) -> Any:
-    return ir.VectorType(element, n)
+def _opaque(e: Emitter, value: Any) -> Any:
+    """The value, which LLVM then knows nothing about."""
+    return e.b.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
 
 
-class _Emitter:
-    """Small vocabulary over an IR builder: addresses are i64, vectors are loaded unaligned."""
-
-    def __init__(self, builder: Any) -> None:
-        self.b = builder
-
-    def load(self, kind: Any, address: Any, offset: int = 0) -> Any:
-        place = self.b.add(address, I64(offset)) if offset else address
-        value = self.b.load(self.b.inttoptr(place, kind.as_pointer()))
-        value.align = 1
-        return value
-
-    def store(self, value: Any, address: Any) -> None:
-        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = 1
-
-    def splat(self, scalar: Any, n: int) -> Any:
-        one = self.b.insert_element(ir.Constant(_vector(scalar.type, n), ir.Undefined), scalar, I32(0))
-        return self.b.shuffle_vector(one, one, ir.Constant(_vector(I32, n), None))
-
-    def pick(self, vector: Any, lanes: range) -> Any:
-        mask = ir.Constant(_vector(I32, len(lanes)), [I32(i) for i in lanes])
-        return self.b.shuffle_vector(vector, vector, mask)
-
-    def widen(self, vector: Any, element: Any) -> Any:
-        return self.b.sext(vector, _vector(element, vector.type.count))
-
-
-def _sums_vnni(e: _Emitter, strips: list[Any], tokens: list[Any], plane: Any) -> dict[tuple[int, int], Any]:
-    """256·Σ(w+128)·high + Σ(w+128)·low for each strip and token, <16 x i32>."""
-    b, wide = e.b, _vector(I32, 16)
-    bytes_ = _vector(I8, TILE_BYTES)
+def _sums_vnni(
+    e: Emitter, w: Any, w_stride: Any, strips: int, a: Any, a_stride: Any, tokens: int, offsets: list[Any]
+) -> dict[tuple[int, int], Any]:
+    """256·Σ(w+128)·high + Σ(w+128)·low + offset for each strip and token, <16 x i32>."""
+    b, wide = e.b, vector(I32, 16)
+    bytes_ = vector(I8, TILE_BYTES)
     dot = get_or_insert_function(
         b.module, ir.FunctionType(wide, [wide, bytes_, bytes_]), "llvm.x86.avx512.vpdpbusd.512"
     )
     flip = ir.Constant(bytes_, [I8(-128)] * TILE_BYTES)
-    zero = ir.Constant(wide, None)
-    high = {(s, t): zero for s in range(len(strips)) for t in range(len(tokens))}
-    low = dict(high)
-    for tile in range(TILES):
-        w = [b.xor(e.load(bytes_, strip, tile * TILE_BYTES), flip) for strip in strips]
-        for t, token in enumerate(tokens):
-            for sums, address in ((high, token), (low, b.add(token, plane))):
-                a = b.bitcast(e.splat(e.load(I32, address, tile * 4), 16), bytes_)
-                for s in range(len(strips)):
-                    sums[s, t] = b.call(dot, [sums[s, t], w[s], a])
+    keys = [(s, t, plane) for t in range(tokens) for plane in range(2) for s in range(strips)]
+    start = [e.splat(e.load(I32, offsets[t]), 16) if plane else ir.Constant(wide, None) for _, t, plane in keys]
+
+    def tile(w: Any, a: Any, sums: list[Any], at: int = 0) -> list[Any]:
+        weights = [b.xor(e.load(bytes_, place, at * TILE_BYTES), flip) for place in e.steps(w, w_stride, strips)]
+        levels = [
+            b.bitcast(e.splat(e.load(I32, place, at * 4 + plane * 32), 16), bytes_)
+            for place in e.steps(a, a_stride, tokens)
+            for plane in range(2)
+        ]
+        return [
+            b.call(dot, [old, weights[s], levels[2 * t + plane]])
+            for old, (s, t, plane) in zip(sums, keys, strict=True)
+        ]  # fmt: skip
+
+    sums = _over_tiles(e, w, a, 4, start, tile, unroll=strips * tokens <= 2)
     shift = ir.Constant(wide, [I32(8)] * 16)
-    return {key: b.add(b.shl(high[key], shift), low[key]) for key in high}
+    by_key = dict(zip(keys, sums, strict=True))
+    return {(s, t): b.add(b.shl(by_key[s, t, 0], shift), by_key[s, t, 1]) for s, t, plane in keys if plane}
 
 
-def _sums_portable(e: _Emitter, strips: list[Any], tokens: list[Any]) -> dict[tuple[int, int], Any]:
+def _over_tiles(
+    e: Emitter, w: Any, a: Any, a_bytes: int, start: list[Any], tile: Callable[..., list[Any]], unroll: bool
+) -> list[Any]:
+    """What `tile` (address of weights, address of levels, sums so far, number) makes of `start`, tile after tile, each
+    `a_bytes` of levels further."""
+    if unroll:
+        for at in range(TILES):
+            start = tile(w, a, start, at)
+        return start
+    # a loop, and one that LLVM does not see the end of: unrolled, it would take the products in another order,
+    # in which sums wait for each other and do not fit into registers
+    b = e.b
+    before, body, end = b.block, b.append_basic_block(), b.append_basic_block()
+    last = _opaque(e, b.add(w, I64((TILES - 1) * TILE_BYTES)))
+    b.branch(body)
+    b.position_at_end(body)
+    w_now, a_now, old = b.phi(I64), b.phi(I64), [b.phi(value.type) for value in start]
+    sums = tile(w_now, a_now, old, 0)
+    new = [b.add(w_now, I64(TILE_BYTES)), b.add(a_now, I64(a_bytes)), *sums]
+    for now, first, following in zip([w_now, a_now, *old], [w, a, *start], new, strict=True):
+        now.add_incoming(first, before)
+        now.add_incoming(following, body)
+    b.cbranch(b.icmp_unsigned("<", w_now, last), body, end)
+    b.position_at_end(end)
+    return sums
+
+
+def _sums_portable(
+    e: Emitter, w: Any, w_stride: Any, strips: int, a: Any, a_stride: Any, tokens: int
+) -> dict[tuple[int, int], Any]:
     """Σ w·a for each strip and token, <16 x i32>."""
     b = e.b
-    even, odd = range(0, 64, 2), range(1, 64, 2)
-    sums: dict[tuple[int, int], Any] = {}
-    for tile in range(TILES):
-        w = [e.widen(e.load(_vector(I8, TILE_BYTES), strip, tile * TILE_BYTES), I16) for strip in strips]
-        for t, token in enumerate(tokens):
-            a = b.bitcast(e.splat(e.load(I64, token, tile * 8), 16), _vector(I16, 64))
-            for s in range(len(strips)):
-                pairs = b.add(
-                    b.mul(e.widen(e.pick(w[s], even), I32), e.widen(e.pick(a, even), I32)),
-                    b.mul(e.widen(e.pick(w[s], odd), I32), e.widen(e.pick(a, odd), I32)),
-                )
-                sums[s, t] = b.add(sums[s, t], pairs) if (s, t) in sums else pairs
-    return {key: b.add(e.pick(pairs, range(0, 32, 2)), e.pick(pairs, range(1, 32, 2))) for key, pairs in sums.items()}
+    keys = [(s, t) for t in range(tokens) for s in range(strips)]
+
+    def tile(w: Any, a: Any, sums: list[Any], at: int) -> list[Any]:
+        weights = [
+            e.widen(e.load(vector(I8, TILE_BYTES), place, at * TILE_BYTES), I16)
+            for place in e.steps(w, w_stride, strips)
+        ]  # fmt: skip
+        levels = [
+            b.bitcast(e.splat(e.load(I64, place, at * 8), 16), vector(I16, 64))
+            for place in e.steps(a, a_stride, tokens)
+        ]  # fmt: skip
+        return [b.add(old, e.pairs(weights[s], levels[t])) for old, (s, t) in zip(sums, keys, strict=True)]
+
+    start = [ir.Constant(vector(I32, 32), None)] * len(keys)
+    sums = _over_tiles(e, w, a, 8, start, tile, unroll=strips * tokens == 1)
+    both = dict(zip(keys, sums, strict=True))
+    return {key: b.add(e.pick(pair, range(0, 32, 2)), e.pick(pair, range(1, 32, 2))) for key, pair in both.items()}
 
 
 def group_step(strips: int, tokens: int, vnni: bool) -> Callable[..., None]:
     """The step for `strips` × `tokens` as a function of addresses and byte strides, callable from a kernel.
 
-    Arguments, all int64: w, w_stride (tiles of a strip) · a, a_stride, a_plane (activations of a token; distance of
-    the low plane) · scale, scale_stride (float16 bits) · factor, factor_stride (float32) · offset, offset_stride
-    (int32) · y, y_stride (float32). A stride leads to the next strip for w and scale, to the next token for a, factor,
-    offset and y; strips are neighbours in y. `factor` includes 2**112, since float16 bits shifted into a float32
-    stand for 2**-112 of their value.
+    Arguments, all int64 but the last: w, w_stride (tiles of a strip) · a, a_stride (activations of a token) · scale,
+    scale_stride (float16 bits) · factor, factor_stride (float32) · offset, offset_stride (int32) · y, y_stride
+    (float32) · unit (float32). A stride leads to the next strip for w and scale, to the next token for a, factor,
+    offset and y; strips are neighbours in y. `unit` includes 2**112, since float16 bits shifted into a float32 stand
+    for 2**-112 of their value.
     """
 
     @intrinsic
     def step(  # type: ignore[no-untyped-def]
-        typingctx, w, w_stride, a, a_stride, a_plane, scale, scale_stride,  # noqa: ARG001
-        factor, factor_stride, offset, offset_stride, y, y_stride,  # noqa: ARG001
+        typingctx, w, w_stride, a, a_stride, scale, scale_stride,  # noqa: ARG001
+        factor, factor_stride, offset, offset_stride, y, y_stride, unit,  # noqa: ARG001
     ):  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-            e, b = _Emitter(builder), builder
-            (
-                w,
-                w_stride,
-                a,
-                a_stride,
-                a_plane,
-                scale,
-                scale_stride,
-                factor,
-                factor_stride,
-                offset,
-                offset_stride,
-                y,
-                y_stride,
-            ) = args
+            e, b = Emitter(builder), builder
+            w, w_stride, a, a_stride, scale, scale_stride, *rest = args
+            factor, factor_stride, offset, offset_stride, y, y_stride, unit = rest
+            by_unit = e.splat(unit, 16)
 
-            def steps(base: Any, stride: Any, n: int) -> list[Any]:
-                return [b.add(base, b.mul(stride, I64(i))) for i in range(n)]
-
-            rows, columns = steps(w, w_stride, strips), steps(a, a_stride, tokens)
-            sums = _sums_vnni(e, rows, columns, a_plane) if vnni else _sums_portable(e, rows, columns)
-            scales = []
-            for place in steps(scale, scale_stride, strips):
-                half = b.zext(e.load(_vector(I16, 16), place), _vector(I32, 16))
-                half = b.shl(half, ir.Constant(_vector(I32, 16), [I32(13)] * 16))
-                scales.append(b.bitcast(half, _vector(F32, 16)))
-            factors, offsets = steps(factor, factor_stride, tokens), steps(offset, offset_stride, tokens)
-            for t, out in enumerate(steps(y, y_stride, tokens)):
+            factors, offsets = e.steps(factor, factor_stride, tokens), e.steps(offset, offset_stride, tokens)
+            sums = (
+                _sums_vnni(e, w, w_stride, strips, a, a_stride, tokens, offsets)
+                if vnni
+                else _sums_portable(e, w, w_stride, strips, a, a_stride, tokens)
+            )
+            scales = [b.fmul(e.halves(place), by_unit) for place in e.steps(scale, scale_stride, strips)]
+            for t, out in enumerate(e.steps(y, y_stride, tokens)):
                 by = e.splat(e.load(F32, factors[t]), 16)
-                less = e.splat(e.load(I32, offsets[t]), 16) if vnni else None
                 for s in range(strips):
-                    total = b.sub(sums[s, t], less) if vnni else sums[s, t]
-                    real = b.sitofp(total, _vector(F32, 16))
-                    place = b.add(out, I64(64 * s))
-                    product = b.fmul(real, b.fmul(scales[s], by), flags=("contract",))
-                    e.store(b.fadd(e.load(_vector(F32, 16), place), product, flags=("contract",)), place)
+                    e.add_product(b.add(out, I64(64 * s)), sums[s, t], b.fmul(scales[s], by))
             return context.get_dummy_value()
 
-        return types.void(*([types.int64] * 13)), generate
+        return types.void(*([types.int64] * 12), types.float32), generate
 
     return step
 
 
-def pair_step(vnni: bool) -> Callable[..., None]:
-    """total[i] += first[i] · p + second[i] · q for 16 outputs i, where two inputs p and q of one group are not zero.
+def rows_step(vnni: bool, width: int) -> Callable[..., None]:
+    """total[i] += (Σ_n w[rows[n], i] · level[n]) · (scale[i] · unit) · factor for `width` outputs i and `count` rows.
 
-    Arguments, all int64: addresses of 16 weights of either row (int8), `levels` (p in the low 16 bits, q in the high
-    ones) and the address of `total` (int32). Bytes of both rows are interleaved, so that one `vpdpwssd` (or `pmaddwd`)
-    adds both products into an output's lane.
+    Arguments: addresses (int64) of the outputs' weights in row 0, of `rows` (int64), `levels` (int16), `scale` (float16
+    bits) and `total` (float32), the distance of two rows, `count` (even and not 0), `factor` and `unit` (float32; see
+    `group_step`). Bytes of two rows are interleaved, so that one `vpdpwssd` (or `pmaddwd`) adds both products into an
+    output's lane.
     """
 
     @intrinsic
-    def step(typingctx, first, second, levels, total):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def step(  # type: ignore[no-untyped-def]
+        typingctx, w, rows, levels, scale, total, stride, count, factor, unit  # noqa: ARG001
+    ):  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-            e, b, wide = _Emitter(builder), builder, _vector(I32, 16)
-            first, second, levels, total = args
-            rows = [e.load(_vector(I8, 16), place) for place in (first, second)]
-            order = ir.Constant(_vector(I32, 32), [I32(i // 2 + 16 * (i % 2)) for i in range(32)])
-            w = e.widen(b.shuffle_vector(*rows, order), I16)
-            a = b.bitcast(e.splat(b.trunc(levels, I32), 16), w.type)
-            old = e.load(wide, total)
-            if vnni:
-                kind = ir.FunctionType(wide, [wide, wide, wide])
-                dot = get_or_insert_function(b.module, kind, "llvm.x86.avx512.vpdpwssd.512")
-                e.store(b.call(dot, [old, b.bitcast(w, wide), b.bitcast(a, wide)]), total)
-            else:
-                even, odd = range(0, 32, 2), range(1, 32, 2)
-                products = [b.mul(e.widen(e.pick(w, half), I32), e.widen(e.pick(a, half), I32)) for half in (even, odd)]
-                e.store(b.add(old, b.add(*products)), total)
+            e, b, wide = Emitter(builder), builder, vector(I32, 16)
+            w, rows, levels, scale, total, stride, count, factor, unit = args
+            order = ir.Constant(vector(I32, 32), [I32(i // 2 + 16 * (i % 2)) for i in range(32)])
+            start, body, end = b.block, b.append_basic_block(), b.append_basic_block()
+            b.branch(body)
+            b.position_at_end(body)
+            n, sums = b.phi(I64), [b.phi(wide) for _ in range(0, width, 16)]
+            places = []
+            for i in range(2):
+                row = e.load(I64, b.add(rows, b.mul(n, I64(8))), 8 * i)
+                places.append(b.add(w, b.mul(row, stride)))
+            pair = e.load(I32, b.add(levels, b.mul(n, I64(2))))
+            a = b.bitcast(e.splat(pair, 16), vector(I16, 32))
+            new = []
+            for i, sum_ in enumerate(sums):
+                both = b.shuffle_vector(*(e.load(vector(I8, 16), place, 16 * i) for place in places), order)
+                values = e.widen(both, I16)
+                if vnni:
+                    kind = ir.FunctionType(wide, [wide, wide, wide])
+                    dot = get_or_insert_function(b.module, kind, "llvm.x86.avx512.vpdpwssd.512")
+                    new.append(b.call(dot, [sum_, b.bitcast(values, wide), b.bitcast(a, wide)]))
+                else:
+                    new.append(b.add(sum_, e.pairs(values, a)))
+            following = b.add(n, I64(2))
+            n.add_incoming(I64(0), start)
+            n.add_incoming(following, body)
+            for sum_, value in zip(sums, new, strict=True):
+                sum_.add_incoming(ir.Constant(wide, None), start)
+                sum_.add_incoming(value, body)
+            b.cbranch(b.icmp_signed("<", following, count), body, end)
+            b.position_at_end(end)
+            by, by_unit = e.splat(factor, 16), e.splat(unit, 16)
+            for i, value in enumerate(new):
+                scales = b.fmul(e.halves(b.add(scale, I64(32 * i))), by_unit)
+                e.add_product(b.add(total, I64(64 * i)), value, b.fmul(scales, by))
             return context.get_dummy_value()
 
-        return types.void(*([types.int64] * 4)), generate
-
-    return step
-
-
-def _prefetch(typingctx, address):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """Ask for the cache line at `address` (int64) before it is needed. Any address is fine."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        place = builder.inttoptr(args[0], I8.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
-        call = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(call, [place, I32(0), I32(2), I32(1)])  # to read, into the second cache, data
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-prefetch: Any = intrinsic(_prefetch)
-
-
-def quantize_step(vnni: bool, levels: int) -> Callable[..., None]:
-    """32 float32 activations to integers of at most ±`levels`, in the form that `group_step` takes.
-
-    Arguments: addresses (int64) of x, of the high and the low plane (the same for int16), of factor and offset, and
-    `unit` (float32). factor = max|x| / levels · unit; a NaN or infinity makes it NaN.
-    """
-
-    @intrinsic
-    def step(typingctx, x, high, low, factor, offset, unit):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-            e, b = _Emitter(builder), builder
-            x, high, low, factor, offset, unit = args
-            ints, floats = _vector(I32, 32), _vector(F32, 32)
-
-            def call(name: str, result: Any, *values: Any) -> Any:
-                kind = ir.FunctionType(result, [value.type for value in values])
-                return b.call(get_or_insert_function(b.module, kind, name), list(values))
-
-            def all_(value: int) -> Any:
-                return ir.Constant(ints, [I32(value)] * 32)
-
-            value = e.load(floats, x)
-            # magnitudes order as their bits do, and what is not finite comes last
-            bits = call("llvm.vector.reduce.umax.v32i32", I32, b.and_(b.bitcast(value, ints), all_(0x7FFFFFFF)))
-            top = b.bitcast(bits, F32)
-            poison = b.fmul(top, F32(0))
-            inverse = b.select(b.fcmp_ordered(">", top, F32(1e-30)), b.fdiv(F32(levels), top), F32(0))
-            scale = b.fmul(b.fmul(top, F32(float(np.float32(1 / levels)))), unit)
-            e.store(b.fadd(scale, poison), factor)
-            scaled = call("llvm.rint.v32f32", floats, b.fmul(value, e.splat(inverse, 32)))
-            q = call("llvm.fptosi.sat.v32i32.v32f32", ints, scaled)
-            total = call("llvm.vector.reduce.add.v32i32", I32, q)
-            e.store(b.mul(total, I32(128)), offset)
-            if vnni:
-                upper = b.ashr(b.add(q, all_(128)), all_(8))
-                e.store(b.trunc(upper, _vector(I8, 32)), high)
-                e.store(b.trunc(b.sub(q, b.shl(upper, all_(8))), _vector(I8, 32)), low)
-            else:
-                e.store(b.trunc(q, _vector(I16, 32)), high)
-            return context.get_dummy_value()
-
-        return types.void(*([types.int64] * 5), types.float32), generate
+        return types.void(*([types.int64] * 7), types.float32, types.float32), generate
 
     return step

@@ -8,7 +8,9 @@ import functools
 import getpass
 import hashlib
 import os
+import platform
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,7 @@ import numba
 from numba.core.event import Event, Listener, register
 from platformdirs import user_cache_path
 
-# a thread that waits for others spins for some 10 µs and then sleeps: GNU OpenMP's own choice, milliseconds, makes
-# every parallel kernel wait for whatever else runs on the core that a sleeping thread would free
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+from rwkv_cli.kernels.args import parse
 
 config: Any = numba.core.config
 """numba's settings, made at run time."""
@@ -30,6 +29,7 @@ config: Any = numba.core.config
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 """Sums may be reordered and fused. Never nnan or ninf: NaN and infinity keep their meaning."""
 
+_COMPILING = threading.RLock()
 
 FIXED_ORDER = {"contract"}
 """For a kernel whose float operations must come in one order: another one repeats them bit for bit, or a state
@@ -59,31 +59,69 @@ def cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="rwkv-kernels-"))
 
 
-def kernel(parallel: bool = False, fastmath: set[str] = FASTMATH) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: njit with the house's flags, cached in `cache_folder`."""
+def function(fastmath: set[str] = FASTMATH) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: a function that kernels call, compiled with them."""
+    # numpy's division: by zero it gives infinity or NaN, where Python's test for it would keep loops scalar
+    return numba.njit(fastmath=fastmath, error_model="numpy", nogil=True)
 
-    def decorate(function: Callable[..., Any]) -> Any:
-        before = config.CACHE_DIR
-        # numba picks the cache's place here, once, from this setting
-        config.CACHE_DIR = str(cache_folder())
-        try:
-            # numpy's division: by zero it gives infinity or NaN, where Python's test for it would keep loops scalar
-            return numba.njit(parallel=parallel, fastmath=fastmath, error_model="numpy", cache=True)(function)
-        finally:
-            config.CACHE_DIR = before
 
-    return decorate
+def cached(make: Callable[[], Any]) -> Any:
+    """What `make` compiles, kept in `cache_folder`: numba picks the place when it is called, from this setting."""
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(cache_folder())
+    try:
+        return make()
+    finally:
+        config.CACHE_DIR = before
+
+
+class Kernel:
+    """A function (args, part) that threads of a team call, each for parts of its own; `spec` says what args holds."""
+
+    def __init__(self, body: Callable[..., Any], spec: str, fastmath: set[str]) -> None:
+        self.body, self.spec, self.fastmath = body, parse(spec), fastmath
+        self.name = body.__name__
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        with _COMPILING:
+            return cached(
+                lambda: numba.cfunc("void(int64, int64)", fastmath=self.fastmath, error_model="numpy", cache=True)(
+                    self.body
+                )
+            )
+
+    @property
+    def address(self) -> int:
+        """Of its code, which is compiled or read from the cache when it is first asked for."""
+        return int(self._compiled.address)
+
+
+def kernel(spec: str, fastmath: set[str] = FASTMATH) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorator: a `Kernel`. Its body begins with `… = unpack(args, SPEC)`."""
+    return lambda body: Kernel(body, spec, fastmath)
+
+
+def _has(*features: str) -> bool:
+    """Whether kernels are compiled for a CPU with these features."""
+    if config.CPU_NAME:  # NUMBA_CPU_NAME asks for another CPU than this one
+        return all(f"+{name}" in (config.CPU_FEATURES or "").split(",") for name in features)
+    found = llvmlite.binding.get_host_cpu_features() if config.ENABLE_AVX else {}
+    return all(found.get(name, False) for name in features)
 
 
 @functools.cache
 def has_vnni() -> bool:
-    """Whether kernels are compiled for a CPU with AVX-512 VNNI (`vpdpbusd` on 512 bits)."""
-    if config.CPU_NAME:  # NUMBA_CPU_NAME asks for another CPU than this one
-        return "+avx512vnni" in (config.CPU_FEATURES or "")
-    if not config.ENABLE_AVX:
-        return False
-    features = llvmlite.binding.get_host_cpu_features()
-    return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vnni"))
+    """Whether there is AVX-512 VNNI (`vpdpbusd` on 512 bits)."""
+    return _has("avx512f", "avx512bw", "avx512vnni")
+
+
+@functools.cache
+def pair_words() -> int:
+    """How many int16 `pmaddwd` takes: 16 with AVX2, 8 on any other x86-64, 0 on other machines, which have none."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return 0
+    return 16 if _has("avx2") else 8
 
 
 class _Announce(Listener):

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import get_num_threads, prange
 from numba.core import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
+from rwkv_cli.kernels.args import unpack
+from rwkv_cli.kernels.elementwise import span
 from rwkv_cli.kernels.jit import has_vnni, kernel
+from rwkv_cli.kernels.team import Program
 
 _BYTES = 1 << 29
 """To read: many times what a cache holds."""
@@ -20,15 +22,18 @@ _CHAINS = 16
 """Independent sums, enough to hide the latency of an instruction."""
 
 
-@kernel(parallel=True)
-def _read(words, threads, out):  # type: ignore[no-untyped-def]
-    """XOR of all `words`, a range for each thread."""
-    n = len(words) // threads
-    for thread in prange(threads):
-        part, total = words[thread * n : (thread + 1) * n], np.uint64(0)
-        for i in range(len(part)):
-            total ^= part[i]
-        out[thread] = total
+READ = "u64.1 u64.1"
+
+
+@kernel(READ)
+def _read(args, part):  # type: ignore[no-untyped-def]
+    """XOR of a range of words for each part."""
+    words, out = unpack(args, READ)
+    begin, end = span(part, len(out), len(words))
+    piece, total = words[begin:end], np.uint64(0)
+    for i in range(len(piece)):
+        total ^= piece[i]
+    out[part] = total
 
 
 @intrinsic
@@ -64,27 +69,31 @@ def _products(typingctx, byte):  # type: ignore[no-untyped-def]  # noqa: ARG001
     return types.int32(types.int32), generate
 
 
-@kernel(parallel=True)
-def _multiply(threads, out):  # type: ignore[no-untyped-def]
-    for thread in prange(threads):
-        out[thread] = _products(np.int32(thread))  # type: ignore[call-arg]
+MULTIPLY = "i32.1"
 
 
-def read_bandwidth(rounds: int = 5) -> float:
-    """Bytes a second that all threads together read from memory: the best of some rounds."""
-    words = np.ones(_BYTES // 8, np.uint64)
-    threads = get_num_threads()
-    out = np.empty(threads, np.uint64)
-    return _BYTES / _best(lambda: _read(words, threads, out), rounds)
+@kernel(MULTIPLY)
+def _multiply(args, part):  # type: ignore[no-untyped-def]
+    (out,) = unpack(args, MULTIPLY)
+    out[part] = _products(np.int32(part))  # type: ignore[call-arg]
 
 
-def int8_peak(rounds: int = 5) -> float | None:
-    """int8 multiply-adds a second that all threads together reach; None on a CPU without AVX-512 VNNI."""
+def read_bandwidth(threads: int, rounds: int = 5) -> float:
+    """Bytes a second that so many threads together read from memory: the best of some rounds."""
+    words, out = np.ones(_BYTES // 8, np.uint64), np.empty(64 * threads, np.uint64)
+    program = Program()
+    program.add(_read, len(out), words, out)
+    return _BYTES / _best(lambda: program.run(threads), rounds)
+
+
+def int8_peak(threads: int, rounds: int = 5) -> float | None:
+    """int8 multiply-adds a second that so many threads together reach; None on a CPU without AVX-512 VNNI."""
     if not has_vnni():
         return None
-    threads = get_num_threads()
     out = np.empty(threads, np.int32)
-    return _ROUNDS * _CHAINS * 64 * threads / _best(lambda: _multiply(threads, out), rounds)
+    program = Program()
+    program.add(_multiply, threads, out)
+    return _ROUNDS * _CHAINS * 64 * threads / _best(lambda: program.run(threads), rounds)
 
 
 def _best(run: Callable[[], object], rounds: int) -> float:

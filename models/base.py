@@ -1,27 +1,38 @@
 """The model: one driver for every version, frozen after load."""
 
+import math
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.backend import Backend, DeviceError, Starts, pick
-from rwkv_cli.models.config import Array, Config
-from rwkv_cli.models.layers import Carry
+from rwkv_cli.kernels.backend import Array, Backend, DeviceError, Product, Recorder, Starts, pick
+from rwkv_cli.kernels.cores import usable_cores
+from rwkv_cli.models.config import Config
+from rwkv_cli.models.layers import Carry, norm_of
 from rwkv_cli.models.registry import MODULES, tensors
 from rwkv_cli.models.state import State
 from rwkv_cli.quant import Checkpoint, Floats, FormatError
 
-_ONE_AT_A_TIME = threading.Lock()
-"""numba's fallback for threads (workqueue) must not be entered twice; the kernels use all cores anyway."""
+CHUNK = 252
+"""Tokens that go through the layers together: what bounds the memory of a long prompt. A multiple of 4 and of 6, the
+blocks of tokens that matrix products take."""
 
-CHUNK = 256
-"""Tokens that go through the layers together: what bounds the memory of a long prompt."""
+_PROGRAMS = 4
+"""Recorded passes that are kept: that of one token, and those of the lengths that came last."""
 
 Ids = Sequence[int] | NDArray[Any]
+Floats32 = NDArray[np.float32]
+
+
+class _Pass(NamedTuple):
+    """A recorded pass of some tokens through the model."""
+
+    program: Recorder
+    output: Array | None
 
 
 class Model:
@@ -30,12 +41,18 @@ class Model:
     One model may serve any number of states. Raises FormatError where the checkpoint does not fit its own config.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None) -> None:
-        most: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009 - made at run time
-        if threads is not None and not (type(threads) is int and 1 <= threads <= most):
-            raise DeviceError(f"threads must be from 1 to {most} on this machine, not {threads}")
-        self.threads = threads or most
-        self.ops: Backend = pick(device)
+    def __init__(
+        self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None,
+        on_load: Callable[[int], object] | None = None,
+    ) -> None:  # fmt: skip
+        """`on_load` is called with the number of bytes of the weights that are where the device wants them."""
+        cores = usable_cores()
+        if threads is not None and not (type(threads) is int and 1 <= threads <= cores.logical):
+            raise DeviceError(f"threads must be from 1 to {cores.logical} on this machine, not {threads}")
+        self.threads = threads or cores.physical
+        self._turn = threading.Lock()
+        self._passes: OrderedDict[tuple[Any, ...], _Pass] = OrderedDict()
+        self.ops: Backend = pick(device, checkpoint.path.stat().st_size)
         self.digest = checkpoint.digest
         """Of the source's values: the same for int8 and float conversions of one checkpoint."""
         stored_config = checkpoint.metadata("config", dict)
@@ -52,12 +69,14 @@ class Model:
             raise FormatError(
                 f"{checkpoint.path}: tensor {min(present - set(entries))} is not in its config; convert the model again"
             )
+        loaded = 0
         for name, entry in entries.items():
             if entry.optional and name not in present:
                 continue
             weight: Any
             if entry.kind == "vector":
                 weight = self.ops.vector(checkpoint.vector(name, entry.shape))
+                loaded += 4 * math.prod(entry.shape)
             else:
                 stored = checkpoint.tensor(name, entry.shape)
                 layouts = ("rows",) if entry.kind == "table" else ("tile", "columns")
@@ -69,6 +88,9 @@ class Model:
                     )
                 else:
                     raise FormatError(f"{checkpoint.path}: tensor {name} is stored as {stored.layout}")
+                loaded += self.ops.weight_size(weight)[0]
+            if on_load is not None:
+                on_load(loaded)
             if name == entry.name:
                 self._top[name] = weight
             else:
@@ -84,9 +106,9 @@ class Model:
             if "att.time_state" in layer:
                 wkv[i] = layer["att.time_state"]
         shift = np.zeros((c.layers, c.width), np.float32)
-        return State(c.version, shift, shift.copy(), wkv, digest=self.digest)
+        return State(c.version, *map(self.ops.device_array, (shift, shift.copy(), wkv)), digest=self.digest)
 
-    def forward(self, ids: Ids, state: State | None = None, all_logits: bool = False) -> tuple[Array, State]:
+    def forward(self, ids: Ids, state: State | None = None, all_logits: bool = False) -> tuple[Floats32, State]:
         """Logits after the last of `ids` ([V]), or after each of them ([T, V]), float32, and the state then.
 
         `state` is left as it is; None starts afresh. Raises ValueError for no ids, ids outside the vocabulary,
@@ -95,15 +117,25 @@ class Model:
         state = self.new_state() if state is None else state.clone()
         return self.advance(ids, state, all_logits), state
 
-    def advance(self, ids: Ids, state: State, all_logits: bool = False) -> Array:
+    def advance(self, ids: Ids, state: State, all_logits: bool = False) -> Floats32:
         """`forward` that changes `state` in place, for loops that keep no earlier one."""
+        logits = np.concatenate(self._run_one(ids, state, _every if all_logits else _last))
+        return logits if all_logits else logits[0]
+
+    def losses(self, ids: Ids, targets: Ids, state: State) -> NDArray[np.float64]:
+        """−log p(targets[t]) after ids[t], in nats, [T]; changes `state` in place. Raises ValueError as `forward`."""
+        goals = self._checked(targets)
+        if len(goals) != len(ids):
+            raise ValueError(f"{len(goals)} targets for {len(ids)} ids")
+        return np.concatenate(self._run_one(ids, state, _losses, goals))
+
+    def _run_one(self, ids: Ids, state: State, head: "_Head", targets: NDArray[np.int64] | None = None) -> list[Any]:
         tokens = self._checked(ids)
         self._check_state(state)
         batch = State(state.version, *(array[:, None] for array in state.arrays().values()))
-        logits = self._logits(tokens, np.array([0, len(tokens)]), batch, all_logits)
-        return logits if all_logits else logits[0]
+        return self._run(tokens, np.array([0, len(tokens)]), batch, head, targets)
 
-    def advance_batch(self, ids: Sequence[Ids], state: State) -> Array:
+    def advance_batch(self, ids: Sequence[Ids], state: State) -> Floats32:
         """`advance` for several sequences together: the logits after each one's last id, [B, V].
 
         `state` is a batch (`State.stack`) and is changed in place. Each sequence has ids of its own, as many as it
@@ -113,25 +145,62 @@ class Model:
         if not tokens:
             raise ValueError("a batch needs at least one sequence")
         self._check_state(state, (len(tokens),))
-        return self._logits(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), state, every=False)
+        return np.concatenate(self._run(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), state, _last))
 
-    def _logits(self, tokens: NDArray[np.int64], starts: Starts, state: State, every: bool) -> Array:
-        """Logits after every row [T, V], or after the last row of each of the batch's sequences [B, V]."""
-        logits = []
-        with _ONE_AT_A_TIME:
-            numba.set_num_threads(self.threads)
+    def _run(
+        self, tokens: NDArray[np.int64], starts: Starts, state: State, head: "_Head",
+        targets: NDArray[np.int64] | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """What `head` makes of the rows, chunk by chunk."""
+        results = []
+        arrays = list(state.arrays().values())
+        with self._turn:
             for at in range(0, len(tokens), CHUNK):
-                rows = tokens[at : at + CHUNK]
-                end = at + len(rows)
+                end = min(at + CHUNK, len(tokens))
                 # the sequences with rows among these, the first and the last of them perhaps cut
                 first, past = np.searchsorted(starts, at, "right") - 1, np.searchsorted(starts, end)
                 bounds = starts[first : past + 1]
-                x = self._blocks(rows, np.clip(bounds - at, 0, len(rows)), state, slice(first, past))
-                if not every:
-                    x = self.ops.take(x, bounds[1:][bounds[1:] <= end] - 1 - at)
-                if len(x):
-                    logits.append(self._head(x))
-        return np.concatenate(logits)
+                inside, whole = np.clip(bounds - at, 0, end - at), tuple(bool(b <= end) for b in bounds[1:])
+                inputs = [tokens[at:end], *arrays]
+                if targets is not None:
+                    inputs.append(targets[at:end])
+                key = (head, inside.tobytes(), whole, int(first), arrays[0].shape)
+                made = self._passes.pop(key, None)
+                if made is None:
+                    made = self._record(inputs, inside, whole, slice(first, past), head)
+                self._passes[key] = made
+                while len(self._passes) > _PROGRAMS:
+                    self._passes.popitem(last=False)
+                made.program.run(inputs)
+                if made.output is not None:
+                    results.append(made.program.read(made.output))
+        return results
+
+    def _record(
+        self, inputs: Sequence[Array], starts: Starts, whole: tuple[bool, ...], these: slice, head: "_Head"
+    ) -> _Pass:  # fmt: skip
+        ops = self.ops.record(inputs, self.threads)
+        ids, att_shift, ffn_shift, wkv, *targets = inputs
+        c, top = self.config, self._top
+        x = ops.embed(ids, top["emb.weight"])
+        x = ops.layer_norm(x, norm_of(top, "blocks.0.ln0", c.norm_eps))
+        ops.round_to(x, c.embedding_dtype)
+        carry: Carry = {}
+        for i, p in enumerate(self._layers):
+            a = ops.layer_norm(x, norm_of(p, "ln1", c.norm_eps))
+            delta = ops.token_shift(a, starts, att_shift[i, these])
+            self._arch.time_mix(ops, c, p, x, a, delta, starts, wkv[i, these], carry)
+            f = ops.layer_norm(x, norm_of(p, "ln2", c.norm_eps))
+            delta = ops.token_shift(f, starts, ffn_shift[i, these])
+            self._arch.channel_mix(ops, p, x, f, delta)
+        # what no head reads is free for the head's arrays
+        del a, f, delta, carry
+        return _Pass(ops, head(self, ops, x, starts[1:][list(whole)] - 1, *targets))
+
+    def logits(self, ops: Recorder, x: Array) -> Array:
+        """Logits [T, V] of the residual stream [T, D]."""
+        x = ops.layer_norm(x, norm_of(self._top, "ln_out", self.config.norm_eps))
+        return ops.linear(Product(x, self._top["head.weight"]))[0]
 
     def _check_state(self, state: State, batch: tuple[int, ...] = ()) -> None:
         c = self.config
@@ -139,12 +208,14 @@ class Model:
         shift = (c.layers, *batch, c.width)
         shapes = shift, shift, (c.layers, *batch, *self._arch.wkv_state(c)[0])
         for (name, array), shape in zip(state.arrays().items(), shapes, strict=True):
-            if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != np.float32:
+            if getattr(array, "shape", None) != shape or array.dtype != np.float32:
                 raise ValueError(f"the state's {name} must be float32 {list(shape)}: it is not of {of}")
             if not (array.flags.c_contiguous and array.flags.writeable):
                 raise ValueError(f"the state's {name} must be contiguous and writeable")
         if state.version != c.version:
             raise ValueError(f"the state is one of RWKV-{state.version}, the model RWKV-{c.version}")
+        # one that was loaded, or made elsewhere, stays on the device from here on
+        state.att_shift, state.ffn_shift, state.wkv = map(self.ops.device_array, state.arrays().values())
 
     def _checked(self, ids: Ids) -> NDArray[np.int64]:
         tokens = np.asarray(ids)
@@ -153,26 +224,23 @@ class Model:
         if tokens.min() < 0 or tokens.max() >= self.config.vocab:
             bad = tokens[(tokens < 0) | (tokens >= self.config.vocab)][0]
             raise ValueError(f"token id {bad} is outside the model's vocabulary of {self.config.vocab}")
-        return tokens.astype(np.int64)
+        return np.ascontiguousarray(tokens, np.int64)
 
-    def _blocks(self, tokens: NDArray[np.int64], starts: Starts, state: State, these: slice) -> Array:
-        """The residual stream after the last layer, [T, D], for `these` sequences of the batch."""
-        ops, c, top = self.ops, self.config, self._top
-        x = ops.embed(tokens, top["emb.weight"])
-        x = ops.layer_norm(x, top["blocks.0.ln0.weight"], top["blocks.0.ln0.bias"], c.norm_eps)
-        ops.round_to(x, c.embedding_dtype)
-        carry: Carry = {}
-        for i, p in enumerate(self._layers):
-            a = ops.layer_norm(x, p["ln1.weight"], p["ln1.bias"], c.norm_eps)
-            delta = ops.token_shift(a, starts, state.att_shift[i, these])
-            ops.add(x, self._arch.time_mix(ops, c, p, a, delta, starts, state.wkv[i, these], carry))
-            f = ops.layer_norm(x, p["ln2.weight"], p["ln2.bias"], c.norm_eps)
-            delta = ops.token_shift(f, starts, state.ffn_shift[i, these])
-            ops.add(x, self._arch.channel_mix(ops, p, f, delta))
-        return x
 
-    def _head(self, x: Array) -> Array:
-        """Logits [T, V] of the residual stream [T, D]."""
-        ops, top = self.ops, self._top
-        x = ops.layer_norm(x, top["ln_out.weight"], top["ln_out.bias"], self.config.norm_eps)
-        return ops.linear(x, top["head.weight"])
+_Head = Callable[..., Array | None]
+"""Of a model, its recorder, the residual stream [T, D], the last row of each sequence that ends in it, and targets."""
+
+
+def _last(model: Model, ops: Recorder, x: Array, ends: NDArray[np.int64]) -> Array | None:
+    """Logits after each sequence's last row."""
+    return model.logits(ops, ops.take(x, ends)) if len(ends) else None
+
+
+def _every(model: Model, ops: Recorder, x: Array, ends: NDArray[np.int64]) -> Array:  # noqa: ARG001
+    """Logits after every row."""
+    return model.logits(ops, x)
+
+
+def _losses(model: Model, ops: Recorder, x: Array, ends: NDArray[np.int64], targets: Array) -> Array:  # noqa: ARG001
+    """Cross entropy of every row."""
+    return ops.cross_entropy(model.logits(ops, x), targets)

@@ -1,8 +1,16 @@
 """RWKV-4 (arXiv 2305.13048; rwkv package 0.8.32, model.py, `att_one`)."""
 
-from rwkv_cli.kernels.backend import Backend, Starts
-from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, matrix
-from rwkv_cli.models.layers import Carry, Layer, exp, gated_channel_mix, gated_channel_mix_entries, mix_of_current
+from rwkv_cli.kernels.backend import Array, Product, Recorder, Starts
+from rwkv_cli.models.config import Config, Entry, Shape, Shapes, matrix
+from rwkv_cli.models.layers import (
+    Carry,
+    Layer,
+    exp,
+    gated_channel_mix,
+    gated_channel_mix_entries,
+    lerps,
+    mix_of_current,
+)
 
 EMPTY = -1e30
 """The running maximum before the first token; zero would be wrong."""
@@ -31,15 +39,17 @@ def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
 
 
 def time_mix(
-    ops: Backend, c: Config, p: Layer, x: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
-) -> Array:  # fmt: skip
-    k = ops.linear(ops.lerp(x, delta, p["att.time_mix_k"]), p["att.key.weight"])
-    v = ops.linear(ops.lerp(x, delta, p["att.time_mix_v"]), p["att.value.weight"])
-    r = ops.linear(ops.lerp(x, delta, p["att.time_mix_r"]), p["att.receptance.weight"], "sigmoid")
-    y = ops.wkv4(k, v, p["att.time_decay"], p["att.time_first"], starts, state)
-    ops.multiply(y, r)
-    return ops.linear(y, p["att.output.weight"])
+    ops: Recorder, c: Config, p: Layer, x: Array, a: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
+) -> None:  # fmt: skip
+    a_r, a_k, a_v = lerps(p, a, delta, "att.time_mix_", "rkv")
+    r, k, v = ops.linear(
+        Product(a_r, p["att.receptance.weight"], "sigmoid"),
+        Product(a_k, p["att.key.weight"]),
+        Product(a_v, p["att.value.weight"]),
+    )
+    y = ops.wkv4(r, k, v, p["att.time_decay"], p["att.time_first"], starts, state)
+    ops.add_linear(x, y, p["att.output.weight"])
 
 
-def channel_mix(ops: Backend, p: Layer, x: Array, delta: Array) -> Array:
-    return gated_channel_mix(ops, p, x, delta, "ffn.time_mix_")
+def channel_mix(ops: Recorder, p: Layer, x: Array, f: Array, delta: Array) -> None:
+    gated_channel_mix(ops, p, x, f, delta, "ffn.time_mix_")

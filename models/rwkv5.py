@@ -4,17 +4,20 @@ They differ in the shape of decay and bonus, which conversion expands to 5.2's, 
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rwkv_cli.kernels.backend import Backend, Starts
-from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, matrix, norm
+from rwkv_cli.kernels.backend import Array, Product, Recorder, Starts
+from rwkv_cli.models.config import Config, Entry, Shape, Shapes, matrix, norm
 from rwkv_cli.models.layers import (
     Carry,
     Layer,
     exp,
     gated_channel_mix,
     gated_channel_mix_entries,
+    lerps,
     matrix_state,
     mix_of_current,
+    norm_of,
     tuned_state,
 )
 
@@ -37,7 +40,7 @@ def entries(c: Config) -> list[Entry]:
     D, H, N = c.width, c.heads, c.head_size
     shared = (H, N) if c.version == "5.2" else (H,)
 
-    def spread(a: Array) -> Array:
+    def spread(a: NDArray[np.float32]) -> NDArray[np.float32]:
         """One value a head, or one a channel, to [H, N]."""
         return np.array(np.broadcast_to(a.reshape(H, -1), (H, N)))
 
@@ -52,7 +55,7 @@ def entries(c: Config) -> list[Entry]:
             derive=lambda a: spread(exp(-exp(a))).reshape(1, D),
         ),
         first,
-        tuned_state(c, transposed=True),
+        tuned_state(c),
         *(mix_of_current(f"att.time_mix_{x}", D) for x in ("kvrg" if _gated(c) else "kvr")),
         *(matrix(f"att.{x}", D, D) for x in ("receptance", "key", "value", "output")),
         *([matrix("att.gate", D, D)] if _gated(c) else []),
@@ -63,23 +66,25 @@ def entries(c: Config) -> list[Entry]:
 
 
 def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
-    """S as [key, value]."""
     return matrix_state(c), (0.0,)
 
 
 def time_mix(
-    ops: Backend, c: Config, p: Layer, x: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
-) -> Array:  # fmt: skip
-    r = ops.linear(ops.lerp(x, delta, p["att.time_mix_r"]), p["att.receptance.weight"])
-    k = ops.linear(ops.lerp(x, delta, p["att.time_mix_k"]), p["att.key.weight"])
-    v = ops.linear(ops.lerp(x, delta, p["att.time_mix_v"]), p["att.value.weight"])
+    ops: Recorder, c: Config, p: Layer, x: Array, a: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
+) -> None:  # fmt: skip
+    names = ("receptance", "key", "value", "gate") if _gated(c) else ("receptance", "key", "value")
+    mixed = lerps(p, a, delta, "att.time_mix_", "rkvg"[: len(names)])
+    r, k, v, *gate = ops.linear(
+        *(
+            Product(part, p[f"att.{name}.weight"], "silu" if name == "gate" else "")
+            for part, name in zip(mixed, names, strict=True)
+        )
+    )
     u = p["att.time_faaaa"] if _gated(c) else p["att.time_first"]
-    y = ops.wkv6(r, k, v, p["att.time_decay"], u, starts, state)
-    ops.group_norm(y, p["att.ln_x.weight"], p["att.ln_x.bias"], c.heads, c.group_norm_eps)
-    if _gated(c):
-        ops.multiply(y, ops.linear(ops.lerp(x, delta, p["att.time_mix_g"]), p["att.gate.weight"], "silu"))
-    return ops.linear(y, p["att.output.weight"])
+    ln_x = norm_of(p, "att.ln_x", c.group_norm_eps)
+    y = ops.wkv6(r, k, v, p["att.time_decay"], u, ln_x, gate[0] if gate else None, starts, state)
+    ops.add_linear(x, y, p["att.output.weight"])
 
 
-def channel_mix(ops: Backend, p: Layer, x: Array, delta: Array) -> Array:
-    return gated_channel_mix(ops, p, x, delta, "ffn.time_mix_")
+def channel_mix(ops: Recorder, p: Layer, x: Array, f: Array, delta: Array) -> None:
+    gated_channel_mix(ops, p, x, f, delta, "ffn.time_mix_")

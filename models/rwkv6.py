@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 
-from rwkv_cli.kernels.backend import Backend, Starts
-from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, low_rank, matrix, norm
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_cli.kernels.backend import Array, Lerp, Product, Recorder, Starts
+from rwkv_cli.models.config import Config, Entry, Shape, Shapes, low_rank, matrix, norm
 from rwkv_cli.models.layers import (
     Carry,
     Layer,
     gated_channel_mix,
     gated_channel_mix_entries,
     matrix_state,
+    norm_of,
     tuned_state,
 )
 
@@ -24,7 +28,7 @@ def configure(shapes: Shapes) -> tuple[str, int, int, dict[str, int]]:
     return "6", H, N, {"mix": mix, "decay": shapes["blocks.0.att.time_decay_w1"][1]}
 
 
-def _slice(index: int) -> Callable[[Array], Array]:
+def _slice(index: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     return lambda a: a[index].T
 
 
@@ -42,7 +46,7 @@ def entries(c: Config) -> list[Entry]:
         low_rank("att.time_decay_w1", decay, D),
         low_rank("att.time_decay_w2", D, decay),
         Entry("att.time_faaaa", "vector", (H, N)),
-        tuned_state(c, transposed=True),
+        tuned_state(c),
         *(matrix(f"att.{x}", D, D) for x in ("receptance", "key", "value", "gate", "output")),
         *norm("att.ln_x", D),
         *(Entry(f"ffn.time_maa_{x}", "vector", (1, D)) for x in "kr"),
@@ -51,30 +55,32 @@ def entries(c: Config) -> list[Entry]:
 
 
 def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
-    """S as [key, value]."""
     return matrix_state(c), (0.0,)
 
 
 def time_mix(
-    ops: Backend, c: Config, p: Layer, x: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
-) -> Array:  # fmt: skip
-    base = ops.linear(ops.lerp(x, delta, p["att.time_maa_x"]), p["att.time_maa_w1"], "tanh")
-    mixed = {}
-    for name, part in zip(MIXES, ops.split(base, len(MIXES)), strict=True):
-        mix = ops.linear(part, p[f"att.time_maa_w2.{name}"])
-        ops.add(mix, p[f"att.time_maa_{name}"])
-        mixed[name] = ops.lerp(x, delta, mix)
-    w = ops.linear(ops.linear(mixed["w"], p["att.time_decay_w1"], "tanh"), p["att.time_decay_w2"])
-    ops.add(w, p["att.time_decay"])
-    ops.decay(w)
-    r = ops.linear(mixed["r"], p["att.receptance.weight"])
-    k = ops.linear(mixed["k"], p["att.key.weight"])
-    v = ops.linear(mixed["v"], p["att.value.weight"])
-    y = ops.wkv6(r, k, v, w, p["att.time_faaaa"], starts, state)
-    ops.group_norm(y, p["att.ln_x.weight"], p["att.ln_x.bias"], c.heads, c.group_norm_eps)
-    ops.multiply(y, ops.linear(mixed["g"], p["att.gate.weight"], "silu"))
-    return ops.linear(y, p["att.output.weight"])
+    ops: Recorder, c: Config, p: Layer, x: Array, a: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
+) -> None:  # fmt: skip
+    (base,) = ops.linear(Product(Lerp(a, delta, p["att.time_maa_x"]), p["att.time_maa_w1"], "tanh"))
+    mixes = ops.linear(
+        *(
+            Product(part, p[f"att.time_maa_w2.{name}"], bias=p[f"att.time_maa_{name}"])
+            for name, part in zip(MIXES, ops.split(base, len(MIXES)), strict=True)
+        )
+    )
+    a_w, a_k, a_v, a_r, a_g = (Lerp(a, delta, mix) for mix in mixes)
+    low, r, k, v, gate = ops.linear(
+        Product(a_w, p["att.time_decay_w1"], "tanh"),
+        Product(a_r, p["att.receptance.weight"]),
+        Product(a_k, p["att.key.weight"]),
+        Product(a_v, p["att.value.weight"]),
+        Product(a_g, p["att.gate.weight"], "silu"),
+    )
+    (w,) = ops.linear(Product(low, p["att.time_decay_w2"], "decay", p["att.time_decay"]))
+    ln_x = norm_of(p, "att.ln_x", c.group_norm_eps)
+    y = ops.wkv6(r, k, v, w, p["att.time_faaaa"], ln_x, gate, starts, state)
+    ops.add_linear(x, y, p["att.output.weight"])
 
 
-def channel_mix(ops: Backend, p: Layer, x: Array, delta: Array) -> Array:
-    return gated_channel_mix(ops, p, x, delta, "ffn.time_maa_")
+def channel_mix(ops: Recorder, p: Layer, x: Array, f: Array, delta: Array) -> None:
+    gated_channel_mix(ops, p, x, f, delta, "ffn.time_maa_")

@@ -1,8 +1,8 @@
 """RWKV-7 "Goose" (arXiv 2503.14456; RWKV-LM, RWKV-v7/rwkv_v7_numpy.py)."""
 
-from rwkv_cli.kernels.backend import Backend, Starts
-from rwkv_cli.models.config import Array, Config, Entry, Shape, Shapes, low_rank, matrix, norm
-from rwkv_cli.models.layers import Carry, Layer, matrix_state, tuned_state
+from rwkv_cli.kernels.backend import Array, Lerp, Product, Recorder, Starts
+from rwkv_cli.models.config import Config, Entry, Shape, Shapes, low_rank, matrix, norm
+from rwkv_cli.models.layers import Carry, Layer, lerps, matrix_state, norm_of, tuned_state
 
 
 def configure(shapes: Shapes) -> tuple[str, int, int, dict[str, int]]:
@@ -25,7 +25,7 @@ def entries(c: Config) -> list[Entry]:
         *pairs,
         *(Entry(f"att.{x}", "vector", (D,)) for x in ("k_k", "k_a")),
         Entry("att.r_k", "vector", (H, N)),
-        tuned_state(c, transposed=False),
+        tuned_state(c),
         *(matrix(f"att.{x}", D, D) for x in ("receptance", "key", "value", "output")),
         *norm("att.ln_x", D),
         Entry("ffn.x_k", "vector", (1, D)),
@@ -39,36 +39,40 @@ UNUSED_IN_FIRST = frozenset({"att.v0", "att.v1", "att.v2"})
 
 
 def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
-    """S as [value, key]."""
     return matrix_state(c), (0.0,)
 
 
 def time_mix(
-    ops: Backend, c: Config, p: Layer, x: Array, delta: Array, starts: Starts, state: Array, carry: Carry
-) -> Array:
-    r, w, k, v, a, g = (ops.lerp(x, delta, p[f"att.x_{name}"]) for name in "rwkvag")
+    ops: Recorder, c: Config, p: Layer, x: Array, a: Array, delta: Array, starts: Starts, state: Array, carry: Carry
+) -> None:
+    a_r, a_w, a_k, a_v, a_a, a_g = lerps(p, a, delta, "att.x_", "rwkvag")
+    products = [
+        Product(a_r, p["att.receptance.weight"]),
+        Product(a_k, p["att.key.weight"]),
+        Product(a_v, p["att.value.weight"]),
+        Product(a_w, p["att.w1"], "tanh"),
+        Product(a_a, p["att.a1"]),
+        Product(a_g, p["att.g1"], "sigmoid"),
+    ]
     if "v" in carry:
-        gate = ops.linear(ops.linear(v, p["att.v1"]), p["att.v2"])
-        ops.add(gate, p["att.v0"])
-        v = ops.linear(v, p["att.value.weight"])
-        ops.blend(v, carry["v"], gate)
-    else:
-        carry["v"] = v = ops.linear(v, p["att.value.weight"])
-    r = ops.linear(r, p["att.receptance.weight"])
-    k = ops.linear(k, p["att.key.weight"])
-    w = ops.linear(ops.linear(w, p["att.w1"], "tanh"), p["att.w2"])
-    ops.add(w, p["att.w0"])
-    a = ops.linear(ops.linear(a, p["att.a1"]), p["att.a2"])
-    ops.add(a, p["att.a0"])
-    g = ops.linear(ops.linear(g, p["att.g1"], "sigmoid"), p["att.g2"])
-    kappa, beta = ops.delta_terms(k, w, a, p["att.k_k"], p["att.k_a"], c.heads)
-    y = ops.wkv7(r, w, k, v, kappa, beta, starts, state)
-    ops.group_norm(y, p["att.ln_x.weight"], p["att.ln_x.bias"], c.heads, c.group_norm_eps)
-    ops.bonus(y, r, k, v, p["att.r_k"])
-    ops.multiply(y, g)
-    return ops.linear(y, p["att.output.weight"])
+        products.append(Product(a_v, p["att.v1"]))
+    r, k, v, w, rate, g, *gate = ops.linear(*products)
+    products = [
+        Product(w, p["att.w2"], "soft_decay", p["att.w0"]),
+        Product(rate, p["att.a2"], "sigmoid", p["att.a0"]),
+        Product(g, p["att.g2"]),
+        *(Product(low, p["att.v2"], "sigmoid", p["att.v0"]) for low in gate),
+    ]
+    w, rate, g, *gate = ops.linear(*products)
+    residual = (carry["v"], gate[0]) if gate else None
+    carry.setdefault("v", v)
+    ln_x = norm_of(p, "att.ln_x", c.group_norm_eps)
+    y = ops.wkv7(
+        r, w, k, v, rate, g, residual, p["att.k_k"], p["att.k_a"], p["att.r_k"], ln_x, starts, state
+    )  # fmt: skip
+    ops.add_linear(x, y, p["att.output.weight"])
 
 
-def channel_mix(ops: Backend, p: Layer, x: Array, delta: Array) -> Array:
-    k = ops.linear(ops.lerp(x, delta, p["ffn.x_k"]), p["ffn.key.weight"], "relu_squared")
-    return ops.linear(k, p["ffn.value.weight"])
+def channel_mix(ops: Recorder, p: Layer, x: Array, f: Array, delta: Array) -> None:
+    (k,) = ops.linear(Product(Lerp(f, delta, p["ffn.x_k"]), p["ffn.key.weight"], "relu_squared"))
+    ops.add_linear(x, k, p["ffn.value.weight"])

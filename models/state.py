@@ -11,10 +11,15 @@ from rwkv_cli.models.config import Array
 from rwkv_cli.quant import FormatError, SourceTensor, open_source, replacing
 from rwkv_cli.quant.safetensors import read_header
 
+_ORDER = "key, value"
+"""Of the axes of a saved matrix state."""
+
 
 @dataclass
 class State:
     """Per layer: the last inputs of both token shifts, and what the recurrence holds. float32.
+
+    The arrays are numpy's, or stay where the model's device has them: np.asarray gives a copy then.
 
     A batch, made by `stack`, has the states of B sequences in one: each array with an axis B after the layers'.
     """
@@ -26,13 +31,13 @@ class State:
     ffn_shift: Array
     """[L, D]"""
     wkv: Array
-    """v4 [L, 3, D]; v5, v6 [L, H, N, N] as [key, value]; v7 [L, H, N, N] as [value, key]."""
+    """v4 [L, 3, D]; v5 to v7 [L, H, N, N] as [key, value]."""
     digest: str = field(default="", kw_only=True)
     """Of the model's source, which all conversions of one checkpoint share; "" where it is not known."""
 
     def clone(self) -> "State":
         """A copy that shares nothing."""
-        copies = (np.array(array, order="C") for array in self.arrays().values())
+        copies = (array.copy() for array in self.arrays().values())
         return State(self.version, *copies, digest=self.digest)
 
     def arrays(self) -> dict[str, Array]:
@@ -56,8 +61,8 @@ class State:
 
         `metadata` is kept beside the numbers, for `read_metadata`.
         """
-        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays().items()}
-        own = {"rwkv": self.version, "digest": self.digest}
+        arrays = {name: np.ascontiguousarray(np.asarray(array)) for name, array in self.arrays().items()}
+        own = {"rwkv": self.version, "digest": self.digest, "order": _ORDER}
         with replacing(Path(path)) as file:
             file.write(save(arrays, {**(metadata or {}), **own}))
 
@@ -76,6 +81,8 @@ class State:
         version, digest = metadata["rwkv"], metadata.get("digest", "")
         if version != like.version:
             raise FormatError(f"{path}: a state of RWKV-{version}, the model is RWKV-{like.version}")
+        if metadata.get("order") != _ORDER:
+            raise FormatError(f"{path}: a state that another version of rwkv-cli saved; make it again")
         arrays = {}
         for name, expected in like.arrays().items():
             tensor = tensors[name]

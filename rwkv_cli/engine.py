@@ -33,8 +33,11 @@ class LanguageModel(Model):
 
     tokenizer: Tokenizer | None
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None) -> None:
-        super().__init__(checkpoint, device, threads)
+    def __init__(
+        self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None,
+        on_load: Callable[[int], object] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(checkpoint, device, threads, on_load)
         self.path = checkpoint.path
         self.tokenizer = read_tokenizer(checkpoint)
         if self.tokenizer is not None and self.tokenizer.size > self.config.vocab:
@@ -43,18 +46,20 @@ class LanguageModel(Model):
         self.quantization: str = checkpoint.metadata("quantization", str)
 
     @classmethod
-    def load(cls, path: Path, device: str = "cpu", threads: int | None = None) -> "LanguageModel":
-        """Map a converted file."""
-        return cls(Checkpoint(path), device, threads)
+    def load(
+        cls, path: Path, device: str = "cpu", threads: int | None = None, on_load: Callable[[int], object] | None = None
+    ) -> "LanguageModel":
+        """Map a converted file, and copy its weights if the device is not the CPU."""
+        return cls(Checkpoint(path), device, threads, on_load)
 
     def compile_kernels(self) -> None:
         """Compile what this kind of model runs on, if that was never done on this machine."""
-        done = cache_folder() / f"compiled-{self.config.version}-{self.quantization}"
+        device = self.ops.__name__.rpartition(".")[2]
+        done = cache_folder() / f"compiled-{device}-{self.config.version}-{self.quantization}"
         if not done.exists():
             state = self.new_state()
             self.advance([0], state)
-            # as many as the kernels for long prompts want
-            self.advance([0] * min(CHUNK, (1 << 15) // self.config.width + 1), state)
+            self.advance([0, 0], state)
             done.touch()
 
     @property

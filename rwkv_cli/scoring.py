@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.engine import LanguageModel, check_finite
+from rwkv_cli.models import State
 from rwkv_cli.models.base import CHUNK
 from rwkv_cli.tokenizer import TokenizerError
 
@@ -230,22 +231,20 @@ class Scorer:
                     return
 
     def _score(self, inputs: NDArray[np.int64], targets: NDArray[np.int64], states: list[Any], position: int) -> None:
-        logits = [m.advance(inputs, s, all_logits=True) for m, s in zip(self.models, states, strict=True)]
-        ops = self.models[0].ops
-        nll = ops.cross_entropy(logits[0], targets)
-        check_finite(self.models[0], nll)
-        self.nll.add(nll)
-        self.by_position.add(position, nll)
-        if len(logits) == 2:
-            other = ops.cross_entropy(logits[1], targets)
+        if len(self.models) == 1:
+            nll = self.models[0].losses(inputs, targets, states[0])
+        else:
+            nll, other, kl, same = compare(self.models, inputs, targets, states)
             check_finite(self.models[1], other)
-            kl, same = ops.divergence(logits[1], logits[0])
             self.other_nll.add(other)
             self.other_by_position.add(position, other)
             self.difference.add(nll - other)
             self.kl.add(kl)
             self.kl_high.add(kl)
             self.same.add(same.astype(np.float64))
+        check_finite(self.models[0], nll)
+        self.nll.add(nll)
+        self.by_position.add(position, nll)
 
     def _result(self) -> Score:
         comparison = None
@@ -258,3 +257,16 @@ class Scorer:
             self.nll.count, self.bytes, self.nll.mean, self.nll.stderr, self.seconds, self.context, self.start_token,
             self.by_position.bins(), comparison,
         )  # fmt: skip
+
+
+def compare(
+    models: Sequence[LanguageModel], inputs: NDArray[np.int64], targets: NDArray[np.int64], states: Sequence[State]
+) -> list[NDArray[Any]]:
+    """Of two models on the same tokens: losses of both, KL of the first from the second, whether their maxima agree."""
+    logits = [m.advance(inputs, s, all_logits=True) for m, s in zip(models, states, strict=True)]
+    arrays = [*logits, targets]
+    ops = models[0].ops.record(arrays, models[0].threads)
+    results = [ops.cross_entropy(each, targets) for each in logits]
+    results += ops.divergence(logits[1], logits[0])
+    ops.run(arrays)
+    return [ops.read(result) for result in results]

@@ -55,17 +55,20 @@ def test_models_do_not_know_the_device() -> None:
         assert "cuda" not in path.read_text(encoding="utf-8").lower()
 
 
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_backend_is_its_protocol(device: str) -> None:
-    from rwkv_cli.kernels.backend import Backend
+    from rwkv_cli.kernels.backend import Backend, Recorder
 
+    if device == "cuda":
+        pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (rwkv-cli[cuda])")
     module = importlib.import_module(f"rwkv_cli.kernels.{device}")
-    for name, method in inspect.getmembers(Backend, inspect.isfunction):
-        if name.startswith("_"):
-            continue
-        wanted = [(p.name, p.default) for p in inspect.signature(method).parameters.values()][1:]
-        found = [(p.name, p.default) for p in inspect.signature(getattr(module, name)).parameters.values()]
-        assert found == wanted, name
+    for protocol, twin, bound in ((Backend, module, 0), (Recorder, module.Recorder, 1)):
+        for name, method in inspect.getmembers(protocol, inspect.isfunction):
+            if name.startswith("_"):
+                continue
+            wanted = [(p.name, p.default) for p in inspect.signature(method).parameters.values()][1:]
+            found = [(p.name, p.default) for p in inspect.signature(getattr(twin, name)).parameters.values()][bound:]
+            assert found == wanted, name
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -73,8 +76,16 @@ def test_help_loads_nothing_heavy() -> None:
         "import sys\nfrom rwkv_cli.main import cli\ncli(['--help'], standalone_mode=False)\nprint(sorted(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
-    for name in ("numpy", "numba", "rich", "tokenizers", "safetensors"):
+    for name in ("numpy", "numba", "numba_cuda", "cuda", "rich", "tokenizers", "safetensors"):
         assert f"'{name}'" not in done.stdout
+
+
+def test_the_cpu_needs_nothing_of_cuda() -> None:
+    code = (
+        "import sys, rwkv_cli.models, rwkv_cli.kernels.cpu; print('numba_cuda' in sys.modules, 'cuda' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_every_source_folder_is_packaged() -> None:
@@ -105,8 +116,9 @@ def test_dependencies_are_what_is_imported() -> None:
     lines = [*project["dependencies"], *project["optional-dependencies"]["plot"]]
     declared = {line.split(">")[0].split("=")[0].strip() for line in lines}
     used = {name.split(".")[0] for path in SOURCES for name in imports(path)} - set(sys.stdlib_module_names)
-    # llvmlite comes with numba; rwkv is read as data
-    assert used - {"rwkv_cli", "llvmlite"} == declared - {"rwkv"}
+    # llvmlite comes with numba, cuda.bindings with numba-cuda, which is numba.cuda; rwkv is read as data
+    assert used - {"rwkv_cli", "llvmlite", "cuda"} == declared - {"rwkv"}
+    assert project["optional-dependencies"]["cuda"][0].startswith("numba-cuda[")
 
 
 def test_the_kernel_cache_changes_with_any_kernel_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -238,14 +238,14 @@ def test_what_is_wrong_is_said_in_a_sentence(
 def test_output_that_is_not_finite_is_refused(
     rwkv: Run, byte_model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = Model.advance
+    losses = Model.losses
 
-    def broken(self: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
-        logits = advance(self, ids, *args, **kwargs)
-        logits[-1, 3] = np.nan
-        return logits
+    def broken(self: Any, *args: Any) -> Any:
+        nll = losses(self, *args)
+        nll[-1] = np.nan
+        return nll
 
-    monkeypatch.setattr(Model, "advance", broken)
+    monkeypatch.setattr(Model, "losses", broken)
     result = rwkv("ppl", text, "-m", byte_model)
     assert (result.exit_code, result.stdout) == (1, "")
     assert f"{byte_model}: the model's output is not finite" in result.stderr

@@ -80,7 +80,7 @@ def test_metadata_is_kept_beside_a_state(byte_model: Path, tmp_path: Path) -> No
     state = read(byte_model)
     state.save(str(tmp_path / "state"), {"unread": "text\n", "rwkv": "not this"})
     metadata = State.read_metadata(tmp_path / "state")
-    assert metadata == {"unread": "text\n", "rwkv": "7", "digest": model.digest}
+    assert metadata == {"unread": "text\n", "rwkv": "7", "digest": model.digest, "order": "key, value"}
     assert re.fullmatch("sha256:[0-9a-f]{64}", model.digest)
     for same in (State.load(str(tmp_path / "state"), model.new_state()), state.clone(), State.stack([state]).row(0)):
         assert same.digest == state.digest
@@ -536,7 +536,7 @@ def test_a_prompt_of_one_token_needs_no_cache(generate: Run, tmp_path: Path) -> 
 def test_reading_is_followed_and_its_last_token_can_be_read_alone(byte_model: Path) -> None:
     model = rwkv_cli.load(byte_model)
     ids = list(LONG.encode())[:600]
-    for alone, want in [(False, [256, 512, 600]), (True, [256, 512, 599, 600])]:
+    for alone, want in [(False, [252, 504, 600]), (True, [252, 504, 599, 600])]:
         seen: list[int] = []
         completion = Completion(model, model.new_state(), Sampler(Sampling(), 0), 1, last_alone=alone)
         completion.on_read = seen.append
@@ -545,11 +545,11 @@ def test_reading_is_followed_and_its_last_token_can_be_read_alone(byte_model: Pa
         assert completion.prompt_tokens == 600
 
     def stop(read: int) -> None:
-        completion.cancelled = read == 512
+        completion.cancelled = read == 504
 
     completion = Completion(model, model.new_state(), Sampler(Sampling(), 0), 1, on_read=stop)
     assert list(completion.run(ids)) == []
-    assert (completion.prompt_tokens, completion.stop) == (512, "interrupted")
+    assert (completion.prompt_tokens, completion.stop) == (504, "interrupted")
     assert completion.prompt_seconds > 0
 
 
