@@ -32,7 +32,8 @@ def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
         return np.ascontiguousarray(bits, dtype=np.float32)
     if dtype == "F16":
         return np.ascontiguousarray(bits).view(np.float16).astype(np.float32)
-    wide: NDArray[np.uint32] = np.left_shift(bits, 16, dtype=np.uint32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
     return wide.view(np.float32)
 
 

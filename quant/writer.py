@@ -6,7 +6,9 @@ import json
 import os
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,6 +24,8 @@ from rwkv_cli.quant.source import SourceTensor
 from rwkv_cli.quant.tensor import BITS, stored_shapes
 
 _BLOCK_BYTES = 32 << 20
+_BEHIND = 4
+"""Blocks that wait to be hashed or written."""
 _ALIGN = 64
 
 
@@ -102,22 +106,31 @@ def write(
     for planned in plan:
         tensors[planned.name] = {"layout": planned.layout, "shape": list(planned.shape)}
 
-    with replacing(path, overwrite) as file:
+    with replacing(path, overwrite) as file, _Behind() as behind:
         written: list[Written] = []
         digest = hashlib.sha256()
         offsets, end = _offsets(names, layout)
         start = _header_room(layout, metadata, tensors)
         file.truncate(start + end)
         for planned in plan:
-            out = _TensorWriter(file, {n: start + offsets[n] for n in planned.stored})
+            out = _TensorWriter(file, {n: start + offsets[n] for n in planned.stored}, behind)
             written.append(_write_tensor(out, planned, tensors[planned.name], digest, quantizer))
             progress(planned.source_bytes)
+        behind.wait()
         for name, array in extra.items():
             file.seek(start + offsets[name])
             file.write(np.ascontiguousarray(array).tobytes())
         file.seek(0)
         file.write(_header(start, names, layout, offsets, metadata, tensors, digest.hexdigest()))
+    _forget(path)
     return written
+
+
+def _forget(path: Path) -> None:
+    """Take the file out of the system's cache, where it lies in small pages as it was written: whoever maps it next
+    has it read into huge ones."""
+    with contextlib.suppress(AttributeError, OSError), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _order(dtype: str, shape: tuple[int, ...]) -> tuple[int, bool]:
@@ -173,17 +186,45 @@ def _header_room(
     return -(-size // _ALIGN) * _ALIGN
 
 
+class _Behind:
+    """Another thread that hashes and writes, in order and not far behind, while this one reads and rounds."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[Any]] = deque()
+
+    def __enter__(self) -> "_Behind":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def do(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Have it done. Raises what an earlier one has raised."""
+        if len(self._waiting) == _BEHIND:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(function, *arguments))
+
+    def wait(self) -> None:
+        """Until all is done."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+
 class _TensorWriter:
     """Appends to each stored part of one tensor at its own place in the file."""
 
-    def __init__(self, file: IO[bytes], offsets: dict[str, int]) -> None:
-        self.file, self.offsets, self.count = file, offsets, 0
+    def __init__(self, file: IO[bytes], offsets: dict[str, int], behind: _Behind) -> None:
+        self.file, self.offsets, self.behind, self.count = file, offsets, behind, 0
 
     def append(self, name: str, array: NDArray[Any]) -> None:
-        self.file.seek(self.offsets[name])
-        self.file.write(np.ascontiguousarray(array).data)
+        self.behind.do(self._write, self.offsets[name], array)
         self.offsets[name] += array.nbytes
         self.count += array.nbytes
+
+    def _write(self, offset: int, array: NDArray[Any]) -> None:
+        self.file.seek(offset)
+        self.file.write(np.ascontiguousarray(array).data)
 
 
 def _blocks(planned: Planned) -> Iterator[tuple[int, int]]:
@@ -218,15 +259,18 @@ def _write_tensor(
     def rows(start: int, stop: int) -> NDArray[np.float32]:
         return source.float32(start, stop) if whole is None else whole[start:stop]
 
-    digest.update(f"{planned.name}{list(planned.shape)}".encode())
+    behind = out.behind
+    behind.do(digest.update, f"{planned.name}{list(planned.shape)}".encode())
     top, square = 0.0, 0.0
-    for start, stop in _blocks(planned):
+    blocks, w = list(_blocks(planned)), np.empty(0, np.float32)
+    for start, stop in blocks:
         w = rows(start, stop)
-        if not np.isfinite(w).all():
+        low, high = (float(w.min()), float(w.max())) if w.size else (0.0, 0.0)  # NaN if there is one
+        if not np.isfinite(high - low):
             raise FormatError(damaged)
-        top = max(top, float(np.abs(w).max(initial=0.0)))
+        top = max(top, -low, high)
         square += float(np.vdot(w, w))
-        digest.update(np.ascontiguousarray(w).data)
+        behind.do(digest.update, np.ascontiguousarray(w).data)
         if planned.layout == "vector":
             out.append(planned.name, w)
         elif planned.layout == "float":
@@ -240,8 +284,8 @@ def _write_tensor(
     if planned.layout not in ("vector", "float"):
         unit = entry["unit"] = unit_of(top)
         width = block_width(planned.layout, planned.shape[0])
-        for start, stop in _blocks(planned):
-            values, scales, squared = quantizer(rows(start, stop), unit)
+        for start, stop in blocks:
+            values, scales, squared = quantizer(w if len(blocks) == 1 else rows(start, stop), unit)
             values, scales = arrange(planned.layout, width, values, scales)
             out.append(planned.name, values)
             out.append(planned.name + ".scale", scales)
