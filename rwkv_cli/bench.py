@@ -48,8 +48,9 @@ def command(
 ) -> None:  # fmt: skip
     """Measure the speed of prefill and decode, beside what this machine can do at most.
 
-    Bandwidth is that of reading memory, the int8 peak that of multiply-adds (AVX-512 VNNI only); both are measured in
-    the same run. Tokens are random ones. A model that fits into the CPU's cache may exceed the bandwidth.
+    Bandwidth is that of reading memory (on a GPU that of a copy), the int8 peak that of multiply-adds (AVX-512 VNNI, or
+    a GPU's tensor cores); both are measured in the same run. Tokens are random ones. A model that fits into the CPU's
+    cache may exceed the bandwidth.
 
     \b
     rwkv bench -m RWKV-x070-World-0.1B.int8.safetensors
@@ -80,14 +81,14 @@ def table(r: Report) -> str:
         (f"decode {r.generate}", f"{r.decode_tokens_per_second:.2f} ± {r.decode_deviation:.2f}",
          f"{r.decode_bandwidth / 1e9:.1f} GB/s", share(r.decode_share)),
     ]  # fmt: skip
-    peak = "not measured on this CPU" if r.int8_peak is None else f"{r.int8_peak / 1e9:.1f} GMAC/s"
+    peak = "not measured here" if r.int8_peak is None else f"{r.int8_peak / 1e9:.1f} GMAC/s"
+    skipped = "; the rest is skipped as its input is zero" if r.bytes_per_token < r.dense_bytes_per_token else ""
     facts = [
         ("model", r.model),
         ("size", f"RWKV-{r.version}, {r.parameters / 1e6:,.1f} M parameters, {r.file_bytes / 1e6:,.1f} MB"),
-        ("threads, depth", f"{r.threads}, {r.depth} tokens"),
-        ("read per token", f"{r.bytes_per_token / 1e6:.1f} MB of {r.dense_bytes_per_token / 1e6:.1f} MB; the rest is "
-                           "skipped as its input is zero"),
-        ("read bandwidth", f"{r.read_bandwidth / 1e9:.1f} GB/s"),
+        ("device, depth", f"{r.device} (threads: {r.threads}), {r.depth} tokens"),
+        ("read per token", f"{r.bytes_per_token / 1e6:.1f} MB of {r.dense_bytes_per_token / 1e6:.1f} MB{skipped}"),
+        ("memory bandwidth", f"{r.read_bandwidth / 1e9:.1f} GB/s"),
         ("int8 peak", f"{peak}; a weight takes two, as activations have 15 bits"),
         ("load", f"{r.load_seconds:.3f} s, first token {r.first_token_seconds:.3f} s"),
         ("peak memory", f"{r.peak_rss / 1e6:,.1f} MB"),

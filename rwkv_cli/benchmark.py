@@ -5,15 +5,14 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rwkv_cli.engine import LanguageModel
-from rwkv_cli.kernels import limits
-from rwkv_cli.kernels.backend import Activation, Array
+from rwkv_cli.kernels.backend import Product
 from rwkv_cli.quant import Checkpoint
 
 _SAMPLE = 8
@@ -25,6 +24,7 @@ class Report:
     """Rates are medians of the repetitions; deviations are standard ones. Bytes, seconds, multiply-adds a second."""
 
     model: str
+    device: str
     version: str
     parameters: int
     file_bytes: int
@@ -42,7 +42,7 @@ class Report:
     decode_deviation: float
     decode_bandwidth: float
     decode_share: float
-    """Of the read bandwidth."""
+    """Of the read bandwidth; on a GPU of that of a copy, reads and writes together."""
     bytes_per_token: float
     dense_bytes_per_token: int
     read_bandwidth: float
@@ -52,22 +52,72 @@ class Report:
     peak_rss: int
 
 
-class _Counting:
-    """A backend that sums up what its matrix products read and multiply."""
+class Watched:
+    """A backend whose programs remember what each matrix product reads."""
 
     def __init__(self, ops: Any) -> None:
-        self.ops, self.read, self.dense, self.macs = ops, 0.0, 0, 0
+        self.ops, self.products = ops, list[tuple[Any, Product]]()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.ops, name)
 
-    def linear(self, x: Array, weight: Any, activation: Activation = "") -> Array:
-        size, elements, skips_zeros = self.ops.weight_size(weight)
-        self.dense += size
-        self.read += size * (np.count_nonzero(x) / x.size if skips_zeros else 1)
-        self.macs += elements * len(x)
-        y: Array = self.ops.linear(x, weight, activation)
-        return y
+    def record(self, inputs: Sequence[Any], threads: int) -> Any:
+        return _WatchedRecorder(self.ops.record(inputs, threads), self.products)
+
+
+class _WatchedRecorder:
+    """Holds the arrays, which therefore serve nothing else and can be read after a run."""
+
+    def __init__(self, recorder: Any, products: list[tuple[Any, Product]]) -> None:
+        self.recorder, self.products = recorder, products
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.recorder, name)
+
+    def linear(self, *products: Product) -> Any:
+        self.products += [(self.recorder, product) for product in products]
+        return self.recorder.linear(*products)
+
+    def add_linear(self, x: Any, y: Any, weight: Any) -> None:
+        self.products.append((self.recorder, Product(y, weight)))
+        self.recorder.add_linear(x, y, weight)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of the matrices of a model, by token."""
+
+    read: float
+    """Bytes, on average over some tokens."""
+    dense: int
+    """Bytes, if none were skipped for an input of zero."""
+    layers: int
+    """Multiply-adds of the layers."""
+    head: int
+    """Multiply-adds of the head, which a prompt needs once."""
+
+
+def traffic(load: Callable[[], LanguageModel], ids: Iterable[int]) -> Traffic:
+    """Load a model and see what each of `ids` reads."""
+    model = load()
+    ops = model.ops
+    watched = Watched(ops)
+    model.ops = watched
+    state = model.new_state()
+    read, dense, macs = [], 0, [0]
+    for token in ids:
+        model.advance([token], state)
+        read.append(0.0)
+        dense, macs = 0, []
+        for recorder, product in watched.products:
+            size, elements, skips_zeros = ops.weight_size(product.weight)
+            dense += size
+            macs.append(elements)
+            if skips_zeros:
+                x = recorder.read(product.x)
+                size *= np.count_nonzero(x) / x.size
+            read[-1] += size
+    return Traffic(statistics.mean(read), dense, sum(macs[:-1]), macs[-1])
 
 
 def measure(
@@ -101,25 +151,20 @@ def measure(
         decode.append(generate / (time.perf_counter() - begin))
     rss = peak_rss()
     progress("what the machine can do")
-    bandwidth, peak = limits.read_bandwidth(), limits.int8_peak()
-    ops, counting = model.ops, _Counting(model.ops)
-    model.ops = counting
-    for token in ids[:_SAMPLE]:
-        model.advance([token], state)
-    read, dense = counting.read / _SAMPLE, counting.dense // _SAMPLE
-    counting.macs = 0
-    model.advance(ids[:prompt], state)
-    model.ops = ops
+    path, threads, device = model.path, model.threads, model.ops.describe()
+    bandwidth, peak = model.ops.read_bandwidth(threads), model.ops.int8_peak(threads)
+    del model, state, copy  # before there is another: not every device has room for two
+    seen = traffic(load, ids[:_SAMPLE])
     prefill_rate, decode_rate = statistics.median(prefill), statistics.median(decode)
-    prefill_macs = counting.macs / prompt * prefill_rate
-    checkpoint = Checkpoint(model.path)
+    prefill_macs = (seen.layers + seen.head / prompt) * prefill_rate
+    checkpoint = Checkpoint(path)
     parameters = sum(math.prod(checkpoint.layout(name)["shape"]) for name in checkpoint.names())
     return Report(
-        str(model.path), c.version, parameters, model.path.stat().st_size, model.threads,
+        str(path), device, c.version, parameters, path.stat().st_size, threads,
         prompt, generate, depth, repetitions,
         prefill_rate, _deviation(prefill), prefill_macs, 2 * prefill_macs / peak if peak else None,
-        decode_rate, _deviation(decode), read * decode_rate, read * decode_rate / bandwidth,
-        read, dense, bandwidth, peak, loaded - start, first - loaded, rss,
+        decode_rate, _deviation(decode), seen.read * decode_rate, seen.read * decode_rate / bandwidth,
+        seen.read, seen.dense, bandwidth, peak, loaded - start, first - loaded, rss,
     )  # fmt: skip
 
 

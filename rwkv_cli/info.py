@@ -14,17 +14,24 @@ from rwkv_cli.plot import plot_errors, plot_option
 
 @click.command("info")
 @click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--devices", is_flag=True, help="List what models can run on here instead: the CPU and each GPU.")
 @click.option("--tensors", is_flag=True, help="List every tensor: name, layout, shape, bytes, error.")
 @plot_option("the relative error that quantizing cost each tensor")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def command(model: Path | None, tensors: bool, plot: Path | None, as_json: bool) -> None:
+def command(model: Path | None, devices: bool, tensors: bool, plot: Path | None, as_json: bool) -> None:
     """Show what a converted file holds; default: $RWKV_MODEL, else the bundled storyteller. Nothing but its header is
     read.
 
     \b
     rwkv info RWKV-x070-World-0.1B.int8.safetensors --tensors
     rwkv info RWKV-x070-World-0.1B.int8.safetensors --plot error.svg
-    """
+    rwkv info --devices
+    """  # fmt: skip
+    if devices:
+        if model is not None or tensors or plot is not None:
+            raise click.UsageError("--devices is about this machine: give it no model, --tensors or --plot")
+        _devices(as_json)
+        return
     from rwkv_cli.options import named_model
     from rwkv_cli.quant import Checkpoint
 
@@ -37,6 +44,36 @@ def command(model: Path | None, tensors: bool, plot: Path | None, as_json: bool)
         click.echo(json.dumps(facts))
     else:
         _show(facts, tensors)
+
+
+def _devices(as_json: bool) -> None:
+    """The CPU and the GPUs."""
+    from rwkv_cli.kernels.backend import DeviceError
+    from rwkv_cli.kernels.cores import usable_cores
+    from rwkv_cli.kernels.gpus import found
+    from rwkv_cli.kernels.jit import has_vnni
+    from rwkv_cli.terminal import columns
+
+    cores, instructions = usable_cores(), "AVX-512 VNNI" if has_vnni() else "portable"
+    gpus, reason = [], None
+    try:
+        gpus = found()
+    except DeviceError as error:
+        reason = str(error)
+    if as_json:
+        cpu = {"cores": cores.physical, "threads": cores.logical, "instructions": instructions}
+        listed = [
+            {"name": gpu.name, "memory": gpu.memory, "compute_capability": "{}.{}".format(*gpu.capability)}
+            for gpu in gpus
+        ]
+        click.echo(json.dumps({"cpu": cpu, "cuda": listed, "no_cuda": reason}))
+        return
+    rows = [("cpu", f"{cores.physical} cores, {cores.logical} threads, {instructions} kernels")]
+    rows += [
+        ("cuda", f"{gpu.name}, {gpu.memory / 1e9:.1f} GB, compute capability {gpu.capability[0]}.{gpu.capability[1]}")
+        for gpu in gpus
+    ]
+    click.echo(columns(rows if gpus else [*rows, ("cuda", f"none: {reason}")]))
 
 
 def describe(checkpoint: Any) -> dict[str, Any]:

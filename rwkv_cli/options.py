@@ -82,10 +82,14 @@ def named_model(path: Path | None) -> Path:
 def open_model(path: Path | None, device: str, threads: int | None) -> "LanguageModel":
     """Load `named_model(path)`; refuse one without a tokenizer. Kernels are compiled here if they have to be."""
     from rwkv_cli.engine import LanguageModel
+    from rwkv_cli.terminal import loading_bar, note
 
     announce_compilation()
     path = named_model(path)
-    model = LanguageModel.load(path, device, threads)
+    with loading_bar(path) as show:
+        model = LanguageModel.load(path, device, threads, show)
+    if device == "auto":
+        note(f"Running on {model.ops.describe()}.")
     if model.tokenizer is None:
         raise click.ClickException(
             f"{path}: has no tokenizer, so it cannot read text; convert it again with --tokenizer PATH"

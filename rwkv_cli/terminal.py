@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -87,6 +88,27 @@ def reading_bar(tokens: int) -> Iterator[Callable[[int], None]]:
                 update = partial(bar.update, bar.add_task("", total=tokens))
             if update is not None:
                 update(completed=read, description=f"tokens  {read / seconds:.0f} tok/s  {left:.0f} s left")
+
+        yield show
+
+
+@contextmanager
+def loading_bar(path: Path) -> Iterator[Callable[[int], None]]:
+    """What to call with how many bytes of a file's weights are loaded. A bar on standard error, as `reading_bar`'s."""
+    start, size = time.perf_counter(), path.stat().st_size if path.is_file() else 0
+    with ExitStack() as stack:
+        update: Callable[..., None] | None = None
+
+        def show(loaded: int) -> None:
+            nonlocal update
+            seconds = time.perf_counter() - start
+            if update is None and seconds / max(loaded, 1) * size > 1:
+                from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
+
+                bar = stack.enter_context(progress_bar("Loading", BarColumn(), DownloadColumn(), TransferSpeedColumn()))
+                update = partial(bar.update, bar.add_task("", total=size))
+            if update is not None:
+                update(completed=loaded)
 
         yield show
 

@@ -1,6 +1,10 @@
 """What every test may use: tiny converted models, the shared data where it lies, and a cache of its own."""
 
 import os
+
+# numba reads it when it is imported: the tests' CUDA kernels run in its simulator, which needs no GPU
+os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 

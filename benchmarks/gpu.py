@@ -1,0 +1,374 @@
+"""What the CUDA kernels give on this machine's GPU, in one run of a few minutes: first whether they are right, then how
+fast they are. Makes its models itself, with random weights in the converted format.
+
+    python benchmarks/gpu.py --json report.json
+    python benchmarks/gpu.py --text wiki.test.raw --checkpoints FOLDER
+    python benchmarks/gpu.py --tiny          # tiny sizes in numba's simulator, without a GPU
+
+FOLDER holds checkpoints NAME.pth with NAME.golden.json beside each: {"prompt_ids": […], "logits": […]}.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.integers(-127, 128, 1 << 24, np.int8)
+"""Weights are pieces of it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: layers, width and low ranks of each model, and how much of it."""
+
+    sizes: dict[str, tuple[int, int, dict[str, int]]]
+    small: tuple[int, int, int]
+    """Layers, width and head size of the models that are compared."""
+    vocab: int
+    prompt: int
+    steps: int
+    batches: tuple[int, ...]
+    prefill: int
+    depth: int
+    score: tuple[int, int]
+    """Tokens that the GPU and the CPU score."""
+
+
+FULL = Plan(
+    {
+        "1.5B": (24, 2048, {"w": 96, "a": 96, "v": 64, "g": 256}),
+        "2.9B": (32, 2560, {"w": 96, "a": 96, "v": 64, "g": 320}),
+        "7.2B": (32, 4096, {"w": 128, "a": 128, "v": 96, "g": 480}),
+    },
+    (2, 256, 64), 65536, 100, 100, (64, 256), 2048, 100_000, (20_000, 500),
+)  # fmt: skip
+TINY = Plan(
+    {"tiny": (1, 32, {"w": 8, "a": 8, "v": 8, "g": 8})}, (2, 32, 16), 64, 9, 3, (2, 3), 9, 6, (4, 4)
+)  # fmt: skip
+
+
+@dataclass
+class Report:
+    begun: float = field(default_factory=time.perf_counter)
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, what: str, figure: Any, text: str, aim: str = "") -> None:
+        self.facts[what] = figure
+        self.rows.append((what, text, aim))
+        print(
+            f"{time.perf_counter() - self.begun:6.1f} s  {what}: {text}{f'  (aim: {aim})' if aim else ''}", flush=True
+        )
+
+
+def vector(version: str, name: str, shape: tuple[int, ...]) -> Any:
+    """Values of a float tensor as those of trained models are spread."""
+    base = name.split(".")[-1]
+    if base == "weight":
+        return RNG.uniform(0.7, 1.3, shape)
+    if base == "bias":
+        return RNG.normal(0, 0.05, shape)
+    if base == "time_decay":
+        rate = RNG.uniform(-6, 1, shape)
+        return -np.exp(rate) if version == "4" else rate if version == "6" else np.exp(-np.exp(rate))
+    if base in ("w0", "a0", "v0"):
+        return RNG.uniform({"w0": -6, "a0": -1, "v0": -1}[base], 1, shape)
+    if base in ("time_faaaa", "time_first", "r_k"):
+        return RNG.normal(0, 0.2, shape)
+    if base in ("k_k", "k_a"):
+        return RNG.uniform(0.8, 1.1, shape)
+    return RNG.uniform(0, 1, shape)  # the mixes
+
+
+def write_model(path: Path, config: Any) -> int:
+    """A converted file with random weights; how many bytes of matrices a token reads."""
+    from rwkv_cli.models.registry import tensors
+    from rwkv_cli.quant.tensor import stored_shapes
+
+    layouts: dict[str, Any] = {}
+    pieces: list[tuple[str, str, tuple[int, ...], Any]] = []  # name, dtype, shape, values or None for noise
+    read = 0
+    for name, entry in tensors(config).items():
+        if entry.optional:
+            continue
+        if entry.kind == "vector":
+            pieces.append((name, "F32", entry.shape, vector(config.version, entry.name, entry.shape).astype("<f4")))
+            layouts[name] = {"layout": "vector", "shape": list(entry.shape)}
+            continue
+        layout = {"matrix": "tile", "sparse": "columns", "table": "rows"}[entry.kind]
+        stored, scales = stored_shapes(layout, (entry.shape[0], entry.shape[1]))
+        # int8 noise has a deviation of 73
+        scale = 1 / 146 if layout == "rows" else 1 / (73 * math.sqrt(entry.shape[1]))
+        unit = math.floor(math.log2(scale)) - 14
+        values = scale / 2.0**unit * RNG.uniform(0.8, 1.2, scales[-1])
+        pieces.append((name, "I8", stored, None))
+        pieces.append((name + ".scale", "F16", scales, np.broadcast_to(values.astype("<f2"), scales)))
+        layouts[name] = {"layout": layout, "shape": list(entry.shape), "unit": unit}
+        read += 0 if layout == "rows" else math.prod(stored) + 2 * math.prod(scales)
+    metadata = {
+        "format": "rwkv", "format_version": "1", "digest": "", "config": json.dumps(config.as_json()),
+        "tensors": json.dumps(layouts), "quantization": '"int8"', "tokenizer": '"none"', "template": '"plain"',
+        "source": '"random"',
+    }  # fmt: skip
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for name, dtype, shape, _ in pieces:
+        end = at + math.prod(shape) * {"I8": 1, "F16": 2, "F32": 4}[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, shape, values in pieces:
+            if values is not None:
+                file.write(np.ascontiguousarray(values).tobytes())
+                continue
+            left, start = math.prod(shape), int(RNG.integers(1 << 20))
+            while left:
+                piece = NOISE[start : start + left]
+                file.write(piece.tobytes())
+                left, start = left - len(piece), 0
+    return read
+
+
+def config_of(version: str, layers: int, width: int, head: int, vocab: int, ranks: dict[str, int]) -> Any:
+    from rwkv_cli.models import Config
+
+    heads, size = (1, width) if version == "4" else (width // head, head)
+    return Config(version, layers, width, vocab, heads, size, 4 * width if version == "7" else 7 * width // 2, ranks)
+
+
+def error_ratio(got: Any, want: Any) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
+
+
+def correctness(report: Report, plan: Plan, folder: Path) -> None:
+    """Each version beside the CPU twin, same weights: a prompt, tokens one by one, a batch; logits and states."""
+    import rwkv_cli
+    from rwkv_cli.models import State
+
+    layers, width, head = plan.small
+    for version in ("4", "5.0", "5.1", "5.2", "6", "7"):
+        ranks = {"6": {"mix": 32, "decay": 64}, "7": {"w": 32, "a": 32, "v": 16, "g": 64}}.get(version, {})
+        path = folder / f"small-{version}.safetensors"
+        write_model(path, config_of(version, layers, width, head, plan.vocab, ranks))
+        ids = RNG.integers(0, plan.vocab, plan.prompt + plan.steps).tolist()
+        results = []
+        for device in ("cpu", "cuda"):
+            model = rwkv_cli.load(path, device=device)
+            logits, state = model.forward(ids[: plan.prompt], all_logits=True)
+            ones = [model.advance([token], state) for token in ids[plan.prompt :]]
+            batch = State.stack([state, model.new_state()])
+            together = model.advance_batch([ids[:1], ids[:3]], batch)
+            arrays = [np.asarray(array) for array in (*state.arrays().values(), *batch.arrays().values())]
+            results.append([logits, np.array(ones), together, *arrays])
+        worst = max(error_ratio(got, want) for want, got in zip(*results, strict=True))
+        report.add(f"error of RWKV-{version}", worst, f"{worst:.1e}", "under 1e-4 of the CPU's logits and state")
+        path.unlink()
+
+
+def goldens(report: Report, checkpoints: Path, folder: Path) -> None:
+    """Float conversions of real checkpoints beside the reference package's logits."""
+    from click.testing import CliRunner
+
+    import rwkv_cli
+    from rwkv_cli.main import cli
+
+    for golden in sorted(checkpoints.glob("*.golden.json")):
+        source, target = golden.with_name(golden.name.replace(".golden.json", ".pth")), folder / "golden.safetensors"
+        facts = json.loads(golden.read_text())
+        done = CliRunner().invoke(cli, ["convert", str(source), str(target), "--quant", "none", "--force"])
+        if done.exit_code:
+            raise SystemExit(f"{source}: {done.output}")
+        logits, _ = rwkv_cli.load(target, device="cuda").forward(facts["prompt_ids"])
+        worst = error_ratio(logits, facts["logits"])
+        report.add(f"golden {source.stem}", worst, f"{worst:.1e}", "under 1e-4")
+
+
+def rate(run: Callable[[], object], tokens: int, repetitions: int = 3) -> float:
+    """Tokens a second, the best of some runs."""
+    seconds = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return tokens / min(seconds)
+
+
+def speed(report: Report, plan: Plan, folder: Path, text: Path | None, simulated: bool) -> None:
+    import rwkv_cli
+    from rwkv_cli.kernels import cuda
+
+    bandwidth, peak = cuda.read_bandwidth(1), cuda.int8_peak(1)
+    report.add("copy bandwidth", bandwidth, f"{bandwidth / 1e9:,.0f} GB/s")
+    if peak:
+        report.add("int8 peak", peak, f"{peak / 1e12:,.0f} T multiply-adds/s by mma.sync")
+    names = list(plan.sizes)
+    for name, (layers, width, ranks) in plan.sizes.items():
+        path = folder / f"{name}.safetensors"
+        read = write_model(path, config_of("7", layers, width, 16 if simulated else 64, plan.vocab, ranks))
+        begin = time.perf_counter()
+        model = rwkv_cli.load(path, device="cuda")
+        seconds, size = time.perf_counter() - begin, path.stat().st_size
+        report.add(f"load {name}", seconds, f"{seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
+        decode(report, plan, name, model, read, bandwidth)
+        if name == names[0]:
+            depths(report, plan, model, simulated)
+            scoring(report, plan, model, path, text)
+        if name == names[-1]:
+            together(report, plan, name, model)
+            if not simulated:
+                peers(report, layers, width, report.facts[f"decode {name}, batch 1"])
+        del model
+        path.unlink()
+
+
+def decode(report: Report, plan: Plan, name: str, model: Any, read: int, bandwidth: float) -> None:
+    """One sequence, token by token; `read`: the bytes of matrices that a token reads."""
+    state = model.new_state()
+    for token in (1, 2, 3):  # compiles, captures
+        model.advance([token], state)
+    graph = next(reversed(model._passes.values())).program._graph is not None
+    tokens = RNG.integers(0, plan.vocab, plan.steps)
+    per_second = rate(lambda: [model.advance([token], state) for token in tokens], plan.steps)
+    share = per_second * (read + 2 * sum(array.nbytes for array in state.arrays().values())) / bandwidth
+    text = f"{per_second:,.1f} tok/s, {share:.0%} of the bandwidth{', a graph' * graph}"
+    aim = {"7.2B": "60 % of bandwidth", "1.5B": "40 % of bandwidth"}.get(name, "")
+    report.add(f"decode {name}, batch 1", per_second, text, aim)
+    report.facts |= {f"share {name}": share, f"graph {name}": graph}
+
+
+def together(report: Report, plan: Plan, name: str, model: Any) -> None:
+    """Many sequences, and a long prompt."""
+    from rwkv_cli.models import State
+
+    for size in plan.batches:
+        batch = State.stack([model.new_state()] * size)
+        ids = [[int(token)] for token in RNG.integers(0, plan.vocab, size)]
+        per_second = rate(lambda ids=ids, batch=batch: model.advance_batch(ids, batch), size, 5)
+        report.add(f"decode {name}, batch {size}", per_second, f"{per_second:,.0f} tok/s")
+        del batch
+    state, tokens = model.new_state(), RNG.integers(0, plan.vocab, plan.prefill)
+    per_second = rate(lambda: model.advance(tokens, state), plan.prefill)
+    report.add(f"prefill {name}, T = {plan.prefill}", per_second, f"{per_second:,.0f} tok/s", "5,000 tok/s")
+
+
+def depths(report: Report, plan: Plan, model: Any, simulated: bool) -> None:
+    """Time and memory of a token at the beginning and after many."""
+    from rwkv_cli.kernels.gpus import free_memory
+
+    state, figures, steps = model.new_state(), [], 1 if simulated else 64
+    for tokens in (1, plan.depth):
+        model.advance(RNG.integers(0, plan.vocab, tokens), state)
+        per_second = rate(lambda: [model.advance([1], state) for _ in range(steps)], steps)
+        figures.append({"seconds": 1 / per_second, "free": 0 if simulated else free_memory()})
+    early, late = figures
+    text = (
+        f"{early['seconds'] * 1e3:.3f} and {late['seconds'] * 1e3:.3f} ms, "
+        f"memory {(early['free'] - late['free']) / 1e6:+.1f} MB"
+    )
+    report.add(f"a token at depth 1 and {plan.depth:,}", figures, text, "the same")
+
+
+def scoring(report: Report, plan: Plan, model: Any, path: Path, text: Path | None) -> None:
+    """Perplexity's inner loop, and the CPU's losses on the same tokens."""
+    import rwkv_cli
+
+    many, few = plan.score
+    ids = np.frombuffer(text.read_bytes(), np.uint8) if text else RNG.integers(0, plan.vocab, many + 1)
+    ids = ids[: many + 1].astype(np.int64)
+    model.losses(ids[:few], ids[1 : few + 1], model.new_state())
+    per_second = rate(lambda: model.losses(ids[:-1], ids[1:], model.new_state()), len(ids) - 1, 1)
+    report.add("ppl", per_second, f"{per_second:,.0f} tok/s")
+    cpu = rwkv_cli.load(path)
+    got, want = (m.losses(ids[:few], ids[1 : few + 1], m.new_state()).mean() for m in (model, cpu))
+    report.add("ppl, NLL less the CPU's", float(got - want), f"{got - want:+.1e} of {want:.4f}", "within 1e-4")
+
+
+def peers(report: Report, layers: int, width: int, ours: float) -> None:
+    """The matrix products of a token in PyTorch, fp16, nothing else: what a float model could reach at most."""
+    if importlib.util.find_spec("torch") is None:
+        report.add("PyTorch fp16", None, "not installed")
+        return
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < layers * 12 * width * width * 2 + (1 << 30):
+        report.add("PyTorch fp16", None, "finds no GPU with enough memory left")
+        return
+    shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+    weights = [[torch.randn(s, device="cuda", dtype=torch.float16) for s in shapes] for _ in range(layers)]
+    inputs = {n: torch.randn(1, n, device="cuda", dtype=torch.float16) for n in (width, 4 * width)}
+
+    def step() -> None:
+        for layer in weights:
+            for weight in layer:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        torch.cuda.synchronize()
+
+    step()
+    theirs = rate(step, 1, 10)
+    report.add("PyTorch fp16, products alone", theirs, f"{theirs:,.1f} tok/s, ours is {ours / theirs:.2f} ×")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes in numba's simulator")
+    parser.add_argument("--json", type=Path, help="write the report here too")
+    parser.add_argument("--text", type=Path, help="a text to score, byte by byte")
+    parser.add_argument("--checkpoints", type=Path, help="a folder of checkpoints with goldens")
+    parser.add_argument("--folder", type=Path, help="where to put models of up to 8 GB; default: a temporary one")
+    options = parser.parse_args()
+    plan = FULL
+    if options.tiny:
+        plan = TINY
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+        sys.setswitchinterval(5e-4)  # the simulator's threads wait for each other
+        warnings.simplefilter("ignore")
+    import numba
+
+    from rwkv_cli import __version__
+    from rwkv_cli.kernels.backend import DeviceError, pick
+
+    try:
+        gpu = pick("cuda")
+    except DeviceError as error:
+        raise SystemExit(str(error)) from None
+    report = Report()
+    versions = {name: importlib.metadata.version(name) for name in ("numba-cuda", "cuda-bindings")}
+    report.facts |= {"rwkv-cli": __version__, "numba": numba.__version__, **versions}
+    report.add("GPU", gpu.describe(), gpu.describe())
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        correctness(report, plan, folder)
+        if options.checkpoints:
+            goldens(report, options.checkpoints, folder)
+        speed(report, plan, folder, options.text, options.tiny)
+    wide = max(len(what) for what, _, _ in report.rows)
+    print()
+    for what, text, aim in report.rows:
+        print(f"{what.ljust(wide)}  {text}{f'   [{aim}]' if aim else ''}")
+    print(json.dumps(report.facts))
+    if options.json:
+        options.json.write_text(json.dumps(report.facts, indent=1))
+    wrong = [what for what, value in report.facts.items() if what.startswith(("error", "golden")) and not value < 1e-4]
+    if wrong:
+        raise SystemExit(f"not right: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()

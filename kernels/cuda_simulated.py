@@ -1,0 +1,128 @@
+"""`cuda_intrinsics` in Python, for numba's CUDA simulator: the same functions of addresses, which are the host's."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def f32(address: int) -> np.float32:
+    return np.float32(ctypes.c_float.from_address(int(address)).value)
+
+
+def i8(address: int) -> int:
+    return ctypes.c_int8.from_address(int(address)).value
+
+
+def f16(address: int) -> np.float32:
+    return half(ctypes.c_uint16.from_address(int(address)).value)
+
+
+def bf16(address: int) -> np.float32:
+    return float_of(ctypes.c_uint16.from_address(int(address)).value << 16)
+
+
+def i16(address: int) -> int:
+    return ctypes.c_int16.from_address(int(address)).value
+
+
+def i32(address: int) -> int:
+    return ctypes.c_int32.from_address(int(address)).value
+
+
+def i64(address: int) -> int:
+    return ctypes.c_int64.from_address(int(address)).value
+
+
+def put_f32(address: int, value: Any) -> None:
+    ctypes.c_float.from_address(int(address)).value = float(value)
+
+
+def put_f64(address: int, value: Any) -> None:
+    ctypes.c_double.from_address(int(address)).value = float(value)
+
+
+def put_i32(address: int, value: int) -> None:
+    ctypes.c_int32.from_address(int(address)).value = int(value)  # cut to 32 bits
+
+
+def put_i16(address: int, value: int) -> None:
+    ctypes.c_int16.from_address(int(address)).value = int(value)
+
+
+def put_u8(address: int, value: int) -> None:
+    ctypes.c_uint8.from_address(int(address)).value = int(value)
+
+
+def words(address: int) -> tuple[int, ...]:
+    assert address % 16 == 0, "a load of 16 bytes must be aligned"
+    return tuple((ctypes.c_int32 * 4).from_address(int(address)))
+
+
+def half(word: int) -> np.float32:
+    return np.float32(np.array(int(word) & 0xFFFF, np.uint16).view(np.float16))
+
+
+def bits(x: Any) -> int:
+    return int(np.float32(x).view(np.int32))
+
+
+def float_of(bits: int) -> np.float32:
+    return np.float32(np.array(int(bits) & 0xFFFFFFFF, np.uint32).view(np.float32))
+
+
+def through_half(x: Any) -> np.float32:
+    with np.errstate(over="ignore"):
+        return np.float32(np.float16(x))
+
+
+def rounded(x: Any) -> int:
+    return 0 if x != x else int(np.rint(np.clip(np.float64(x), -(2**31), 2**31 - 1)))
+
+
+def _bytes(word: int) -> NDArray[np.int64]:
+    return np.array([word], np.int32).view(np.int8).astype(np.int64)
+
+
+def dp4a(a: int, b: int, c: int) -> int:
+    return int(c + (_bytes(a) * _bytes(b)).sum())
+
+
+def _fragment(address: int, lane: int) -> NDArray[np.int64]:
+    """The int8 of all 32 lanes' words, those of `lane` at `address`: [8 (g), 4 (t), 4 (word), 4 (byte)]."""
+    raw: Any = (ctypes.c_int8 * 512).from_address(int(address) - 16 * int(lane))
+    fragment: NDArray[np.int64] = np.frombuffer(raw, np.int8).astype(np.int64).reshape(8, 4, 4, 4)
+    return fragment
+
+
+def products(weights: Any, levels: Any, weights_at: int, levels_at: int, lane: int) -> tuple[int, ...]:  # noqa: ARG001
+    w, a = _fragment(weights_at, lane), _fragment(levels_at, lane)
+    g, t = int(lane) // 4, int(lane) % 4
+    sums = []
+    for row in (0, 1):
+        # words row and row + 2 are columns 4t … 4t + 3 and 16 more of row g + 8·row
+        left, right = w[g, :, row], w[g, :, row + 2]
+        for token in (2 * t, 2 * t + 1):
+            high, low = (int((left * a[token, :, at]).sum() + (right * a[token, :, at + 1]).sum()) for at in (0, 2))
+            sums.append(256 * high + low)
+    return tuple(sums)
+
+
+def exp(x: Any) -> Any:
+    with np.errstate(all="ignore"):
+        return np.exp(x)
+
+
+def tanh(x: Any) -> Any:
+    return np.tanh(x)
+
+
+def log(x: Any) -> Any:
+    with np.errstate(all="ignore"):
+        return np.log(x)
+
+
+def sqrt(x: Any) -> Any:
+    with np.errstate(all="ignore"):
+        return np.sqrt(x)
