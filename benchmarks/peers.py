@@ -33,6 +33,7 @@ def logits():
 """
 RWKV = """
 import json, os, sys, time
+answers, sys.stdout = sys.stdout, sys.stderr
 os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
 import numpy as np, torch
 torch.set_num_threads(int(sys.argv[2]))
@@ -62,11 +63,12 @@ def logits():
     return last
 """
 LOOP = """
+answers = globals().get("answers", sys.stdout)
 reset(); feed(ids[:2]); reset()
 for line in sys.stdin:
     what, count = line.split()
     if what == "logits":
-        reset(); feed(ids[: int(count)]); print(json.dumps([float(x) for x in logits()]), flush=True); continue
+        reset(); feed(ids[: int(count)]); print(json.dumps([float(x) for x in logits()]), file=answers, flush=True); continue
     reset(); feed(ids[:1])
     start = time.perf_counter()
     if what == "prefill":
@@ -74,7 +76,7 @@ for line in sys.stdin:
     else:
         for token in ids[: int(count)]:
             feed([token])
-    print(int(count) / (time.perf_counter() - start), flush=True)
+    print(int(count) / (time.perf_counter() - start), file=answers, flush=True)
 """
 
 

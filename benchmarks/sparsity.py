@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import rwkv_cli
+from rwkv_cli.benchmark import Watched
 
 
 def main() -> None:
@@ -20,17 +21,16 @@ def main() -> None:
     options = parser.parse_args()
     model = rwkv_cli.load(options.model)
     ids = [0, *model.text_tokenizer.encode(options.text.read_bytes())][: options.limit]
+    watched = Watched(model.ops)
+    model.ops = watched  # type: ignore[assignment]
     found: list[Any] = []
-    linear = model.ops.linear
-
-    def counting(x: Any, weight: Any, activation: Any = "") -> Any:
-        y = linear(x, weight, activation)
-        if activation == "relu_squared":
-            found.append((np.count_nonzero(y), y.size))
-        return y
-
-    model.ops.linear = counting  # type: ignore[method-assign]
-    model.forward(ids)
+    state = model.new_state()
+    for token in ids:
+        model.advance([token], state)
+        for recorder, product in watched.products:
+            if model.ops.weight_size(product.weight)[2]:
+                x = recorder.read(product.x)
+                found.append((np.count_nonzero(x), x.size))
     layers = np.array(found).reshape(-1, model.config.layers, 2).sum(0)
     for layer, (some, all_) in enumerate(layers):
         print(f"layer {layer}: {some / all_:6.1%} not zero")

@@ -1,0 +1,124 @@
+"""The kernels of one model's layers against what this machine can do at most, measured in the same run.
+
+    python benchmarks/kernels.py [--width 1024] [--threads N] [--rounds 15]
+
+Matrices are random and together larger than a cache. Each kernel is first held against float64: no figure where it is
+wrong. GB/s counts what is read of the weights, GMAC/s their multiply-adds; a weight takes two of int8, as activations
+have 15 bits. To see another path of the kernels, run it with
+NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma before it.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rwkv_cli.kernels import cpu, limits
+from rwkv_cli.kernels.backend import Norm, Product
+from rwkv_cli.kernels.cores import usable_cores
+from rwkv_cli.kernels.matmul import VNNI
+from rwkv_cli.kernels.quantize import quantize_rows
+from rwkv_cli.quant.int8 import quantize
+
+RNG = np.random.default_rng(0)
+_MEMORY = 300 << 20
+"""Bytes of weights that a round goes through."""
+
+
+def normal(*shape: int) -> Any:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def median(run: Callable[[], object], rounds: int) -> float:
+    """Seconds."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def product(N: int, K: int, layout: str, T: int, nonzero: float, threads: int, rounds: int) -> tuple[float, float]:
+    """Seconds of one x·wᵀ, and the share of x that is not zero."""
+    stored = quantize(normal(N, K), layout, quantize_rows)
+    x = normal(T, K)
+    x[RNG.random((T, K)) >= nonzero] = 0
+
+    def weight() -> Any:
+        return cpu.int8_weight(layout, stored.shape, stored.values.copy(), stored.scales.copy(), stored.unit)
+
+    count = max(1, _MEMORY // stored.values.nbytes) if T == 1 else 4
+    weights = [weight() for _ in range(count)]
+    ops = cpu.record([], threads)
+    out = [ops.linear(Product(x, each))[0] for each in weights]
+    ops.run([])
+    want = x @ stored.float32().astype(float).T
+    error = np.linalg.norm(ops.read(out[-1]) - want) / np.linalg.norm(want)
+    assert error < 1e-4, f"wrong by {error:.1e}; no figure is worth anything"
+    return median(lambda: ops.run([]), rounds) / count, np.count_nonzero(x) / x.size
+
+
+def recurrence(D: int, T: int, threads: int, rounds: int) -> float:
+    """Seconds of RWKV-7's time mixing between its matrices."""
+    H, N = D // 64, 64
+    r, k, v, g = (normal(T, D) for _ in range(4))
+    w, a = np.exp(-0.6 * RNG.random((T, D))).astype(np.float32), RNG.random((T, D)).astype(np.float32)
+    state, ones, zeros = np.zeros((1, H, N, N), np.float32), np.ones(D, np.float32), np.zeros(D, np.float32)
+    ops = cpu.record([state], threads)
+    norm, r_k = Norm(ones, zeros, 64e-5), zeros.reshape(H, N)
+    y = ops.wkv7(r, w, k, v, a, g, None, ones, ones, r_k, norm, np.array([0, T]), state)
+    ops.run([state])
+    S, out = np.zeros((H, N, N)), np.empty((T, H, N))
+    for t in range(T):
+        rt, wt, kt, vt, at = (m[t].reshape(H, N).astype(float) for m in (r, w, k, v, a))
+        kappa = kt / np.linalg.norm(kt, axis=1, keepdims=True)
+        removed = np.einsum("hk,hkv->hv", kappa, S)
+        S = S * wt[:, :, None] - np.einsum("hk,hv->hkv", kappa * at, removed) + np.einsum("hk,hv->hkv", kt * at, vt)
+        out[t] = np.einsum("hk,hkv->hv", rt, S)
+    out = (out - out.mean(-1, keepdims=True)) / np.sqrt(out.var(-1, keepdims=True) + 64e-5)
+    want = out.reshape(T, D) * g
+    error = np.linalg.norm(ops.read(y) - want) / np.linalg.norm(want)
+    assert error < 1e-4, f"wrong by {error:.1e}; no figure is worth anything"
+    return median(lambda: ops.run([state]), rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=usable_cores().physical)
+    parser.add_argument("--rounds", type=int, default=15)
+    o = parser.parse_args()
+    D, F = o.width, 4 * o.width
+    bandwidth, peak = limits.read_bandwidth(o.threads), limits.int8_peak(o.threads)
+    most = f"{peak / 1e9:.0f} GMAC/s" if peak else "not measured"
+    path = "AVX-512 VNNI" if VNNI else "portable"
+    print(f"{path} path, {o.threads} threads, memory {bandwidth / 1e9:.1f} GB/s, int8 {most}")
+    for name, N, K, layout, nonzero in (
+        ("receptance, key, value, output", D, D, "tile", 1.0), ("ffn.key", F, D, "tile", 1.0),
+        ("head", 65536, D, "tile", 1.0), ("ffn.value, all of it", D, F, "columns", 1.0),
+        ("ffn.value, half zeros", D, F, "columns", 0.5), ("ffn.value, a quarter left", D, F, "columns", 0.25),
+        ("ffn.value, a tenth left", D, F, "columns", 0.1),
+    ):  # fmt: skip
+        seconds, used = product(N, K, layout, 1, nonzero, o.threads, o.rounds)
+        read = N * K * 8.5 / 8 * (used if layout == "columns" else 1)
+        print(f"1 token    {name:31} {seconds * 1e6:8.1f} µs  {read / seconds / 1e9:6.1f} GB/s   "
+              f"{read / seconds / bandwidth:4.0%} of memory's", flush=True)  # fmt: skip
+    for name, N, K, layout in (("receptance, key, value, output", D, D, "tile"), ("ffn.key", F, D, "tile"),
+                               ("ffn.value", D, F, "columns")):  # fmt: skip
+        seconds, _ = product(N, K, layout, 252, 1.0, o.threads, o.rounds)
+        rate = N * K * 252 / seconds
+        print(f"252 tokens {name:31} {seconds * 1e6:8.1f} µs  {rate / 1e9:6.1f} GMAC/s "
+              + (f"{2 * rate / peak:4.0%} of int8's" if peak else ""), flush=True)  # fmt: skip
+    for T in (1, 252):
+        seconds = recurrence(D, T, o.threads, o.rounds)
+        print(f"{T:<3} token{'s' if T > 1 else ' '} WKV-7, norm, bonus, gate        {seconds * 1e6:8.1f} µs  "
+              f"{seconds * 1e6 / T / (D // 64):6.2f} µs a head and token", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
