@@ -68,7 +68,8 @@ reset(); feed(ids[:2]); reset()
 for line in sys.stdin:
     what, count = line.split()
     if what == "logits":
-        reset(); feed(ids[: int(count)]); print(json.dumps([float(x) for x in logits()]), file=answers, flush=True); continue
+        reset(); feed(ids[: int(count)])
+        print(json.dumps([float(x) for x in logits()]), file=answers, flush=True); continue
     reset(); feed(ids[:1])
     start = time.perf_counter()
     if what == "prefill":

@@ -1,6 +1,7 @@
 """Write a converted file: one safetensors, streamed a block of rows at a time, renamed into place when whole."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -23,8 +24,8 @@ from rwkv_cli.quant.int8 import Quantizer, arrange, block_width, unit_of
 from rwkv_cli.quant.source import SourceTensor
 from rwkv_cli.quant.tensor import BITS, stored_shapes
 
-_BLOCK_BYTES = 32 << 20
-_BEHIND = 4
+_BLOCK_BYTES = 4 << 20
+_BEHIND = 3
 """Blocks that wait to be hashed or written."""
 _ALIGN = 64
 
@@ -106,7 +107,7 @@ def write(
     for planned in plan:
         tensors[planned.name] = {"layout": planned.layout, "shape": list(planned.shape)}
 
-    with replacing(path, overwrite) as file, _Behind() as behind:
+    with replacing(path, overwrite) as file, _Behind() as behind, _Ahead(plan) as ahead:
         written: list[Written] = []
         digest = hashlib.sha256()
         offsets, end = _offsets(names, layout)
@@ -114,7 +115,7 @@ def write(
         file.truncate(start + end)
         for planned in plan:
             out = _TensorWriter(file, {n: start + offsets[n] for n in planned.stored}, behind)
-            written.append(_write_tensor(out, planned, tensors[planned.name], digest, quantizer))
+            written.append(_write_tensor(out, planned, tensors[planned.name], digest, quantizer, ahead))
             progress(planned.source_bytes)
         behind.wait()
         for name, array in extra.items():
@@ -211,6 +212,32 @@ class _Behind:
             self._waiting.popleft().result()
 
 
+class _Ahead:
+    """Another thread that reads a block while the one before is worked on. Called, it gives the next block."""
+
+    def __init__(self, plan: Sequence[Planned]) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._reads = _reads(plan)
+        self._next: Future[NDArray[np.float32]] | None = None
+
+    def __enter__(self) -> "_Ahead":
+        self._begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _begin(self) -> None:
+        read = next(self._reads, None)
+        self._next = self._thread.submit(read) if read else None
+
+    def __call__(self) -> NDArray[np.float32]:
+        assert self._next is not None, "more blocks are asked for than there are"
+        block = self._next.result()
+        self._begin()
+        return block
+
+
 class _TensorWriter:
     """Appends to each stored part of one tensor at its own place in the file."""
 
@@ -228,70 +255,91 @@ class _TensorWriter:
 
 
 def _blocks(planned: Planned) -> Iterator[tuple[int, int]]:
-    """Row ranges of a tensor of at most 32 MiB of float32, each a whole number of layout blocks."""
+    """Row ranges of a tensor of at most 4 MiB of float32, each a whole number of layout blocks."""
     rows, columns = planned.shape[0], prod(planned.shape[1:])
     step = max(1, _BLOCK_BYTES // 4 // max(columns, 1))
-    if planned.layout not in ("vector", "float"):
+    if _quantized(planned):
         width = block_width(planned.layout, rows)
         step = max(width, step // width * width)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
+def _quantized(planned: Planned) -> bool:
+    return planned.layout not in ("vector", "float")
+
+
+def _reads(plan: Sequence[Planned]) -> Iterator[Callable[[], NDArray[np.float32]]]:
+    """What gives each block in the order in which `_write_tensor` asks: a matrix of several comes twice, to be measured
+    and then to be rounded."""
+    for planned in plan:
+        whole = functools.cache(functools.partial(_derived, planned))
+
+        def rows(start: int, stop: int, planned: Planned = planned, whole: Any = whole) -> NDArray[np.float32]:
+            return planned.source.float32(start, stop) if planned.derive is None else whole()[start:stop]
+
+        blocks = list(_blocks(planned))
+        for start, stop in blocks * (2 if _quantized(planned) and len(blocks) > 1 else 1):
+            yield functools.partial(rows, start, stop)
+
+
+def _derived(planned: Planned) -> NDArray[np.float32]:
+    """The whole tensor, made from its source."""
+    assert planned.derive is not None
+    whole = planned.source.float32()
+    if not np.isfinite(whole).all():  # exp would hide an infinity
+        raise FormatError(_damaged(planned))
+    with np.errstate(over="ignore"):
+        whole = planned.derive(whole)
+    if whole.shape != planned.shape:
+        raise FormatError(
+            f"{planned.source.path}: tensor {planned.name} came out as {whole.shape}, not {planned.shape}"
+        )
+    return whole
+
+
+def _damaged(planned: Planned) -> str:
+    return f"{planned.source.path}: tensor {planned.name} holds NaN or infinity; the file is damaged, download it again"
+
+
 def _write_tensor(
-    out: _TensorWriter,
-    planned: Planned,
-    entry: dict[str, Any],
-    digest: Any,
-    quantizer: Quantizer,
-) -> Written:
-    source, whole = planned.source, None
-    damaged = f"{source.path}: tensor {planned.name} holds NaN or infinity; the file is damaged, download it again"
-    if planned.derive is not None:
-        whole = source.float32()
-        if not np.isfinite(whole).all():  # exp would hide an infinity
-            raise FormatError(damaged)
-        with np.errstate(over="ignore"):
-            whole = planned.derive(whole)
-        if whole.shape != planned.shape:
-            raise FormatError(f"{source.path}: tensor {planned.name} came out as {whole.shape}, not {planned.shape}")
-
-    def rows(start: int, stop: int) -> NDArray[np.float32]:
-        return source.float32(start, stop) if whole is None else whole[start:stop]
-
+    out: _TensorWriter, planned: Planned, entry: dict[str, Any], digest: Any, quantizer: Quantizer,
+    read: Callable[[], NDArray[np.float32]],
+) -> Written:  # fmt: skip
+    source = planned.source
     behind = out.behind
     behind.do(digest.update, f"{planned.name}{list(planned.shape)}".encode())
     top, square = 0.0, 0.0
     blocks, w = list(_blocks(planned)), np.empty(0, np.float32)
     for start, stop in blocks:
-        w = rows(start, stop)
+        w = read()
         low, high = (float(w.min()), float(w.max())) if w.size else (0.0, 0.0)  # NaN if there is one
         if not np.isfinite(high - low):
-            raise FormatError(damaged)
+            raise FormatError(_damaged(planned))
         top = max(top, -low, high)
         square += float(np.vdot(w, w))
         behind.do(digest.update, np.ascontiguousarray(w).data)
         if planned.layout == "vector":
             out.append(planned.name, w)
         elif planned.layout == "float":
-            same = whole is None
+            same = planned.derive is None
             out.append(planned.name, source.bits(start, stop) if same else _bits_of(w, source.dtype))
     error = 0.0
     if top > 1e10:
         raise FormatError(
             f"{source.path}: tensor {planned.name} holds a value of {top:.1e}; the file is damaged, download it again"
         )
-    if planned.layout not in ("vector", "float"):
+    if _quantized(planned):
         unit = entry["unit"] = unit_of(top)
         width = block_width(planned.layout, planned.shape[0])
-        for start, stop in blocks:
-            values, scales, squared = quantizer(w if len(blocks) == 1 else rows(start, stop), unit)
+        for _ in blocks:
+            values, scales, squared = quantizer(w if len(blocks) == 1 else read(), unit)
             values, scales = arrange(planned.layout, width, values, scales)
             out.append(planned.name, values)
             out.append(planned.name + ".scale", scales)
             error += squared
     relative = float(np.sqrt(error / square)) if square else 0.0
-    if planned.layout not in ("vector", "float"):
+    if _quantized(planned):
         entry["error"] = float(f"{relative:.4g}")
     return Written(planned.name, planned.layout, planned.weights, out.count, relative)
 
