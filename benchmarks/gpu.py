@@ -271,8 +271,11 @@ def together(report: Report, plan: Plan, name: str, model: Any) -> None:
 def depths(report: Report, plan: Plan, model: Any, simulated: bool) -> None:
     """Time and memory of a token at the beginning and after many."""
     from rwkv_cli.kernels.gpus import free_memory
+    from rwkv_cli.models.base import CHUNK
 
     state, figures, steps = model.new_state(), [], 1 if simulated else 64
+    # what the programs of all lengths hold, they hold before the first look
+    model.forward(RNG.integers(0, plan.vocab, min(plan.depth, plan.depth % CHUNK + 2 * CHUNK)))
     for tokens in (1, plan.depth):
         model.advance(RNG.integers(0, plan.vocab, tokens), state)
         per_second = rate(lambda: [model.advance([1], state) for _ in range(steps)], steps)

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +83,21 @@ def record(inputs: Sequence[Array], threads: int) -> "Recorder":
     return Recorder(inputs, threads)
 
 
+def _references(blocks: Sequence[Any]) -> Iterator[tuple[Any, int]]:
+    """Each block and how often it is held: by the list, by what this loop needs, and by every view of it."""
+    for block in blocks:
+        yield block, sys.getrefcount(block)
+
+
+# what the loop needs differs from one Python to the next
+_NO_VIEWS = next(_references([np.empty(1, np.uint8)]))[1]
+
+
+def _unused(blocks: Sequence[Any]) -> Any:
+    """The first block that has no views, or None."""
+    return next((block for block, count in _references(blocks) if count == _NO_VIEWS), None)
+
+
 class Workspace:
     """Memory of a program's arrays. One that nobody holds any more serves the next of its size: steps run in the order
     in which they were recorded, so whoever reads the first array has run before the second is written."""
@@ -94,11 +109,8 @@ class Workspace:
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         blocks = self._blocks.setdefault(size, [])
-        for block in blocks:
-            # held by the list, by `block`, by the call, and by every view of it
-            if sys.getrefcount(block) == 3:
-                break
-        else:
+        block = _unused(blocks)
+        if block is None:
             block = np.empty(size + 64, np.uint8)
             blocks.append(block)
             self._ids.add(id(block))

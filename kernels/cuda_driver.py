@@ -5,6 +5,7 @@ In numba's simulator the device is the host: its memory is numpy's, and there ar
 
 import ctypes
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +28,18 @@ def checked(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
+_ONE_AT_A_TIME = threading.Lock()
+
+
 @functools.cache
+def _streams() -> tuple[Any, Any]:
+    return cuda.stream(), cuda.stream()
+
+
 def stream() -> Any:
     """The one stream that everything goes through, in order."""
-    return cuda.stream()
+    with _ONE_AT_A_TIME:
+        return _streams()[0]
 
 
 def _handle() -> int:
@@ -66,6 +75,8 @@ def upload(address: int, values: NDArray[Any]) -> None:
     elif values.nbytes:
         # from pageable memory: the driver has its own copy when the call returns
         checked(driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, _handle()))
+        if getattr(cuda.get_current_device(), "PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES", False):
+            synchronize()  # such a GPU reads the host's memory itself
 
 
 def download(values: NDArray[Any], address: int) -> None:
@@ -105,16 +116,20 @@ def pinned(size: int) -> NDArray[np.uint8]:
 class Graph:
     """Launches captured once, to be repeated in one call."""
 
-    def __init__(self, launch: Callable[[], None]) -> None:
-        """Captures what `launch` begins on the stream. Raises DeviceError where the driver cannot."""
+    def __init__(self, launch: Callable[[Any], None]) -> None:
+        """Captures what `launch` begins on the stream that it is given: one that nobody else uses meanwhile, since what
+        another thread began on it would be captured too. Raises DeviceError where the driver cannot."""
         relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        checked(driver.cuStreamBeginCapture(_handle(), relaxed))
-        try:
-            launch()
-        except Exception as error:  # of the driver, or of the layers between
-            driver.cuStreamEndCapture(_handle())
-            raise DeviceError(f"the GPU's driver captures no graph: {error}") from error
-        graph = checked(driver.cuStreamEndCapture(_handle()))
+        _handle()
+        with _ONE_AT_A_TIME:
+            on = _streams()[1]
+            checked(driver.cuStreamBeginCapture(int(on), relaxed))
+            try:
+                launch(on)
+            except Exception as error:  # of the driver, or of the layers between
+                driver.cuStreamEndCapture(int(on))
+                raise DeviceError(f"the GPU's driver captures no graph: {error}") from error
+            graph = checked(driver.cuStreamEndCapture(int(on)))
         try:
             self._executable = checked(driver.cuGraphInstantiate(graph, 0))
         finally:

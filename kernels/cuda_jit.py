@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numba.cuda
-from numba.cuda.core import config
+from numba.cuda.core import config, event
 
-from rwkv_cli.kernels.jit import cache_folder
+from rwkv_cli.kernels.jit import ANNOUNCERS, cache_folder
 
 cuda: Any = numba.cuda
 types: Any = numba.cuda.types
@@ -18,6 +18,20 @@ types: Any = numba.cuda.types
 SIMULATED = bool(config.ENABLE_CUDASIM)
 # a token of a small model has kernels of a few blocks: that is no mistake to warn of
 config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+
+
+class _Relay(event.Listener):  # type: ignore[misc]
+    """numba.cuda has events of its own, which numba's listeners do not hear."""
+
+    def on_start(self, event: Any) -> None:
+        for announcer in ANNOUNCERS:
+            announcer.on_start(event)
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba-cuda:compile", _Relay())
 
 function: Any = cuda.jit(device=True)
 """Decorator: a function that kernels call."""

@@ -22,8 +22,8 @@ class _Launch(NamedTuple):
     threads: int | tuple[int, int]
     arguments: tuple[Any, ...]
 
-    def __call__(self) -> None:
-        self.kernel.dispatcher[self.grid, self.threads, stream()](*self.arguments)
+    def __call__(self, on: Any) -> None:
+        self.kernel.dispatcher[self.grid, self.threads, on](*self.arguments)
 
 
 class _Levels(NamedTuple):
@@ -339,11 +339,11 @@ class Recorder:
         if self._graph is not None:
             self._graph()
         else:
-            self._launch_all()
+            self._launch_all(stream())
 
-    def _launch_all(self) -> None:
+    def _launch_all(self, on: Any) -> None:
         for launch in self._launches:
-            launch()
+            launch(on)
 
     def read(self, array: Array) -> NDArray[Any]:
         if self._output is None or self._output.size < array.nbytes:

@@ -131,13 +131,18 @@ def squares_about(x, mean):  # type: ignore[no-untyped-def]
     return total
 
 
+@function(FIXED_ORDER)
+def _scale(x, mean, scale, weight, bias, out):  # type: ignore[no-untyped-def]
+    """In one order, since LLVM has two loops for it and where the arrays lie decides between them."""
+    for d in range(len(x)):
+        out[d] = (x[d] - mean) * scale * weight[d] + bias[d]
+
+
 @function()
 def normalize(x, weight, bias, eps, out):  # type: ignore[no-untyped-def]
     """out = (x − mean) / √(var + eps) · weight + bias, all [n]; out may be x."""
     mean = mean_of(x)
-    scale = np.float32(1) / np.sqrt(squares_about(x, mean) / np.float32(len(x)) + eps)
-    for d in range(len(x)):
-        out[d] = (x[d] - mean) * scale * weight[d] + bias[d]
+    _scale(x, mean, np.float32(1) / np.sqrt(squares_about(x, mean) / np.float32(len(x)) + eps), weight, bias, out)
 
 
 LAYER_NORM = "f32.2 f32.1 f32.1 f32 f32.2 int"

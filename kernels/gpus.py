@@ -95,4 +95,7 @@ def free_memory() -> int:
     """Bytes that the GPU in use has free."""
     from numba import cuda
 
-    return int(cuda.current_context().get_memory_info().free)
+    try:
+        return int(cuda.current_context().get_memory_info().free)
+    except Exception as error:  # classes of several packages, for a GPU that is full, in exclusive mode or broken
+        raise DeviceError(f"the GPU cannot be used now ({error}): use --device cpu, or free it") from None

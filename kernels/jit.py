@@ -137,6 +137,11 @@ class _Announce(Listener):
         pass
 
 
+ANNOUNCERS: list[Listener] = []
+"""For another compiler than numba's own to tell, too."""
+
+
 def on_first_compilation(say: Callable[[], object]) -> None:
     """Have `say` called once, if and when a kernel has to be compiled rather than read from the cache."""
-    register("numba:compile", _Announce(say))
+    ANNOUNCERS.append(_Announce(say))
+    register("numba:compile", ANNOUNCERS[-1])

@@ -14,6 +14,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,8 @@ class Team:
     def run(self, steps: NDArray[np.int64], args: NDArray[np.int64], counters: NDArray[np.int64]) -> None:
         """Steps [n, 4] of kernel address, place in `args`, number of parts and whether a barrier follows; counters [n]
         for its own use."""
+        if not len(steps):
+            return  # nor any barrier, after which alone the others are done with the one before
         with self._turn:
             counters.fill(self.threads)
             self._control[_STEPS : _LENGTH + 1] = (
@@ -155,7 +158,11 @@ class Program:
     """
 
     def __init__(self, inputs: Sequence[NDArray[Any]] = ()) -> None:
+        """Raises ValueError for inputs that overlap: which of them an argument lies in would not be known."""
         self._ranges = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in inputs]
+        ordered = sorted(self._ranges)
+        if any(end > start for (_, end), (start, _) in pairwise(ordered)):
+            raise ValueError("inputs of a program must not overlap")
         self._steps: list[int] = []
         self._args: list[int] = []
         self._moving: list[tuple[int, int, int]] = []
@@ -190,7 +197,7 @@ class Program:
             self._steps[-1] = 1
 
     def run(self, threads: int, inputs: Sequence[NDArray[Any]] = ()) -> None:
-        """Run the steps, with `inputs` in the places of those that it was recorded with."""
+        """Run the steps, with `inputs` in the places of those that it was recorded with. From one thread at a time."""
         if self._arrays is None:
             self.barrier()
             steps = np.array(self._steps, np.int64).reshape(-1, 4)

@@ -22,7 +22,8 @@ CHUNK = 252
 blocks of tokens that matrix products take."""
 
 _PROGRAMS = 4
-"""Recorded passes that are kept: that of one token, and those of the lengths that came last."""
+"""Recorded passes that are kept: that of one token, and those of the lengths that came last; more where a batch needs
+more in one step."""
 
 Ids = Sequence[int] | NDArray[Any]
 Floats32 = NDArray[np.float32]
@@ -124,7 +125,7 @@ class Model:
 
     def losses(self, ids: Ids, targets: Ids, state: State) -> NDArray[np.float64]:
         """−log p(targets[t]) after ids[t], in nats, [T]; changes `state` in place. Raises ValueError as `forward`."""
-        goals = self._checked(targets)
+        goals = np.array(self._checked(targets))  # may be another view of the ids' memory
         if len(goals) != len(ids):
             raise ValueError(f"{len(goals)} targets for {len(ids)} ids")
         return np.concatenate(self._run_one(ids, state, _losses, goals))
@@ -169,7 +170,7 @@ class Model:
                 if made is None:
                     made = self._record(inputs, inside, whole, slice(first, past), head)
                 self._passes[key] = made
-                while len(self._passes) > _PROGRAMS:
+                while len(self._passes) > max(_PROGRAMS, -(-len(tokens) // CHUNK) + 1):
                     self._passes.popitem(last=False)
                 made.program.run(inputs)
                 if made.output is not None:

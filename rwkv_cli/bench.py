@@ -91,6 +91,6 @@ def table(r: Report) -> str:
         ("memory bandwidth", f"{r.read_bandwidth / 1e9:.1f} GB/s"),
         ("int8 peak", f"{peak}; a weight takes two, as activations have 15 bits"),
         ("load", f"{r.load_seconds:.3f} s, first token {r.first_token_seconds:.3f} s"),
-        ("peak memory", f"{r.peak_rss / 1e6:,.1f} MB"),
+        ("peak memory", f"{r.peak_rss / 1e6:,.1f} MB" if r.peak_rss else "not measured here"),
     ]  # fmt: skip
     return columns(facts) + "\n\n" + columns(rates, right=[1, 2, 3])

@@ -1,7 +1,6 @@
 """What `rwkv bench` measures."""
 
 import math
-import resource
 import statistics
 import sys
 import time
@@ -49,7 +48,7 @@ class Report:
     int8_peak: float | None
     load_seconds: float
     first_token_seconds: float
-    peak_rss: int
+    peak_rss: int | None
 
 
 class Watched:
@@ -137,7 +136,7 @@ def measure(
     if depth:
         progress(f"depth {depth}")
         model.advance(ids[:depth], state)
-    model.forward(ids[:2], state)  # the kernels of prefill
+    model.forward(ids[:prompt], state)  # compiles and records
     prefill, decode = [], []
     for repetition in range(repetitions):
         progress(f"prefill {repetition + 1} of {repetitions}")
@@ -151,9 +150,9 @@ def measure(
         decode.append(generate / (time.perf_counter() - begin))
     rss = peak_rss()
     progress("what the machine can do")
-    path, threads, device = model.path, model.threads, model.ops.describe()
-    bandwidth, peak = model.ops.read_bandwidth(threads), model.ops.int8_peak(threads)
-    del model, state, copy  # before there is another: not every device has room for two
+    path, threads, ops, device = model.path, model.threads, model.ops, model.ops.describe()
+    del model, state, copy  # before there is more: not every device has room beside a model
+    bandwidth, peak = ops.read_bandwidth(threads), ops.int8_peak(threads)
     seen = traffic(load, ids[:_SAMPLE])
     prefill_rate, decode_rate = statistics.median(prefill), statistics.median(decode)
     prefill_macs = (seen.layers + seen.head / prompt) * prefill_rate
@@ -172,7 +171,11 @@ def _deviation(rates: list[float]) -> float:
     return statistics.stdev(rates) if len(rates) > 1 else 0.0
 
 
-def peak_rss() -> int:
-    """Most memory that this process has held, mapped files included, in bytes."""
+def peak_rss() -> int | None:
+    """Most memory that this process has held, mapped files included, in bytes; None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

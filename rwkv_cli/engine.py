@@ -234,9 +234,10 @@ class Batch:
         """One pass: each reads its next token, or up to CHUNK of its prompt, and picks another. Those that ended."""
         if self._state is None:
             self._state = State.stack([completion.state for completion, _, _ in self._running])
-            for b, (completion, _, _) in enumerate(self._running):
-                completion.state = self._state.row(b)
         logits = self.model.advance_batch([ids for _, _, ids in self._running], self._state)
+        # only now: the device may have taken the state in, and what was a row of it before would stay behind
+        for b, (completion, _, _) in enumerate(self._running):
+            completion.state = self._state.row(b)
         running, ended = [], []
         for (completion, steps, _), row in zip(self._running, logits, strict=True):
             try:

@@ -20,7 +20,7 @@ def model_options(command: Command) -> Command:
     options = [
         click.option("-m", "--model", type=click.Path(path_type=Path), metavar="MODEL",
                      help="Converted model (.safetensors); default: $RWKV_MODEL, else the bundled storyteller."),
-        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores."),
+        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: one a core."),
         click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True,
                      help="Where to run."),
     ]  # fmt: skip
@@ -110,4 +110,4 @@ def announce_compilation() -> None:
     """Say so, once, if kernels have to be compiled."""
     from rwkv_cli.kernels.jit import on_first_compilation
 
-    on_first_compilation(lambda: click.echo("Compiling kernels for this CPU (only the first time) …", err=True))
+    on_first_compilation(lambda: click.echo("Compiling kernels for this machine (only the first time) …", err=True))

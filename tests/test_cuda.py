@@ -537,7 +537,7 @@ def test_programs_become_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Driver()
     monkeypatch.undo()  # the guards: memory is the driver's here
     monkeypatch.setattr(cuda_driver, "driver", fake)
-    monkeypatch.setattr(cuda_driver, "stream", lambda: 0)
+    monkeypatch.setattr(cuda_driver, "_streams", lambda: (0, 1))
     for module in (cuda_driver, cuda_program):
         monkeypatch.setattr(module, "SIMULATED", False)
     host = normal(2, 5)

@@ -12,6 +12,7 @@ from naive import error_ratio, sigmoid
 from rwkv_cli.kernels import cpu, elementwise, matmul
 from rwkv_cli.kernels.backend import Lerp, Norm, Product
 from rwkv_cli.kernels.quantize import quantize_rows
+from rwkv_cli.kernels.team import Program
 from rwkv_cli.quant.int8 import quantize as quantize_with
 from rwkv_cli.quant.tensor import Int8, to_float32
 
@@ -466,3 +467,16 @@ def test_exp() -> None:
     assert elementwise.exp(np.float32(np.inf)) == elementwise.exp(np.float32(1e30)) == np.inf
     assert np.isnan(elementwise.exp(np.float32(np.nan)))
     assert elementwise.exp(np.float32(0)) == 1
+
+
+def test_where_arrays_lie_does_not_change_the_bits() -> None:
+    memory, x, w, b = np.zeros(4096, np.float32), normal(1, 40), normal(40), normal(40)
+    norm, found = Norm(w, b, 1e-5), set()
+    for distance in range(41, 400, 7):
+        here, out = memory[:40].reshape(1, 40), memory[distance : distance + 40].reshape(1, 40)
+        here[:] = x
+        program = Program()
+        program.add(elementwise.layer_norm, 1, here, norm.weight, norm.bias, norm.eps, out, 1)
+        program.run(1)
+        found.add(out.tobytes())
+    assert len(found) == 1

@@ -157,3 +157,45 @@ def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_team_is_made_once() -> None:
     assert team(2) is team(2)
+
+
+def test_inputs_that_overlap_are_refused() -> None:
+    x = np.zeros(4)
+    with pytest.raises(ValueError, match="must not overlap"):
+        Program([x[:3], x[1:]])
+
+
+def test_a_program_without_steps_does_nothing() -> None:
+    x, y = np.ones(4), np.zeros(4)
+    program = Program()
+    program.add(turn, 4, x, y)
+    for _ in range(200):
+        Program().run(2)
+        y[:] = 0
+        program.run(2)
+        np.testing.assert_array_equal(y, [4, 5, 6, 7])
+
+
+def test_memory_in_use_is_not_given_out_again() -> None:
+    from rwkv_cli.kernels.cpu import Workspace
+
+    workspace = Workspace()
+    first, second = workspace.empty((4, 3)), workspace.empty((4, 3))
+    assert not np.shares_memory(first, second)
+    assert workspace.owns(first)
+    assert workspace.owns(second[1:, :2])
+    part, place = first[2:], first.ctypes.data
+    del first
+    assert workspace.empty((4, 3)).ctypes.data != place
+    del part
+    assert workspace.empty((4, 3)).ctypes.data == place
+    assert not workspace.owns(np.zeros(12))
+
+
+def test_ids_and_targets_may_share_memory(byte_model: Path) -> None:
+    model = rwkv_cli.load(byte_model)
+    text, other = np.arange(40) % 200, (np.arange(40) * 7) % 200
+    model.losses(text[:-1], text[1:], model.new_state())
+    got = model.losses(other[:-1], list(text[1:]), model.new_state())
+    want = rwkv_cli.load(byte_model).losses(list(other[:-1]), list(text[1:]), model.new_state())
+    np.testing.assert_array_equal(got, want)
