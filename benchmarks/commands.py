@@ -66,7 +66,7 @@ def depth(path: Path, depths: list[int], repetitions: int) -> None:
             rates.append(len(ids) / (time.perf_counter() - start))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         print(
-            f"behind {target:7} tokens: {statistics.median(rates):7.1f} tokens per second, {memory:,.0f} MB", flush=True
+            f"behind {read:7} tokens: {statistics.median(rates):7.1f} tokens per second, {memory:,.0f} MB", flush=True
         )
 
 
