@@ -1,12 +1,10 @@
 """What this GPU can do at most, to hold the other kernels against: moving memory, and multiplying int8."""
 
-import time
-from collections.abc import Callable
-
 import numpy as np
 
 from rwkv_cli.kernels.cuda_driver import Block, move, multiprocessors, stream, synchronize
 from rwkv_cli.kernels.cuda_jit import SIMULATED, cuda, kernel, products, put_i32
+from rwkv_cli.kernels.limits import best
 
 _BYTES = 1 << 30
 """To copy: many times what a cache holds."""
@@ -41,7 +39,7 @@ def read_bandwidth(threads: int, rounds: int = 5) -> float:  # noqa: ARG001 - th
             move(target.address, source.address, size)
         synchronize()
 
-    return 2 * _REPEATS * size / _best(copy, rounds)
+    return 2 * _REPEATS * size / best(copy, rounds)
 
 
 def int8_peak(threads: int, rounds: int = 5) -> float | None:  # noqa: ARG001 - those of the CPU
@@ -56,14 +54,4 @@ def int8_peak(threads: int, rounds: int = 5) -> float | None:  # noqa: ARG001 - 
         synchronize()
 
     # a product is of 16 × 8 × 32, twice: the two planes of a level
-    return _ROUNDS * _CHAINS * blocks * (_THREADS // 32) * 16 * 8 * 32 * 2 / _best(run, rounds)
-
-
-def _best(run: Callable[[], object], rounds: int) -> float:
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return _ROUNDS * _CHAINS * blocks * (_THREADS // 32) * 16 * 8 * 32 * 2 / best(run, rounds)

@@ -83,7 +83,7 @@ def read_bandwidth(threads: int, rounds: int = 5) -> float:
     words, out = np.ones(_BYTES // 8, np.uint64), np.empty(64 * threads, np.uint64)
     program = Program()
     program.add(_read, len(out), words, out)
-    return _BYTES / _best(lambda: program.run(threads), rounds)
+    return _BYTES / best(lambda: program.run(threads), rounds)
 
 
 def int8_peak(threads: int, rounds: int = 5) -> float | None:
@@ -93,10 +93,11 @@ def int8_peak(threads: int, rounds: int = 5) -> float | None:
     out = np.empty(threads, np.int32)
     program = Program()
     program.add(_multiply, threads, out)
-    return _ROUNDS * _CHAINS * 64 * threads / _best(lambda: program.run(threads), rounds)
+    return _ROUNDS * _CHAINS * 64 * threads / best(lambda: program.run(threads), rounds)
 
 
-def _best(run: Callable[[], object], rounds: int) -> float:
+def best(run: Callable[[], object], rounds: int) -> float:
+    """Seconds of the quickest of `rounds` runs, after one that does not count."""
     run()
     times = []
     for _ in range(rounds):
