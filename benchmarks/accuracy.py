@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.engine import LanguageModel
+from rwkv_cli.engine.model import LanguageModel
+from rwkv_cli.engine.scoring import Scorer
 from rwkv_cli.models.naming import official
 from rwkv_cli.quant import open_source
-from rwkv_cli.scoring import Scorer
 
 
 def q8_0(w: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -212,7 +212,7 @@ def rate(run: Callable[[], object], tokens: int, repetitions: int = 3) -> float:
 
 def speed(report: Report, plan: Plan, folder: Path, text: Path | None, simulated: bool) -> None:
     import rwkv_cli
-    from rwkv_cli.kernels import cuda
+    from rwkv_cli.kernels.cuda import backend as cuda
 
     bandwidth, peak = cuda.read_bandwidth(1), cuda.int8_peak(1)
     report.add("copy bandwidth", bandwidth, f"{bandwidth / 1e9:,.0f} GB/s")
@@ -270,7 +270,7 @@ def together(report: Report, plan: Plan, name: str, model: Any) -> None:
 
 def depths(report: Report, plan: Plan, model: Any, simulated: bool) -> None:
     """Time and memory of a token at the beginning and after many."""
-    from rwkv_cli.kernels.gpus import free_memory
+    from rwkv_cli.kernels.cuda.gpus import free_memory
     from rwkv_cli.models.base import CHUNK
 
     state, figures, steps = model.new_state(), [], 1 if simulated else 64
@@ -345,7 +345,8 @@ def main() -> None:
     import numba
 
     from rwkv_cli import __version__
-    from rwkv_cli.kernels.backend import DeviceError, pick
+    from rwkv_cli.errors import DeviceError
+    from rwkv_cli.kernels.devices import pick
 
     try:
         gpu = pick("cuda")

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cli.kernels import cpu, limits
-from rwkv_cli.kernels.backend import Norm, Product
-from rwkv_cli.kernels.cores import usable_cores
-from rwkv_cli.kernels.matmul import VNNI
-from rwkv_cli.kernels.quantize import quantize_rows
-from rwkv_cli.quant.int8 import quantize
+from rwkv_cli.kernels.contract import Norm, Product
+from rwkv_cli.kernels.cpu import limits
+from rwkv_cli.kernels.cpu import lower as cpu
+from rwkv_cli.kernels.cpu.cores import usable_cores
+from rwkv_cli.kernels.cpu.matmul import VNNI
+from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
+from rwkv_cli.quant.formats.int8 import quantize
 
 RNG = np.random.default_rng(0)
 _MEMORY = 300 << 20

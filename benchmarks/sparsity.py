@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import rwkv_cli
-from rwkv_cli.benchmark import Watched
+from rwkv_cli.engine.measuring import Watched
 
 
 def main() -> None:

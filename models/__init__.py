@@ -2,7 +2,6 @@
 
 from rwkv_cli.models.base import Model
 from rwkv_cli.models.config import Config
-from rwkv_cli.models.registry import UnsupportedModelError
 from rwkv_cli.models.state import State
 
-__all__ = ["Config", "Model", "State", "UnsupportedModelError"]
+__all__ = ["Config", "Model", "State"]

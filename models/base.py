@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.backend import Array, Backend, DeviceError, Product, Recorder, Starts, pick
-from rwkv_cli.kernels.cores import usable_cores
+from rwkv_cli.errors import DeviceError, FormatError
+from rwkv_cli.kernels.contract import Array, Backend, Product, Recorder, Starts
+from rwkv_cli.kernels.cpu.cores import usable_cores
+from rwkv_cli.kernels.devices import pick
 from rwkv_cli.models.config import Config
 from rwkv_cli.models.layers import Carry, norm_of
 from rwkv_cli.models.registry import MODULES, tensors
 from rwkv_cli.models.state import State
-from rwkv_cli.quant import Checkpoint, Floats, FormatError
+from rwkv_cli.quant import Checkpoint, Floats
 
 CHUNK = 252
 """Tokens that go through the layers together: what bounds the memory of a long prompt. A multiple of 4 and of 6, the

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.backend import Array, Lerp, Norm, Product, Recorder
+from rwkv_cli.kernels.contract import Array, Lerp, Norm, Product, Recorder
 from rwkv_cli.models.config import Config, Entry, Shape, matrix
 
 Layer = Mapping[str, Any]

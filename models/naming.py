@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rwkv_cli.quant import FormatError, Source, SourceTensor
+from rwkv_cli.errors import FormatError
+from rwkv_cli.quant import Source, SourceTensor
 from rwkv_cli.quant.tensor import BITS
 
 _PREFIX = "_forward_module."

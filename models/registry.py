@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from types import ModuleType
 
+from rwkv_cli.errors import UnsupportedModelError
 from rwkv_cli.models import rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_cli.models.config import Config, Entry, Shapes, matrix, norm
 
@@ -20,10 +21,6 @@ _REFUSED = [
     (r"\.qkv\.", "RWKV-7b (DeepEmbedAttention), which is not supported; plain RWKV-7 is"),
     (r"\.ffn\.s_emb", "RWKV-7a (DeepEmbed), which is not supported; plain RWKV-7 is"),
 ]
-
-
-class UnsupportedModelError(ValueError):
-    """A checkpoint of another architecture, or one with tensors missing, added or of the wrong shape."""
 
 
 def _module(names: Iterable[str]) -> ModuleType:

@@ -1,6 +1,6 @@
 """RWKV-4 (arXiv 2305.13048; rwkv package 0.8.32, model.py, `att_one`)."""
 
-from rwkv_cli.kernels.backend import Array, Product, Recorder, Starts
+from rwkv_cli.kernels.contract import Array, Product, Recorder, Starts
 from rwkv_cli.models.config import Config, Entry, Shape, Shapes, matrix
 from rwkv_cli.models.layers import (
     Carry,

@@ -6,7 +6,7 @@ They differ in the shape of decay and bonus, which conversion expands to 5.2's, 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.backend import Array, Product, Recorder, Starts
+from rwkv_cli.kernels.contract import Array, Product, Recorder, Starts
 from rwkv_cli.models.config import Config, Entry, Shape, Shapes, matrix, norm
 from rwkv_cli.models.layers import (
     Carry,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.backend import Array, Lerp, Product, Recorder, Starts
+from rwkv_cli.kernels.contract import Array, Lerp, Product, Recorder, Starts
 from rwkv_cli.models.config import Config, Entry, Shape, Shapes, low_rank, matrix, norm
 from rwkv_cli.models.layers import (
     Carry,

@@ -1,6 +1,6 @@
 """RWKV-7 "Goose" (arXiv 2503.14456; RWKV-LM, RWKV-v7/rwkv_v7_numpy.py)."""
 
-from rwkv_cli.kernels.backend import Array, Lerp, Product, Recorder, Starts
+from rwkv_cli.kernels.contract import Array, Lerp, Product, Recorder, Starts
 from rwkv_cli.models.config import Config, Entry, Shape, Shapes, low_rank, matrix, norm
 from rwkv_cli.models.layers import Carry, Layer, lerps, matrix_state, norm_of, tuned_state
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from rwkv_cli.errors import FormatError
 from rwkv_cli.models.config import Array
-from rwkv_cli.quant import FormatError, SourceTensor, open_source, replacing
+from rwkv_cli.quant import SourceTensor, open_source, replacing
 from rwkv_cli.quant.safetensors import read_header
 
 _ORDER = "key, value"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv_cli.errors import FormatError, UnsupportedModelError
 from rwkv_cli.models.base import Model
-from rwkv_cli.models.registry import UnsupportedModelError, tensors
+from rwkv_cli.models.registry import tensors
 from rwkv_cli.models.state import State
-from rwkv_cli.quant import FormatError, open_source
+from rwkv_cli.quant import open_source
 
 _NAME = "att.time_state"
 

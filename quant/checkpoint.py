@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.quant.errors import FormatError
+from rwkv_cli.errors import FormatError
+from rwkv_cli.quant.opening import open_source
 from rwkv_cli.quant.safetensors import read_header
-from rwkv_cli.quant.source import open_source
 from rwkv_cli.quant.tensor import BITS, FLOATS, Floats, Int8, stored_shapes
 
 FORMAT_VERSION = 1

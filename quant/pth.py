@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_cli.quant.errors import FormatError
+from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.source import SourceTensor, check_name, extent
 from rwkv_cli.quant.tensor import BITS
 

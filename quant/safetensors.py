@@ -5,7 +5,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rwkv_cli.quant.errors import FormatError
+from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.source import SourceTensor, check_name, contiguous
 from rwkv_cli.quant.tensor import BITS, FLOATS
 

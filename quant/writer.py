@@ -18,9 +18,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.checkpoint import FORMAT_VERSION
-from rwkv_cli.quant.errors import FormatError
-from rwkv_cli.quant.int8 import Quantizer, arrange, block_width, unit_of
+from rwkv_cli.quant.formats.int8 import Quantizer, arrange, block_width, unit_of
 from rwkv_cli.quant.source import SourceTensor
 from rwkv_cli.quant.tensor import BITS, stored_shapes
 

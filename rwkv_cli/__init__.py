@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rwkv_cli.engine import LanguageModel
+    from rwkv_cli.engine.model import LanguageModel
 
 # in a source tree kernels, models and quant lie beside this folder, and Python started there finds this one first
 _here = Path(__file__).parent
@@ -31,6 +31,6 @@ def load(path: str | Path, device: str = "cpu", threads: int | None = None) -> L
 
     Raises OSError, or a ValueError that says what is wrong with the file, the device or the number of threads.
     """
-    from rwkv_cli.engine import LanguageModel
+    from rwkv_cli.engine.model import LanguageModel
 
     return LanguageModel.load(Path(path), device, threads)

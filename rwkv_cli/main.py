@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from rwkv_cli import __version__
-from rwkv_cli.terminal import harmless
+from rwkv_cli.errors import RwkvError
+from rwkv_cli.terminal.output import harmless
 
 COMMANDS = {
     "convert": "Convert a released checkpoint to a quantized file.",
@@ -30,7 +31,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"rwkv_cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"rwkv_cli.commands.{cmd_name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -60,17 +61,9 @@ class _Commands(click.Group):
 
 def _expected(error: Exception) -> str | None:
     """The sentence for an error that a user can cause; None for a bug, whose traceback is wanted."""
-    from rwkv_cli.conversation import ConversationError
-    from rwkv_cli.kernels.backend import DeviceError
-    from rwkv_cli.models.registry import UnsupportedModelError
-    from rwkv_cli.quant.errors import FormatError
-    from rwkv_cli.session import SessionError
-    from rwkv_cli.tokenizer import TokenizerError
-
     if isinstance(error, BrokenPipeError):
         return None
-    known = FormatError | UnsupportedModelError | TokenizerError | DeviceError | ConversationError | SessionError
-    if isinstance(error, known):
+    if isinstance(error, RwkvError):
         return str(error)
     if isinstance(error, MemoryError):
         return f"out of memory{f' ({error})' if str(error) else ''}; close other programs or take a smaller model"

@@ -15,8 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
-BELOW = {"kernels": set(), "quant": set(), "models": {"kernels", "quant"}, "rwkv_cli": {"kernels", "quant", "models"}}
-SOURCES = [path for folder in BELOW for path in sorted((ROOT / folder).glob("*.py"))]
+BELOW = {
+    "kernels": {"errors"},
+    "quant": {"errors"},
+    "models": {"errors", "kernels", "quant"},
+    "rwkv_cli": {"errors", "kernels", "quant", "models"},
+}
+SOURCES = [path for folder in BELOW for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def imports(path: Path) -> set[str]:
@@ -32,19 +37,19 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down(path: Path) -> None:
-    here = path.parent.name
+    here = path.relative_to(ROOT).parts[0]
     for name in imports(path):
         parts = name.split(".")
         assert parts[0] not in ("kernels", "quant", "models"), f"{name}: write rwkv_cli.{name}"
         assert parts[0] not in ("torch", "rwkv"), f"{name} at run time"
         if parts[0] == "rwkv_cli" and len(parts) > 1:
-            target = parts[1] if parts[1] in BELOW else "rwkv_cli"
+            target = parts[1] if parts[1] in (*BELOW, "errors") and here != "rwkv_cli" else "rwkv_cli"
             assert target == here or target in BELOW[here], f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_stays_readable(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "says what it is"
@@ -57,11 +62,11 @@ def test_models_do_not_know_the_device() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_backend_is_its_protocol(device: str) -> None:
-    from rwkv_cli.kernels.backend import Backend, Recorder
+    from rwkv_cli.kernels.contract import Backend, Recorder
 
     if device == "cuda":
         pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (rwkv-cli[cuda])")
-    module = importlib.import_module(f"rwkv_cli.kernels.{device}")
+    module = importlib.import_module(f"rwkv_cli.kernels.{device}.{'lower' if device == 'cpu' else 'backend'}")
     for protocol, twin, bound in ((Backend, module, 0), (Recorder, module.Recorder, 1)):
         for name, method in inspect.getmembers(protocol, inspect.isfunction):
             if name.startswith("_"):
@@ -81,20 +86,24 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_the_cpu_needs_nothing_of_cuda() -> None:
-    code = (
-        "import sys, rwkv_cli.models, rwkv_cli.kernels.cpu; print('numba_cuda' in sys.modules, 'cuda' in sys.modules)"
-    )
+    code = "import sys, rwkv_cli.kernels.cpu.lower; print('numba_cuda' in sys.modules, 'cuda' in sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
 
 def test_every_source_folder_is_packaged() -> None:
-    assert set(SETUPTOOLS["package-dir"].values()) == set(BELOW)
+    """A folder that `packages` does not list would be missing from the wheel."""
+    folders = set()
     for name, folder in SETUPTOOLS["package-dir"].items():
-        assert name in SETUPTOOLS["packages"]
-        assert (ROOT / folder / "__init__.py").is_file()
-        below = [path for path in (ROOT / folder).iterdir() if path.is_dir() and path.name != "__pycache__"]
-        assert not below, "a folder below would be missing from the wheel"
+        for init in (ROOT / folder).rglob("__init__.py"):
+            folders.add(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
+    assert folders == set(SETUPTOOLS["packages"])
+    assert {str(path.relative_to(ROOT)) for path in SOURCES} <= {
+        str(file.relative_to(ROOT))
+        for folder in SETUPTOOLS["package-dir"].values()
+        for file in (ROOT / folder).rglob("*.py")
+        if (file.parent / "__init__.py").is_file()
+    }
 
 
 def test_generic_names_are_not_ours() -> None:
@@ -122,19 +131,19 @@ def test_dependencies_are_what_is_imported() -> None:
 
 
 def test_the_kernel_cache_changes_with_any_kernel_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from rwkv_cli.kernels import jit
+    from rwkv_cli.kernels import cache as jit
 
     folders = []
     for text in ("a", "b"):
-        (tmp_path / "jit.py").write_text("")
-        (tmp_path / "other.py").write_text(text)
-        monkeypatch.setattr(jit, "__file__", str(tmp_path / "jit.py"))
+        (tmp_path / "cpu").mkdir(exist_ok=True)
+        (tmp_path / "cpu" / "other.py").write_text(text)
+        monkeypatch.setattr(jit, "__file__", str(tmp_path / "cache.py"))
         folders.append(jit.cache_folder.__wrapped__())
     assert folders[0] != folders[1]
 
 
 def test_the_kernel_cache_survives_a_read_only_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from rwkv_cli.kernels import jit
+    from rwkv_cli.kernels import cache as jit
 
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(jit, "user_cache_path", lambda _: tmp_path / "file" / "below")
@@ -152,7 +161,7 @@ def test_python_in_the_source_folder_finds_everything() -> None:
     """Also where the package is installed as a copy, which the folder of the same name hides."""
     code = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
-        "import rwkv_cli.kernels.cpu, rwkv_cli.models, rwkv_cli.quant; print(rwkv_cli.models.__file__)"
+        "import rwkv_cli.kernels.cpu.lower, rwkv_cli.models, rwkv_cli.quant; print(rwkv_cli.models.__file__)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

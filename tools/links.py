@@ -13,7 +13,7 @@ LINKS = ROOT / ".links"
 
 
 def main() -> None:
-    """Make the folder anew: a link a file for the package itself, a link a folder below it."""
+    """Make the folder anew: links to the parts of the package itself, and to each source folder beside it."""
     mapping = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
     shutil.rmtree(LINKS, ignore_errors=True)
     for name, folder in sorted(mapping.items()):
@@ -22,9 +22,9 @@ def main() -> None:
             target.symlink_to(os.path.relpath(ROOT / folder, target.parent), target_is_directory=True)
             continue
         target.mkdir(parents=True)
-        for file in (ROOT / folder).iterdir():
-            if file.suffix in {".py", ".typed"}:
-                (target / file.name).symlink_to(os.path.relpath(file, target))
+        for part in (ROOT / folder).iterdir():
+            if part.suffix in {".py", ".typed"} or (part / "__init__.py").is_file():
+                (target / part.name).symlink_to(os.path.relpath(part, target), target_is_directory=part.is_dir())
 
 
 if __name__ == "__main__":

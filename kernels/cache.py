@@ -1,0 +1,64 @@
+"""Where compiled kernels are kept, never stale, and who is told when one has to be compiled.
+
+numba's own cache watches only the file of the function it caches, not its callees or imported constants. So the cache
+folder is named by a hash of all kernel sources and of the compilers' versions.
+"""
+
+import functools
+import getpass
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import llvmlite
+import numba
+from numba.core.event import Event, Listener, register
+from platformdirs import user_cache_path
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """The folder for compiled kernels: below $NUMBA_CACHE_DIR or in the user's cache, or where that is read-only in one
+    of the user's own below the system's temporary folder. What lies there is run: nobody else may write to it."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    name = f"kernels-{digest.hexdigest()[:16]}"
+    shared = Path(tempfile.gettempdir()) / f"rwkv-{os.getuid() if hasattr(os, 'getuid') else getpass.getuser()}"
+    wanted = os.environ.get("NUMBA_CACHE_DIR")
+    for parent in (Path(wanted) if wanted else user_cache_path("rwkv"), shared):
+        try:
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (parent / name).mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=parent / name):
+                pass
+        except OSError:
+            continue
+        if not hasattr(os, "getuid") or (parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o022):
+            return parent / name
+    return Path(tempfile.mkdtemp(prefix="rwkv-kernels-"))
+
+
+class _Announce(Listener):
+    def __init__(self, say: Callable[[], object]) -> None:
+        self.say, self.said = say, False
+
+    def on_start(self, event: Event) -> None:  # noqa: ARG002 - the library's interface
+        if not self.said:
+            self.said = True
+            self.say()
+
+    def on_end(self, event: Event) -> None:
+        pass
+
+
+ANNOUNCERS: list[Listener] = []
+"""For another compiler than numba's own to tell, too."""
+
+
+def on_first_compilation(say: Callable[[], object]) -> None:
+    """Have `say` called once, if and when a kernel has to be compiled rather than read from the cache."""
+    ANNOUNCERS.append(_Announce(say))
+    register("numba:compile", ANNOUNCERS[-1])

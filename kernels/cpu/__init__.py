@@ -1,0 +1,1 @@
+"""The CPU as a device: numba kernels, run by a team of threads."""

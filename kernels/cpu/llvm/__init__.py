@@ -1,0 +1,1 @@
+"""Inner steps written in LLVM IR, where the instructions matter."""

@@ -1,0 +1,1 @@
+"""The code that runs on the GPU, and in numba's simulator."""

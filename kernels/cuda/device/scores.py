@@ -1,0 +1,79 @@
+"""What perplexity needs of logits [T, V] on the GPU; a block a row, sums in float64."""
+
+import numpy as np
+
+from rwkv_cli.kernels.cuda.device.compile import (
+    block_max,
+    block_sum,
+    cuda,
+    exp,
+    f32,
+    function,
+    i64,
+    kernel,
+    log,
+    put_f64,
+    put_u8,
+    types,
+)
+
+THREADS = 256
+"""Of a block; at most, and a multiple of 32."""
+_SCRATCH = THREADS + 32
+
+
+@function
+def _top(row, V, scratch):  # type: ignore[no-untyped-def]
+    """The largest of V floats at address `row`."""
+    top = np.float32(-np.inf)
+    for i in range(cuda.threadIdx.x, V, cuda.blockDim.x):
+        top = max(top, f32(row + 4 * i))
+    return np.float64(block_max(top, scratch))
+
+
+@function
+def _first(row, V, top, scratch):  # type: ignore[no-untyped-def]
+    """Where the first number that is `top` stands; V where none is. Exact in float64."""
+    at = np.float64(V)
+    for i in range(cuda.threadIdx.x, V, cuda.blockDim.x):
+        if np.float64(f32(row + 4 * i)) == top:
+            at = min(at, np.float64(i))
+    return -block_max(-at, scratch)
+
+
+@kernel("iiii", THREADS)
+def cross_entropy(logits, targets, nll, V):  # type: ignore[no-untyped-def]
+    """nll[t] = log Σ_v exp(logits[t, v]) − logits[t, targets[t]], targets int64."""
+    narrow = cuda.shared.array(_SCRATCH, types.float32)
+    wide = cuda.shared.array(_SCRATCH, types.float64)
+    t = np.int64(cuda.blockIdx.x)
+    row = logits + 4 * V * t
+    top = _top(row, V, narrow)
+    total = np.float64(0)
+    for i in range(cuda.threadIdx.x, V, cuda.blockDim.x):
+        total += exp(np.float64(f32(row + 4 * i)) - top)
+    total = block_sum(total, wide)
+    if cuda.threadIdx.x == 0:
+        put_f64(nll + 8 * t, log(total) + top - np.float64(f32(row + 4 * i64(targets + 8 * t))))
+
+
+@kernel("iiiii", THREADS)
+def divergence(p, q, kl, same, V):  # type: ignore[no-untyped-def]
+    """kl[t] = KL(softmax(p[t]) ‖ softmax(q[t])), same[t] = whether both have the same likeliest token (bool)."""
+    narrow = cuda.shared.array(_SCRATCH, types.float32)
+    wide = cuda.shared.array(_SCRATCH, types.float64)
+    t = np.int64(cuda.blockIdx.x)
+    p_row, q_row = p + 4 * V * t, q + 4 * V * t
+    p_top, q_top = _top(p_row, V, narrow), _top(q_row, V, narrow)
+    p_first, q_first = _first(p_row, V, p_top, wide), _first(q_row, V, q_top, wide)
+    p_total, q_total, cross = np.float64(0), np.float64(0), np.float64(0)
+    for i in range(cuda.threadIdx.x, V, cuda.blockDim.x):
+        a, b = np.float64(f32(p_row + 4 * i)) - p_top, np.float64(f32(q_row + 4 * i)) - q_top
+        e = exp(a)
+        p_total += e
+        q_total += exp(b)
+        cross += e * (a - b)
+    p_total, q_total, cross = block_sum(p_total, wide), block_sum(q_total, wide), block_sum(cross, wide)
+    if cuda.threadIdx.x == 0:
+        put_f64(kl + 8 * t, cross / p_total - log(p_total) + log(q_total))
+        put_u8(same + t, 1 if p_first == q_first else 0)

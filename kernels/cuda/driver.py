@@ -1,0 +1,140 @@
+"""The CUDA driver as far as the twin needs it: the device, memory by address, one stream, graphs of launches.
+
+In numba's simulator the device is the host: its memory is numpy's, and there are no graphs.
+"""
+
+import ctypes
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver
+from numpy.typing import NDArray
+
+from rwkv_cli.errors import DeviceError
+from rwkv_cli.kernels.cuda.device.compile import SIMULATED, cuda
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """What a call of the driver returned beside its status. Raises DeviceError for a status that is none of success."""
+    status, *values = result
+    if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise DeviceError("the GPU has no memory left; take a smaller model or batch, or --device cpu")
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise DeviceError(f"the GPU's driver reports {status.name}")
+    return values[0] if values else None
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@functools.cache
+def _streams() -> tuple[Any, Any]:
+    return cuda.stream(), cuda.stream()
+
+
+def stream() -> Any:
+    """The one stream that everything goes through, in order."""
+    with _ONE_AT_A_TIME:
+        return _streams()[0]
+
+
+def _handle() -> int:
+    """The stream as the driver's calls want it, on a thread that may not have used the GPU before."""
+    cuda.current_context()
+    return int(stream())
+
+
+class Block:
+    """Memory of the device, freed with its last reference. Where it begins is a multiple of 16."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        if SIMULATED:
+            # what is not written is seen: all bits set are NaN
+            self._host = np.full(size + 16, 0xFF, np.uint8)
+            self.address = -(-self._host.ctypes.data // 16) * 16
+        else:
+            cuda.current_context()
+            self.address = int(checked(driver.cuMemAlloc(max(size, 1))))
+            weakref.finalize(self, _free, self.address).atexit = False
+
+
+def _free(address: int) -> None:
+    cuda.current_context()  # this may be a thread that has none yet
+    driver.cuMemFree(address)
+
+
+def upload(address: int, values: NDArray[Any]) -> None:
+    """Copy a contiguous array of the host's to the device. It may be changed as soon as this returns."""
+    if SIMULATED:
+        ctypes.memmove(address, values.ctypes.data, values.nbytes)
+    elif values.nbytes:
+        # from pageable memory: the driver has its own copy when the call returns
+        checked(driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, _handle()))
+        if getattr(cuda.get_current_device(), "PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES", False):
+            synchronize()  # such a GPU reads the host's memory itself
+
+
+def download(values: NDArray[Any], address: int) -> None:
+    """Copy from the device into a contiguous array of the host's, after all that was begun before."""
+    if SIMULATED:
+        ctypes.memmove(values.ctypes.data, address, values.nbytes)
+    elif values.nbytes:
+        checked(driver.cuMemcpyDtoHAsync(values.ctypes.data, address, values.nbytes, _handle()))
+        synchronize()
+
+
+def move(target: int, source: int, size: int) -> None:
+    """Copy within the device."""
+    if SIMULATED:
+        ctypes.memmove(target, source, size)
+    elif size:
+        checked(driver.cuMemcpyDtoDAsync(target, source, size, _handle()))
+
+
+def synchronize() -> None:
+    """Wait until all that was begun is done."""
+    if not SIMULATED:
+        checked(driver.cuStreamSynchronize(_handle()))
+
+
+def multiprocessors() -> int:
+    """How many the GPU has."""
+    return int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+
+
+def pinned(size: int) -> NDArray[np.uint8]:
+    """Bytes of the host's that the device copies to without a detour."""
+    array: NDArray[np.uint8] = cuda.pinned_array(size, np.uint8)
+    return array
+
+
+class Graph:
+    """Launches captured once, to be repeated in one call."""
+
+    def __init__(self, launch: Callable[[Any], None]) -> None:
+        """Captures what `launch` begins on the stream that it is given: one that nobody else uses meanwhile, since what
+        another thread began on it would be captured too. Raises DeviceError where the driver cannot."""
+        relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        _handle()
+        with _ONE_AT_A_TIME:
+            on = _streams()[1]
+            checked(driver.cuStreamBeginCapture(int(on), relaxed))
+            try:
+                launch(on)
+            except Exception as error:  # of the driver, or of the layers between
+                driver.cuStreamEndCapture(int(on))
+                raise DeviceError(f"the GPU's driver captures no graph: {error}") from error
+            graph = checked(driver.cuStreamEndCapture(int(on)))
+        try:
+            self._executable = checked(driver.cuGraphInstantiate(graph, 0))
+        finally:
+            driver.cuGraphDestroy(graph)
+        weakref.finalize(self, driver.cuGraphExecDestroy, self._executable).atexit = False
+
+    def __call__(self) -> None:
+        checked(driver.cuGraphLaunch(self._executable, _handle()))

@@ -1,0 +1,57 @@
+"""What this GPU can do at most, to hold the other kernels against: moving memory, and multiplying int8."""
+
+import numpy as np
+
+from rwkv_cli.kernels.cpu.limits import best
+from rwkv_cli.kernels.cuda.device.compile import SIMULATED, cuda, kernel, products, put_i32
+from rwkv_cli.kernels.cuda.driver import Block, move, multiprocessors, stream, synchronize
+
+_BYTES = 1 << 30
+"""To copy: many times what a cache holds."""
+_REPEATS = 8
+_ROUNDS = 1 << 12
+_CHAINS = 4
+"""Independent products, enough to keep the tensor cores busy."""
+_THREADS = 256
+
+
+@kernel("ii", _THREADS)
+def multiply(out, rounds):  # type: ignore[no-untyped-def]
+    """`rounds` × `_CHAINS` tensor-core products of a warp, on numbers that change; a sum of them for each thread."""
+    lane, total = np.int64(cuda.threadIdx.x % 32), np.int64(0)
+    at = out + 16 * lane
+    for i in range(rounds):
+        word = np.int32(i)
+        for chain in range(_CHAINS):
+            level = np.int32(i + chain)
+            p0, p1, p2, p3 = products((word, word, word, word), (level, level, level, level), at, at, lane)
+            total += p0 ^ p1 ^ p2 ^ p3
+    put_i32(out + 4 * np.int64(cuda.grid(1)), total)
+
+
+def read_bandwidth(threads: int, rounds: int = 5) -> float:  # noqa: ARG001 - those of the CPU
+    """Bytes a second that a copy within the GPU's memory reads and writes: the best of some rounds."""
+    size = _BYTES >> (8 if SIMULATED else 0)
+    source, target = Block(size), Block(size)
+
+    def copy() -> None:
+        for _ in range(_REPEATS):
+            move(target.address, source.address, size)
+        synchronize()
+
+    return 2 * _REPEATS * size / best(copy, rounds)
+
+
+def int8_peak(threads: int, rounds: int = 5) -> float | None:  # noqa: ARG001 - those of the CPU
+    """int8 multiply-adds a second that the tensor cores reach by `mma.sync`; None in the simulator."""
+    if SIMULATED:
+        return None
+    blocks = 8 * multiprocessors()
+    out = Block(4 * blocks * _THREADS)
+
+    def run() -> None:
+        multiply.dispatcher[blocks, _THREADS, stream()](out.address, _ROUNDS)
+        synchronize()
+
+    # a product is of 16 × 8 × 32, twice: the two planes of a level
+    return _ROUNDS * _CHAINS * blocks * (_THREADS // 32) * 16 * 8 * 32 * 2 / best(run, rounds)

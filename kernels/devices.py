@@ -1,0 +1,26 @@
+"""Which device a model runs on: chosen once, when it is loaded."""
+
+from rwkv_cli.errors import DeviceError
+from rwkv_cli.kernels.contract import Backend
+
+
+def pick(device: str, size: int = 0) -> Backend:
+    """The module for `device`: "cpu", "cuda", or "auto" for a GPU that has room for `size` bytes of weights, else the
+    CPU. Raises DeviceError for one that this machine lacks, or that has too little memory, saying what it has."""
+    if device in ("cuda", "auto"):
+        from rwkv_cli.kernels.cuda.gpus import require
+
+        try:
+            require(size, simulated=device == "cuda")
+        except DeviceError as error:
+            if device == "cuda":
+                raise DeviceError(f"device cuda: {error}") from None
+        else:
+            from rwkv_cli.kernels.cuda import backend as cuda
+
+            return cuda
+    elif device != "cpu":
+        raise DeviceError(f"there is no device {device}: use --device cpu, cuda or auto")
+    from rwkv_cli.kernels.cpu import lower as cpu
+
+    return cpu

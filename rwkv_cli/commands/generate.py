@@ -1,0 +1,155 @@
+"""rwkv generate"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rwkv_cli.commands.batch import batch_options
+from rwkv_cli.commands.options import model_options, open_model, sampling_options, state_option
+
+
+@click.command("generate")
+@click.argument("prompt", required=False)
+@model_options
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="End after N tokens.",
+)
+@sampling_options
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
+@click.option("--ignore-eos", is_flag=True, help="Go on where the model would end the text.")
+@state_option
+@click.option(
+    "--load-state",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Go on after the text whose state --save-state kept, random numbers too; PROMPT may then be left out.",
+)
+@click.option(
+    "--save-state", type=click.Path(path_type=Path), metavar="FILE", help="Keep the state after PROMPT and its text."
+)
+@click.option(
+    "--prompt-cache",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep the state after PROMPT: the next prompt that begins with all of it reads on from there.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object at the end instead of text as it comes.")
+@batch_options
+def command(
+    prompt: str | None,
+    model: Path | None,
+    threads: int | None,
+    device: str,
+    max_tokens: int,
+    stops: tuple[str, ...],
+    ignore_eos: bool,
+    state: Path | None,
+    load_state: Path | None,
+    save_state: Path | None,
+    prompt_cache: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Continue PROMPT, or what comes on standard input (one line break at its end does not count).
+
+    The text goes to standard output as it is made, without the prompt. Defaults are the reference's: temperature 1,
+    top-p 0.85, presence and frequency penalty 0.2, decaying by 0.996 a token.
+
+    With --batch, FILE holds a JSON object a line: {"prompt": …} and, if wanted, "id" (else the line's number),
+    "max_tokens", "seed" and "stop"; other settings are refused, since they are options, and unknown keys are ignored.
+    An answer is a JSON object a line too, written when it ends; its text is what the prompt alone would get with that
+    seed, and --seed is every prompt's.
+
+    \b
+    rwkv generate "Once upon a time" -m stories.safetensors
+    cat letter.txt | rwkv generate --max-tokens 100 --temperature 0 > answer.txt
+    rwkv generate --batch prompts.jsonl --output answers.jsonl --seed 1
+    """  # fmt: skip
+    from rwkv_cli.engine import states
+    from rwkv_cli.engine.completion import Completion, new_sampler
+    from rwkv_cli.engine.sampling import Sampling
+    from rwkv_cli.errors import TokenizerError
+    from rwkv_cli.models.tuned import read_tuned_state
+    from rwkv_cli.terminal.output import harmless, reading_bar, write
+
+    if state and load_state:
+        raise click.UsageError("--state and --load-state exclude each other: a saved state had its beginning")
+    if any(not stop for stop in stops):
+        raise click.BadParameter("an empty text would end at once", param_hint="--stop")
+    if save_state:
+        save_state = states.check_target(save_state, states.STATE)
+    if prompt_cache:
+        prompt_cache = states.check_target(prompt_cache, states.CACHE)
+    if save_state and prompt_cache and os.path.realpath(save_state) == os.path.realpath(prompt_cache):
+        raise click.UsageError("--save-state and --prompt-cache name the same file; give each one of its own")
+    text = read_prompt(prompt, needed=load_state is None)
+    lm = open_model(model, device, threads)
+    if load_state:
+        start = states.load(load_state, lm)
+    else:
+        start = states.Start(read_tuned_state(state, lm) if state else lm.new_state())
+    try:
+        ids = [*start.ids, *lm.text_tokenizer.encode(start.unread.encode() + text)]
+    except TokenizerError as error:
+        raise click.UsageError(f"the prompt is {error}") from None
+    if not ids:
+        what = f"the text in {load_state} had come to its end" if load_state else "the prompt is empty"
+        raise click.UsageError(harmless(f"{what}; give some text to go on with"))
+    seed = options.pop("seed")
+    settings = replace(Sampling(), **{name: value for name, value in options.items() if value is not None})
+    sampler = new_sampler(lm, settings, start.seed if seed is None else seed)
+    sampler.counts = start.counts
+    if seed is None and start.random:
+        sampler.random = start.random
+    cache = states.PromptCache(prompt_cache, lm, start.state, ids) if prompt_cache else None
+    begun, cached = cache.find() if cache else (start.state, 0)
+    completion = Completion(lm, begun, sampler, max_tokens, stops, ignore_eos)
+    with reading_bar(len(ids) - cached) as completion.on_read:
+        if cache and not cached:
+            cache.keep(completion)
+        for piece in completion.run(ids[cached:]):
+            if not as_json:
+                write(piece)
+    if as_json:
+        click.echo(json.dumps({
+            "model": str(lm.path),
+            "prompt": text.decode("utf-8", "replace"),
+            "text": completion.text,
+            "stop": completion.stop,
+            "seed": sampler.seed,
+            "prompt_tokens": completion.prompt_tokens,
+            "cached_tokens": cached,
+            "tokens": completion.tokens,
+            "prompt_tokens_per_second": completion.prompt_tokens / completion.prompt_seconds,
+            "tokens_per_second": completion.tokens / completion.seconds,
+        }))  # fmt: skip
+    elif sys.stdout.isatty() and not completion.text.endswith("\n"):
+        click.echo()
+    if save_state:
+        states.save(save_state, completion)
+
+
+def read_prompt(prompt: str | None, needed: bool = True) -> bytes:
+    """The argument, or standard input to its end, less one line break. A terminal is not read unless asked for: there
+    no prompt is an empty one, if none is needed."""
+    if prompt is not None and prompt != "-":
+        return prompt.encode("utf-8", "surrogateescape")  # the argument's own bytes
+    if prompt is None and sys.stdin.isatty():
+        if not needed:
+            return b""
+        raise click.UsageError("no prompt: give one as an argument or on standard input")
+    data = sys.stdin.buffer.read()
+    return data.removesuffix(b"\n").removesuffix(b"\r")

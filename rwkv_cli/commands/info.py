@@ -1,0 +1,139 @@
+"""rwkv info"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rwkv_cli.terminal.plot import plot_errors, plot_option
+
+
+@click.command("info")
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--devices", is_flag=True, help="List what models can run on here instead: the CPU and each GPU.")
+@click.option("--tensors", is_flag=True, help="List every tensor: name, layout, shape, bytes, error.")
+@plot_option("the relative error that quantizing cost each tensor")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def command(model: Path | None, devices: bool, tensors: bool, plot: Path | None, as_json: bool) -> None:
+    """Show what a converted file holds; default: $RWKV_MODEL, else the bundled storyteller. Nothing but its header is
+    read.
+
+    \b
+    rwkv info RWKV-x070-World-0.1B.int8.safetensors --tensors
+    rwkv info RWKV-x070-World-0.1B.int8.safetensors --plot error.svg
+    rwkv info --devices
+    """  # fmt: skip
+    if devices:
+        if model is not None or tensors or plot is not None:
+            raise click.UsageError("--devices is about this machine: give it no model, --tensors or --plot")
+        _devices(as_json)
+        return
+    from rwkv_cli.commands.options import named_model
+    from rwkv_cli.quant import Checkpoint
+
+    facts = describe(Checkpoint(named_model(model)))
+    if plot is not None:
+        _plot(plot, facts)
+    if as_json:
+        if not tensors:
+            del facts["tensors"]
+        click.echo(json.dumps(facts))
+    else:
+        _show(facts, tensors)
+
+
+def _devices(as_json: bool) -> None:
+    """The CPU and the GPUs."""
+    from rwkv_cli.errors import DeviceError
+    from rwkv_cli.kernels.cpu.compile import has_vnni
+    from rwkv_cli.kernels.cpu.cores import usable_cores
+    from rwkv_cli.kernels.cuda.gpus import found
+    from rwkv_cli.terminal.output import columns
+
+    cores, instructions = usable_cores(), "AVX-512 VNNI" if has_vnni() else "portable"
+    gpus, reason = [], None
+    try:
+        gpus = found()
+    except DeviceError as error:
+        reason = str(error)
+    if as_json:
+        cpu = {"cores": cores.physical, "threads": cores.logical, "instructions": instructions}
+        listed = [
+            {"name": gpu.name, "memory": gpu.memory, "compute_capability": "{}.{}".format(*gpu.capability)}
+            for gpu in gpus
+        ]
+        click.echo(json.dumps({"cpu": cpu, "cuda": listed, "no_cuda": reason}))
+        return
+    rows = [("cpu", f"{cores.physical} cores, {cores.logical} threads, {instructions} kernels")]
+    rows += [
+        ("cuda", f"{gpu.name}, {gpu.memory / 1e9:.1f} GB, compute capability {gpu.capability[0]}.{gpu.capability[1]}")
+        for gpu in gpus
+    ]
+    click.echo(columns(rows if gpus else [*rows, ("cuda", f"none: {reason}")]))
+
+
+def describe(checkpoint: Any) -> dict[str, Any]:
+    """Everything there is to know of a converted file without reading its weights."""
+    rows = []
+    for name in checkpoint.names():
+        scale = [name + ".scale"] if name + ".scale" in checkpoint.stored else []
+        stored = [checkpoint.array(part) for part in (name, *scale)]
+        entry = checkpoint.layout(name)
+        rows.append({
+            "name": name, "layout": entry["layout"], "shape": entry["shape"],
+            "dtype": checkpoint.stored[name].dtype, "bytes": sum(array.nbytes for array in stored),
+            "error": checkpoint.error(name),
+        })  # fmt: skip
+    parameters = sum(prod(row["shape"]) for row in rows)
+    return {
+        "path": str(checkpoint.path),
+        "bytes": checkpoint.path.stat().st_size,
+        "parameters": parameters,
+        "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / max(parameters, 1),
+        "config": checkpoint.metadata("config", dict),
+        **{key: checkpoint.metadata(key, str) for key in ("quantization", "tokenizer", "template", "source")},
+        "digest": checkpoint.digest,
+        "tensors": rows,
+    }
+
+
+def _plot(plot: Path, facts: dict[str, Any]) -> None:
+    errors = {row["name"]: row["error"] for row in facts["tensors"] if row["error"] is not None}
+    if facts["quantization"] == "none":
+        raise click.ClickException(f"{facts['path']}: its weights are not quantized, so there is no error to draw")
+    if not errors:
+        raise click.ClickException(f"{facts['path']}: does not say what quantizing cost; convert the model again")
+    name, version = Path(facts["path"]).name, facts["config"].get("version")
+    plot_errors(plot, errors, [name, f"RWKV-{version}", f"{facts['bits_per_weight']:.2f} bits per weight"])
+
+
+def _show(facts: dict[str, Any], tensors: bool) -> None:
+    from rwkv_cli.terminal.output import columns
+
+    config = facts["config"]
+    ranks = config.get("ranks")
+    ranks = ", ".join(f"{name} {rank}" for name, rank in ranks.items()) if isinstance(ranks, dict) else ""
+    heads = ("heads", "head_size") if config.get("version") != "4" else ()
+    dimensions = ("layers", "width", *heads, "ffn", "vocab")
+    click.echo(columns([
+        ("file", facts["path"]),
+        ("architecture", f"RWKV-{config.get('version')}"),
+        *((key.replace("_", " "), config.get(key)) for key in dimensions),
+        *([("low ranks", ranks)] if ranks else []),
+        ("parameters", f"{facts['parameters'] / 1e6:,.1f} M"),
+        ("size", f"{facts['bytes'] / 1e6:,.1f} MB"),
+        ("bits per weight", f"{facts['bits_per_weight']:.2f}"),
+        *((key, facts[key]) for key in ("quantization", "tokenizer", "template", "source", "digest")),
+    ]))  # fmt: skip
+    if tensors:
+        rows = [
+            (row["name"], row["layout"], row["dtype"], " × ".join(map(str, row["shape"])), f"{row['bytes']:,}",
+             "" if row["error"] is None else f"{row['error']:.3%}")
+            for row in facts["tensors"]
+        ]  # fmt: skip
+        header = "tensor", "layout", "dtype", "shape", "bytes", "error"
+        click.echo("\n" + columns([header, *rows], right=[4, 5]))

@@ -1,0 +1,148 @@
+"""rwkv ppl"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rwkv_cli.commands.options import model_options, open_model
+from rwkv_cli.terminal.plot import plot_nll, plot_option
+
+if TYPE_CHECKING:
+    from rwkv_cli.engine.model import LanguageModel
+    from rwkv_cli.engine.scoring import Score, Scorer
+
+
+def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> int | None:
+    if not value.isdecimal() and value != "none":
+        raise click.BadParameter(f"{value!r} is neither a token id nor none")
+    return None if value == "none" else int(value)
+
+
+@click.command("ppl")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE...")
+@model_options
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    metavar="OTHER",
+    help="Score this model too, on the same tokens, and say how far MODEL is from it.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Forget everything after every N tokens; default: the state is carried through the file.",
+)
+@click.option(
+    "--start-token",
+    callback=_start_token,
+    default="0",
+    show_default=True,
+    metavar="ID|none",
+    help="Token before each text (0 ends a text), or none: the first token is then not scored.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score the first N tokens of each file only.")
+@plot_option("NLL by position in the context, a line for each text and model")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object a file; by_position lists [first, last, tokens, NLL, its standard error].",
+)
+def command(
+    files: tuple[Path, ...],
+    model: Path | None,
+    threads: int | None,
+    device: str,
+    compare: Path | None,
+    context: int | None,
+    start_token: int | None,
+    limit: int | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure perplexity on text files of any size, each read once in constant memory.
+
+    With --compare, OTHER is the reference: KL is KL(OTHER ‖ MODEL), and differences are MODEL minus OTHER.
+
+    \b
+    rwkv ppl wiki.test.raw -m model.int8.safetensors
+    rwkv ppl wiki.test.raw -m model.int8.safetensors --compare model.float.safetensors
+    rwkv ppl wiki.test.raw -m model.int8.safetensors --context 1024 --plot context.svg
+    """  # fmt: skip
+    from rwkv_cli.engine.scoring import Scorer
+
+    lm = open_model(model, device, threads)
+    other = open_model(compare, device, threads) if compare is not None else None
+    if start_token is not None and start_token >= lm.config.vocab:
+        raise click.BadParameter(
+            f"{start_token} is outside the vocabulary of {lm.config.vocab}", param_hint="--start-token"
+        )
+    if other is not None:
+        _check_same_tokens(lm, other)
+    if plot is not None and plot.exists() and any(file.exists() and plot.samefile(file) for file in files):
+        raise click.BadParameter(f"{plot} is one of the texts; name another file", param_hint="--plot")
+    scores = []
+    for file in files:
+        scorer = Scorer(lm, other, context, start_token, limit)
+        score = _with_progress(file, scorer)
+        scores.append((file, score))
+        if as_json:
+            click.echo(json.dumps({"model": str(lm.path), "file": str(file), **score.as_json()}))
+        else:
+            click.echo(report(file, score, compare))
+    if plot is not None:
+        plot_nll(plot, scores, [lm.path] if other is None else [lm.path, other.path])
+
+
+def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:
+    a, b = lm.text_tokenizer, other.text_tokenizer
+    same = a.kind == b.kind and lm.config.vocab == other.config.vocab
+    if not same or any(getattr(a, content, None) != getattr(b, content, None) for content in ("table", "text")):
+        raise click.ClickException(f"{lm.path} and {other.path} have different tokenizers; their tokens do not compare")
+
+
+def _with_progress(file: Path, scorer: Scorer) -> Score:
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+    from rwkv_cli.terminal.output import progress_bar
+
+    text = "{task.percentage:.0f} %  {task.fields[rate]}"
+    with progress_bar(
+        TextColumn("{task.description}", markup=False), BarColumn(), text, TimeRemainingColumn()
+    ) as progress:
+        task = progress.add_task(file.name, total=1.0, rate="")
+
+        def show(share: float, score: Score) -> None:
+            progress.update(task, completed=share, rate=f"{score.tokens_per_second:.0f} tok/s  ppl {score.ppl:.4g}")
+
+        return scorer.run(file, show)
+
+
+def report(file: Path, s: Score, compare: Path | None) -> str:
+    """A score as a table."""
+    from rwkv_cli.terminal.output import columns
+
+    start = "none" if s.start_token is None else s.start_token
+    context = "whole file" if s.context is None else f"{s.context} tokens"
+    rows = [
+        ("file", file),
+        ("perplexity", f"{s.ppl:.4f} ± {s.ppl_stderr:.4f}"),
+        ("NLL", f"{s.nll:.6f} ± {s.nll_stderr:.6f} nats per token"),
+        ("bits per byte", f"{s.bits_per_byte:.4f}"),
+        ("tokens", f"{s.tokens} ({s.bytes} bytes), context {context}, start token {start}"),
+        ("speed", f"{s.tokens_per_second:.1f} tokens per second"),
+    ]
+    if s.comparison is not None:
+        c = s.comparison
+        rows += [
+            ("against", f"{compare}: perplexity {c.other_ppl:.4f}"),
+            ("KL", f"{c.kl_mean:.3e} mean, {c.kl_p999:.3e} at 99.9 %"),
+            ("top-1", f"{100 * c.top1_agreement:.3f} % the same"),
+            ("NLL difference", f"{c.nll_diff:+.6f} ± {c.nll_diff_stderr:.6f} nats per token"),
+        ]
+    return columns(rows)

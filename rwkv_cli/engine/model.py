@@ -1,0 +1,81 @@
+"""A model with its tokenizer, and the loop that makes text with it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
+from rwkv_cli.errors import FormatError, TokenizerError
+from rwkv_cli.kernels.cache import cache_folder
+from rwkv_cli.models import Model
+from rwkv_cli.quant import Checkpoint
+
+
+class LanguageModel(Model):
+    """A model with its tokenizer (None if conversion found none) and the name of its chat template."""
+
+    tokenizer: Tokenizer | None
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None,
+        on_load: Callable[[int], object] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(checkpoint, device, threads, on_load)
+        self.path = checkpoint.path
+        self.tokenizer = read_tokenizer(checkpoint)
+        if self.tokenizer is not None and self.tokenizer.size > self.config.vocab:
+            raise FormatError(f"{self.path}: its tokenizer has more tokens than the model; convert it again")
+        self.template: str = checkpoint.metadata("template", str)
+        self.quantization: str = checkpoint.metadata("quantization", str)
+
+    @classmethod
+    def load(
+        cls, path: Path, device: str = "cpu", threads: int | None = None, on_load: Callable[[int], object] | None = None
+    ) -> "LanguageModel":
+        """Map a converted file, and copy its weights if the device is not the CPU."""
+        return cls(Checkpoint(path), device, threads, on_load)
+
+    def compile_kernels(self) -> None:
+        """Compile what this kind of model runs on, if that was never done on this machine."""
+        device = self.ops.__name__.rpartition(".")[2]
+        done = cache_folder() / f"compiled-{device}-{self.config.version}-{self.quantization}"
+        if not done.exists():
+            state = self.new_state()
+            self.advance([0], state)
+            self.losses([0, 0], [0, 0], state)
+            done.touch()
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises TokenizerError if there is none."""
+        if self.tokenizer is None:
+            raise TokenizerError(f"{self.path}: has no tokenizer")
+        return self.tokenizer
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer inside a converted file."""
+    kind = checkpoint.metadata("tokenizer", str)
+    try:
+        if kind == "none":
+            return None
+        if kind == "bytes":
+            return ByteTokenizer()
+        if kind == "world":
+            return WorldTokenizer.from_arrays(
+                checkpoint.array("tokenizer.bytes"), checkpoint.array("tokenizer.lengths")
+            )
+        if kind == "json":
+            return JsonTokenizer(checkpoint.array("tokenizer.json").tobytes(), "tokenizer.json")
+    except TokenizerError as error:
+        raise FormatError(f"{checkpoint.path}: its tokenizer is damaged ({error}); convert the model again") from None
+    raise FormatError(f"{checkpoint.path}: has a tokenizer of unknown kind {kind!r}; upgrade rwkv-cli")
+
+
+def check_finite(model: LanguageModel, values: NDArray[np.floating[Any]]) -> None:
+    """Raises FormatError where a model's output, or what was computed from it, is not finite."""
+    if not np.isfinite(values).all():
+        raise FormatError(f"{model.path}: the model's output is not finite; convert it again from a sound file")

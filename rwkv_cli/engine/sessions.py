@@ -1,0 +1,208 @@
+"""Chats kept on disk: a folder each, with a transcript (JSON) and the states to go on from or back to (safetensors).
+
+The transcript names its state files and is replaced last, in one step: whenever a process is killed, the folder holds
+one whole turn or the one before. A session belongs to the model that it was begun with.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from rwkv_cli.engine.conversation import Conversation, Snapshot, Turn
+from rwkv_cli.engine.model import LanguageModel
+from rwkv_cli.engine.sampling import Sampling
+from rwkv_cli.engine.templates import TEMPLATES
+from rwkv_cli.errors import SessionError
+from rwkv_cli.models import State
+from rwkv_cli.quant import replacing
+
+_FORMAT = 1
+_KEPT = 4
+"""States on disk: the last one, and those that undo leads back to."""
+
+
+_START = "start.safetensors"
+"""A tuned state that the conversation began with."""
+
+
+def folder() -> Path:
+    """Where sessions lie."""
+    return platformdirs.user_data_path("rwkv", appauthor=False) / "sessions"
+
+
+def names() -> list[str]:
+    """Every session, the last used first."""
+    found = [path for path in folder().glob("*/transcript.json") if path.is_file()]
+    return [path.parent.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def exists(name: str) -> bool:
+    """Whether a session has this name. Raises SessionError for a name that no folder may have."""
+    return (path_of(name) / "transcript.json").exists()
+
+
+def path_of(name: str) -> Path:
+    """The session's folder, which need not be there. Raises SessionError for a name that no folder may have."""
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise SessionError(f"{name!r} cannot name a session: use up to 64 letters, digits, '-', '_' and '.'")
+    return folder() / name
+
+
+def read(name: str) -> dict[str, Any]:
+    """The transcript of a session, checked as far as programs rely on it. Raises SessionError."""
+    path = path_of(name) / "transcript.json"
+    try:
+        data: Any = json.loads(path.read_text("utf-8"))
+        if data["format"] > _FORMAT:
+            raise SessionError(f"session {name} was written by a newer rwkv; upgrade rwkv-cli")
+        words = [data["saved"], data["model"]["path"], data["model"]["digest"], data["system"], data["think"]]
+        words += [part for turn in data["turns"] for part in (turn["user"], turn["answer"])]
+        numbers = [data["revision"], data["seed"], data["max_tokens"] or 1, *data["sampling"].values()]
+        if not all(type(word) is str for word in words) or not all(type(n) in (int, float) for n in numbers):
+            raise ValueError("a field is of the wrong kind")
+    except FileNotFoundError:
+        raise SessionError(f"there is no session {name}; rwkv sessions list shows those there are") from None
+    except SessionError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise SessionError(f"session {name} is damaged ({path}); remove it with: rwkv sessions rm {name}") from None
+    return dict(data)
+
+
+def remove(name: str) -> None:
+    """Delete a session, or what is left of one. Raises SessionError if there is none."""
+    path = path_of(name)
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        raise SessionError(f"there is no session {name}; rwkv sessions list shows those there are")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While no other process reads or writes this folder."""
+    with (path / "lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:  # not on Windows
+            pass
+        yield
+
+
+@dataclass
+class Session:
+    """A name under which a conversation is kept."""
+
+    name: str
+    revision: int = 0
+    """Of the transcript that this process wrote or read last; 0 before the first."""
+
+    def save(self, conversation: Conversation) -> None:
+        """Keep all that was said so far. Raises SessionError if another process has changed the session meanwhile."""
+        path = path_of(self.name)
+        path.mkdir(0o700, parents=True, exist_ok=True)
+        with _alone(path):
+            if self._on_disk() != self.revision:
+                raise SessionError(f"session {self.name} was changed by another chat; /fork NAME goes on in a new one")
+            self._write(path, conversation)
+
+    def _write(self, path: Path, conversation: Conversation) -> None:
+        model, turns = conversation.model, conversation.turns
+        snapshots = [*(turn.before for turn in turns), conversation.now]
+        states = []
+        for count, snapshot in list(enumerate(snapshots))[-_KEPT:]:
+            if snapshot is not None:
+                file = f"state-{snapshot.id}.safetensors"
+                if not (path / file).exists():
+                    snapshot.state.save(path / file)
+                states.append({"turns": count, "file": file, "unread": snapshot.unread, "random": snapshot.random})
+        if conversation.start is not None and self.revision == 0:
+            conversation.start.save(path / _START)
+        data = {
+            "format": _FORMAT,
+            "revision": self.revision + 1,
+            "model": {"path": str(model.path.resolve()), "digest": model.digest, "version": model.config.version},
+            "template": conversation.template.name,
+            "system": conversation.system,
+            "think": conversation.think,
+            "sampling": asdict(conversation.settings),
+            "max_tokens": conversation.max_tokens,
+            "seed": conversation.sampler.seed,
+            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            "start": conversation.start is not None,
+            "states": states,
+            "turns": [{"user": turn.user, "answer": turn.answer} for turn in turns],
+        }
+        with replacing(path / "transcript.json") as out:
+            out.write(json.dumps(data, ensure_ascii=False, indent=1).encode("utf-8", "replace"))
+        self.revision += 1
+        kept = {state["file"] for state in states}
+        for old in (*path.glob("state-*.safetensors"), *path.glob(".rwkv-*.part")):
+            if old.name not in kept:
+                old.unlink(missing_ok=True)
+
+    def _on_disk(self) -> int:
+        try:
+            return int(read(self.name)["revision"])
+        except SessionError:
+            return 0
+
+    @classmethod
+    def resume(cls, name: str, model: LanguageModel) -> tuple["Session", Conversation]:
+        """The session and its conversation, without reading a word again. Raises SessionError."""
+        read(name)  # there is one, so that its folder can be locked
+        with _alone(path_of(name)):
+            data = read(name)
+            if data["model"]["digest"] != model.digest:
+                raise SessionError(
+                    f"session {name} belongs to another model ({data['model']['path']}), not to {model.path}; "
+                    "name that one with -m, or another session"
+                )
+            try:
+                return cls(name, data["revision"]), _restored(path_of(name), data, model)
+            except (KeyError, TypeError, ValueError, OSError) as error:
+                raise SessionError(
+                    f"session {name} is damaged ({error}); rwkv sessions show {name} prints what was said"
+                ) from None
+
+
+def _restored(path: Path, data: dict[str, Any], model: LanguageModel) -> Conversation:
+    """The conversation of a transcript. Of the states, only the last has to be sound."""
+    talk = Conversation(
+        model,
+        TEMPLATES[data["template"]],
+        Sampling(**data["sampling"]),
+        data["seed"],
+        data["max_tokens"],
+        data["system"],
+        start=State.load(path / _START, like=model.new_state()) if data["start"] else None,
+    )
+    talk.set_think(data["think"])
+    snapshots = {}
+    for entry in data["states"]:
+        last = entry["turns"] == len(data["turns"])
+        file = path / Path(entry["file"]).name
+        try:
+            state = State.load(file, like=talk.now.state)
+            talk.sampler.random = entry["random"]
+        except (KeyError, TypeError, ValueError, OSError):
+            if last:
+                raise
+            continue
+        unread, id_ = str(entry["unread"]), file.stem.removeprefix("state-")
+        snapshots[entry["turns"]] = Snapshot(state, unread, entry["random"], id_)
+    talk.turns = [Turn(turn["user"], turn["answer"], snapshots.get(i)) for i, turn in enumerate(data["turns"])]
+    talk.now = snapshots[len(talk.turns)]
+    return talk

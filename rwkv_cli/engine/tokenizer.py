@@ -1,0 +1,326 @@
+"""Text to token ids and back: RWKV World, any tokenizer.json, or plain bytes.
+
+Every kind offers the same: `encode`, `decode`, `stream` (ids to text as they come, never half a character) and
+`encode_blocks` (a text of any size in constant memory).
+"""
+
+import ast
+import codecs
+import importlib.util
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_cli.errors import TokenizerError
+
+END_OF_TEXT = 0
+"""Ends a text in every official vocabulary."""
+
+
+class Piece(NamedTuple):
+    """Some tokens of a text, and the bytes of the text that end with each of them, from the piece's start."""
+
+    ids: list[int]
+    ends: NDArray[np.int64]
+
+
+class TextStream(Protocol):
+    """Turns ids into text as they come."""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether ids have come whose text is not certain yet."""
+
+    def push(self, token: int) -> str:
+        """The text that is certain now; empty while a character is not whole."""
+
+    def flush(self) -> str:
+        """What is left at the end, an unfinished character as U+FFFD."""
+
+
+class Tokenizer(Protocol):
+    kind: str
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Raises TokenizerError for bytes that are not UTF-8 where the vocabulary needs text.
+
+        In a str, a surrogate that stands for a byte (PEP 383) is that byte.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Invalid UTF-8 becomes U+FFFD."""
+
+    def stream(self) -> TextStream: ...
+
+    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
+        """Tokens of the text that `blocks` make up, without ever holding all of it."""
+
+
+def _to_bytes(text: str | bytes) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"character {error.start} is half a surrogate pair; UTF-8 has no such thing") from None
+
+
+class _ByteStream:
+    """Incremental UTF-8 over a table of each token's bytes."""
+
+    def __init__(self, table: Sequence[bytes]) -> None:
+        self._table = table
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def unfinished(self) -> bool:
+        return self._decoder.getstate()[0] != b""
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._table[token] if 0 <= token < len(self._table) else b"")
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _ByteTable:
+    """What vocabularies made of byte strings share: `table[id]` is a token's bytes, empty where there is no token."""
+
+    kind: str
+    table: list[bytes]
+
+    @property
+    def size(self) -> int:
+        return len(self.table)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The exact bytes; ids without a token, like 0 in World, stand for none."""
+        size = len(self.table)
+        return b"".join(self.table[i] for i in ids if 0 <= i < size)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def stream(self) -> TextStream:
+        return _ByteStream(self.table)
+
+
+class ByteTokenizer(_ByteTable):
+    """id = byte."""
+
+    kind = "bytes"
+
+    def __init__(self) -> None:
+        self.table = [bytes([i]) for i in range(256)]
+
+    def encode(self, text: str | bytes) -> list[int]:
+        return list(_to_bytes(text))
+
+    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
+        for block in blocks:
+            yield Piece(list(block), np.arange(1, len(block) + 1))
+
+
+class WorldTokenizer(_ByteTable):
+    """RWKV World: greedy longest match over bytes (rwkv package, rwkv_tokenizer.py). Any bytes round-trip."""
+
+    kind = "world"
+
+    def __init__(self, table: list[bytes]) -> None:
+        self.table = table
+        self._ids = {token: i for i, token in enumerate(table) if token}
+        self._longest = max(map(len, table))
+        # lengths that tokens with these first two bytes have, longest first
+        lengths: dict[bytes, set[int]] = {}
+        for token in self._ids:
+            lengths.setdefault(token[:2], set()).add(len(token))
+        self._lengths = {head: sorted(found, reverse=True) for head, found in lengths.items() if len(head) == 2}
+        if any(bytes([byte]) not in self._ids for byte in range(256)):
+            raise TokenizerError("a World vocabulary must have every single byte as a token")
+
+    def encode(self, text: str | bytes) -> list[int]:
+        data = _to_bytes(text)
+        return self._match(data, len(data))[0]
+
+    def _match(self, data: bytes, stop: int) -> tuple[list[int], list[int]]:
+        """Tokens that start before `stop`, and where each ends."""
+        ids, lengths = self._ids, self._lengths
+        out: list[int] = []
+        ends: list[int] = []
+        at = 0
+        while at < stop:
+            for n in lengths.get(data[at : at + 2], ()):
+                token = ids.get(data[at : at + n])
+                # a slice past the end is shorter than n, and may match a shorter token all the same: it is that token
+                if token is not None:
+                    break
+            else:
+                token = ids[data[at : at + 1]]
+            out.append(token)
+            at += len(self.table[token])
+            ends.append(at)
+        return out, ends
+
+    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
+        rest = b""
+        for block in blocks:
+            data = rest + block
+            # a token that starts here cannot depend on bytes that have not come
+            ids, ends = self._match(data, max(0, len(data) - self._longest))
+            rest = data[ends[-1] :] if ends else data
+            if ids:
+                yield Piece(ids, np.array(ends))
+        if rest:
+            ids, ends = self._match(rest, len(rest))
+            yield Piece(ids, np.array(ends))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a converted file holds of it: all tokens' bytes in the order of their ids, and their lengths."""
+        return {
+            "tokenizer.bytes": np.frombuffer(b"".join(self.table), np.uint8),
+            "tokenizer.lengths": np.array([len(token) for token in self.table], np.uint8),
+        }
+
+    @classmethod
+    def from_arrays(cls, data: NDArray[np.uint8], lengths: NDArray[np.uint8]) -> "WorldTokenizer":
+        if data.dtype != np.uint8 or lengths.dtype != np.uint8 or not lengths.size or lengths.sum() != data.size:
+            raise TokenizerError("its token lengths do not add up")
+        raw, ends = data.tobytes(), np.cumsum(lengths, dtype=np.int64).tolist()
+        return cls([raw[a:b] for a, b in itertools.pairwise([0, *ends])])
+
+    @classmethod
+    def from_vocabulary(cls, path: Path) -> "WorldTokenizer":
+        """Read a vocabulary in the official text form: `id literal length` a line, ids from 1."""
+        table: dict[int, bytes] = {0: b""}
+        line = ""
+        try:
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                if not line:
+                    continue
+                head, tail = line.index(" "), line.rindex(" ")
+                literal = ast.literal_eval(line[head:tail].strip())
+                token = literal.encode() if isinstance(literal, str) else literal
+                if not isinstance(token, bytes) or len(token) != int(line[tail:]) or not 0 < len(token) < 256:
+                    raise ValueError("the token and its length disagree")
+                if not 0 < (index := int(line[:head])) < 1 << 20 or index in table:
+                    raise ValueError("the id is out of range or there twice")
+                table[index] = token
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:  # literal_eval's, all five
+            raise TokenizerError(f"{path}: not a World vocabulary: line {line[:40]!r} ({error})") from None
+        try:
+            return cls([table.get(i, b"") for i in range(max(table) + 1)])
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from None
+
+
+def official_vocabulary() -> Path:
+    """The World vocabulary in the PyPI package `rwkv`, found without importing it."""
+    spec = importlib.util.find_spec("rwkv")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        found = sorted(Path(folder).glob("rwkv_vocab_v*.txt"))
+        if found:
+            return found[-1]
+    raise TokenizerError("the World vocabulary is missing: reinstall it with pip install rwkv")
+
+
+class _JsonStream:
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._held: list[int] = []
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._held)
+
+    def push(self, token: int) -> str:
+        text = self._stream.step(self._tokenizer, token)
+        self._held = [] if text else [*self._held, token]
+        return text or ""
+
+    def flush(self) -> str:
+        held, self._held = self._held, []
+        text: str = self._tokenizer.decode(held, skip_special_tokens=False)
+        return text
+
+
+class JsonTokenizer:
+    """A Hugging Face tokenizer.json, run by the `tokenizers` library."""
+
+    kind = "json"
+
+    def __init__(self, text: bytes, name: str) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(text)
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{name}: not a tokenizer.json ({error})") from None
+        # a file may ask for both, for training
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.text = text
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def _text(self, text: str | bytes) -> str:
+        try:
+            return _to_bytes(text).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"not UTF-8 at byte {error.start}; this model's tokenizer takes text only") from None
+
+    def encode(self, text: str | bytes) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(self._text(text), add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = [i for i in ids if 0 <= i < self.size]
+        text: str = self._tokenizer.decode(known, skip_special_tokens=False)
+        return text
+
+    def stream(self) -> TextStream:
+        return _JsonStream(self._tokenizer)
+
+    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        rest, read, done = "", 0, 0
+        for block in itertools.chain(blocks, [None]):
+            try:
+                text = rest + decoder.decode(block or b"", final=block is None)
+            except UnicodeDecodeError as error:
+                raise TokenizerError(
+                    f"not UTF-8 at byte {done + error.start}; this model's tokenizer takes text only"
+                ) from None
+            read += len(block or b"")
+            done = read - len(decoder.getstate()[0])  # bytes decoded: the next error counts from there
+            cut = len(text) if block is None else _word_border(text)
+            if cut:
+                yield self._piece(text[:cut])
+            rest = text[cut:]
+
+    def _piece(self, text: str) -> Piece:
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        # UTF-8 bytes up to each character, by its code point
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        width = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+        upto = np.concatenate([[0], np.cumsum(width)])
+        stops = np.array([end for _, end in encoded.offsets], np.int64)
+        stops[-1:] = len(text)  # offsets may leave out blanks at the end
+        return Piece(encoded.ids, upto[np.maximum.accumulate(stops)])
+
+
+def _word_border(text: str) -> int:
+    """Where a text may be cut: the last single space between two visible characters, which starts a token in
+    byte-level BPE; 0 to wait for more, unless a megabyte has none."""
+    at = len(text)
+    while (at := text.rfind(" ", 0, at)) > 0:
+        if at + 1 < len(text) and not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at
+    return len(text) if len(text) > 1 << 20 else 0

@@ -1,0 +1,199 @@
+"""Pictures of what `rwkv ppl` and `rwkv info` measure, drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rwkv_cli.commands.convert import kind_name
+from rwkv_cli.terminal.output import harmless, note
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from rwkv_cli.engine.scoring import Score
+
+SUFFIXES = (".png", ".svg", ".pdf")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito's, which the colour-blind tell apart."""
+_GREY = "#666666"
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be searched and copied
+    "font.size": 9.5,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GREY,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "xtick.labelcolor": "black",
+    "ytick.labelcolor": "black",
+}
+
+
+def plot_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--plot, refused before any work where it could not be drawn; the command gets `plot: Path | None`."""
+    return click.option(
+        "--plot",
+        type=click.Path(path_type=Path, dir_okay=False),
+        callback=_drawable,
+        metavar="OUT",
+        help=f"Draw {what}, into a .png, .svg or .pdf file.",
+    )
+
+
+def _drawable(_ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    if path.suffix.lower() not in SUFFIXES:
+        raise click.BadParameter(f"{path} does not end in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise click.BadParameter(f"{path.parent} is not a folder; make it first, or name another file")
+    try:
+        import matplotlib  # noqa: F401 - only whether it is there
+    except ModuleNotFoundError:
+        raise click.ClickException('--plot needs matplotlib; install it with: pip install "rwkv-cli[plot]"') from None
+    return path
+
+
+def plot_nll(path: Path, scores: Sequence[tuple[Path, Score]], models: Sequence[Path]) -> None:
+    """Draw NLL by position into `path`: a line for each text of `scores` and each of its one or two `models`.
+
+    Bins are drawn as they are, with a band of one standard error where they have two tokens or more; what all lines
+    share stands in the title.
+    """
+    import numpy as np
+    from matplotlib.ticker import LogLocator
+
+    texts, names = _names([text for text, _ in scores]), _names(models)
+    facts, lines = [], []
+    with _figure((7.5, 4.4), path) as figure:
+        axes = figure.add_subplot()
+        for i, (_, score) in enumerate(scores):
+            other = score.comparison
+            curves = [(score.by_position, score.ppl)]
+            curves += [(other.other_by_position, other.other_ppl)] if other is not None else []
+            for k, (bins, ppl) in enumerate(curves):
+                x = [math.sqrt(b.first * b.last) for b in bins]
+                y, error = np.array([b.nll for b in bins]), np.array([b.stderr for b in bins])
+                colour = _COLOURS[(i if len(scores) > 1 else k) % len(_COLOURS)]
+                axes.fill_between(x, y - error, y + error, color=colour, alpha=0.2, linewidth=0)
+                lines += axes.plot(x, y, color=colour, linestyle=("-", "--")[k], marker=("o", "")[k], markersize=3.5)
+                context = "whole text" if score.context is None else f"context {score.context:,}"
+                facts.append((texts[i], names[k], f"{score.tokens:,} tokens", context, f"perplexity {ppl:.4g}"))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=14))
+        axes.xaxis.set_major_formatter(lambda position, _: f"{position:,.0f}")
+        axes.minorticks_off()
+        axes.set_xlabel("token position since the context began")
+        axes.set_ylabel("NLL in nats per token, ± standard error")
+        axes.grid(color="#e5e5e5", linewidth=0.7)
+        shared = [len(set(column)) == 1 for column in zip(*facts, strict=True)]
+        _title(axes, "NLL by position in the context", [f for f, same in zip(facts[0], shared, strict=True) if same])
+        if len(lines) > 1:
+            legend = figure.legend(lines, ["x"] * len(lines), loc="outside lower left", frameon=False)
+            for text, row in zip(legend.get_texts(), facts, strict=True):
+                text.set_parse_math(False)
+                text.set_text(_joined([fact for fact, same in zip(row, shared, strict=True) if not same]))
+            figure.set_figheight(4.4 + 0.2 * sum(1 + text.get_text().count("\n") for text in legend.get_texts()))
+
+
+def plot_errors(path: Path, errors: Mapping[str, float], facts: Sequence[str]) -> None:
+    """Draw relative errors of tensors into `path` as a heat map of kinds by layers, those of no layer below.
+
+    `errors` has at least one tensor; `facts` stand in the title.
+    """
+    import numpy as np
+
+    rows: dict[str, dict[int, float]] = {}
+    for name in sorted(errors, key=_layer, reverse=True):  # layer 0 may lack kinds, so the last one gives their order
+        rows.setdefault(kind_name(name), {})[_layer(name)] = 100 * errors[name]
+    inside = {kind: row for kind, row in rows.items() if -1 not in row}
+    apart = {kind: row for kind, row in rows.items() if -1 in row}
+    layers = sorted({layer for row in inside.values() for layer in row})
+    tables = [(part, columns) for part, columns in ((inside, layers), (apart, [-1])) if part]
+    low, high = 100 * min(errors.values()), 100 * max(errors.values())
+    size = min(max(7.0, 2.6 + 0.42 * len(layers)), 16.0), 1.5 + 0.27 * len(rows)
+    with _figure(size, path) as figure:
+        heights = [len(part) for part, _ in tables]
+        parts = list(figure.subplots(len(tables), squeeze=False, height_ratios=heights)[:, 0])
+        for axes, (part, columns) in zip(parts, tables, strict=True):
+            table = np.array([[row.get(layer, math.nan) for layer in columns] for row in part.values()])
+            mesh = axes.pcolormesh(table, cmap="YlGnBu", vmin=low, vmax=high, edgecolor="white")
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0)
+            axes.set_yticks(np.arange(len(part)) + 0.5, map(_plain, part), parse_math=False)
+            axes.invert_yaxis()
+            every = -(-len(columns) // 32)
+            axes.set_xticks(np.arange(0, len(columns), every) + 0.5, columns[::every])
+            axes.set_xlabel("layer")
+            if part is apart:
+                axes.xaxis.set_visible(False)
+            if len(layers) <= 16:
+                for (row, column), value in np.ndenumerate(table):
+                    text = "–" if math.isnan(value) else f"{value:.2f}"
+                    colour = "white" if value > 0.4 * low + 0.6 * high else "black"
+                    axes.text(column + 0.5, row + 0.5, text, fontsize=7.5, ha="center", va="center", color=colour)
+        bar = figure.colorbar(mesh, ax=parts, label="relative root-mean-square error in %", aspect=30, pad=0.02)
+        bar.outline.set_visible(False)
+        _title(parts[0], "Quantization error by layer and tensor", facts)
+
+
+def _layer(name: str) -> int:
+    """A tensor's layer; -1 outside of any."""
+    found = re.match(r"blocks\.(\d{1,9})\.", name)
+    return int(found[1]) if found else -1
+
+
+@contextmanager
+def _figure(size: tuple[float, float], path: Path) -> Iterator[Figure]:
+    """A figure of `size` inches, which the block draws and which is written to `path` as a whole or not at all."""
+    import matplotlib.figure
+    import matplotlib.style
+
+    from rwkv_cli.quant import replacing
+
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a name in a script that the font lacks
+        figure = matplotlib.figure.Figure(size, layout="constrained")
+        yield figure
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=200)
+    with replacing(path) as file:
+        file.write(drawn.getbuffer())
+    note(f"Wrote {path}")
+
+
+def _title(axes: Axes, title: str, facts: Sequence[str]) -> None:
+    text = _joined(facts)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=11 + 12 * len(text.splitlines()))
+    axes.annotate(text, (0, 1), (0, 8), "axes fraction", "offset points", color=_GREY, parse_math=False,
+                  in_layout=False)  # fmt: skip
+
+
+def _joined(facts: Sequence[str]) -> str:
+    """On lines that fit the picture."""
+    return textwrap.fill(" · ".join(map(_plain, facts)), 90, break_on_hyphens=False)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Their last parts, or all of them where those do not tell them apart."""
+    short = len({path.name for path in paths}) == len(set(paths))
+    return [path.name if short else str(path) for path in paths]
+
+
+def _plain(text: str) -> str:
+    """What fits the picture and any XML: a path may be long, be no Unicode, and hold control characters."""
+    text = harmless(os.fsencode(text).decode(errors="replace"))
+    return text if len(text) <= 48 else f"{text[:23]}…{text[-24:]}"

@@ -1,0 +1,49 @@
+"""rwkv bench: every figure is there and follows from the others."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from rwkv_cli.kernels.cpu import limits
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_BYTES", 1 << 20)
+
+
+def test_the_figures(rwkv: Run, byte_model: Path) -> None:
+    result = rwkv("bench", "-m", byte_model, "-p", 20, "-n", 5, "-r", 2, "-d", 3, "--json")
+    assert result.exit_code == 0
+    r = json.loads(result.stdout)
+    assert (r["prompt"], r["generate"], r["depth"], r["repetitions"]) == (20, 5, 3, 2)
+    assert r["version"] == "7"
+    assert 0 < r["bytes_per_token"] <= r["dense_bytes_per_token"] < r["file_bytes"]
+    assert r["decode_bandwidth"] == pytest.approx(r["bytes_per_token"] * r["decode_tokens_per_second"])
+    assert r["decode_share"] == pytest.approx(r["decode_bandwidth"] / r["read_bandwidth"])
+    assert (r["int8_peak"] is None) == (r["prefill_share"] is None) == (limits.int8_peak(1, 1) is None)
+    for name in ("prefill_tokens_per_second", "load_seconds", "first_token_seconds", "prefill_macs", "peak_rss"):
+        assert r[name] > 0
+
+
+def test_the_table(rwkv: Run, byte_model: Path) -> None:
+    lines = rwkv("bench", "-m", byte_model, "-p", 4, "-n", 2, "-r", 1).stdout.splitlines()
+    assert any(line.startswith("prefill 4 ") for line in lines)
+    assert any(line.startswith("decode 2 ") for line in lines)
+    assert rwkv("bench", "-m", byte_model, "-p", 1).exit_code == 2
+
+
+def test_one_token_reads_only_what_is_used(rwkv: Run, byte_model: Path) -> None:
+    """The matrices of this model: every one but the embedding, of which a token reads one row."""
+    from rwkv_cli.quant import Checkpoint
+
+    r = json.loads(rwkv("bench", "-m", byte_model, "-p", 2, "-n", 1, "-r", 1, "--json").stdout)
+    checkpoint = Checkpoint(byte_model)
+    matrices = [n for n in checkpoint.names() if checkpoint.layout(n)["layout"] in ("tile", "columns")]
+    stored = [checkpoint.array(part) for name in matrices for part in (name, name + ".scale")]
+    assert r["dense_bytes_per_token"] == sum(array.nbytes for array in stored)

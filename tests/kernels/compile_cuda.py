@@ -1,0 +1,58 @@
+"""Compile every CUDA kernel without a GPU: compile_cuda.py MAJOR.MINOR, prints a JSON object by kernel.
+
+To PTX by numba-cuda, then to machine code by nvJitLink, which tells registers, shared memory and spills. A process of
+its own, since numba decides at import whether it simulates.
+"""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+
+def main(capability: tuple[int, int]) -> None:
+    from cuda.bindings import nvjitlink
+    from numba import cuda
+    from numba.cuda import dispatcher
+
+    # what device functions are compiled for
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    from rwkv_cli.kernels.cuda import limits as cuda_limits  # noqa: F401
+    from rwkv_cli.kernels.cuda.device import matmul as cuda_matmul
+    from rwkv_cli.kernels.cuda.device import wkv as cuda_wkv
+    from rwkv_cli.kernels.cuda.device.compile import KERNELS
+
+    for shape in cuda_matmul.SHAPES:
+        cuda_matmul.matmul(*shape)
+    for size in (64, 24):
+        cuda_wkv.wkv6(size)
+        cuda_wkv.wkv7(size)
+    print(json.dumps({kernel.name: facts(cuda, nvjitlink, kernel, capability) for kernel in KERNELS}))
+
+
+def facts(cuda: Any, nvjitlink: Any, kernel: Any, capability: tuple[int, int]) -> dict[str, Any]:
+    """What the compilers say of one kernel."""
+    ptx, _ = cuda.compile_ptx(kernel.body, kernel.signature, cc=capability, launch_bounds=kernel.bounds)
+    data = ptx.encode()
+    linker = nvjitlink.create(2, ["-arch=sm_{}{}".format(*capability), "-verbose"])
+    nvjitlink.add_data(linker, nvjitlink.InputType.PTX, data, len(data), "kernel")
+    nvjitlink.complete(linker)
+    log = bytearray(nvjitlink.get_info_log_size(linker))
+    nvjitlink.get_info_log(linker, log)
+    nvjitlink.destroy(linker)
+    text = log.decode(errors="replace")
+    stack, stores, loads = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text
+    ).groups()
+    return {
+        "threads": kernel.bounds[0], "depot": "__local_depot" in ptx, "stack": int(stack),
+        "spills": int(stores) + int(loads), "registers": int(re.search(r"[Uu]sed (\d+) registers", text)[1]),
+        "shared": int(re.search(r"(\d+) bytes smem", text)[1]),
+        "products": {name: len(re.findall(name, ptx)) for name in ("dp4a.s32.s32", "m16n8k32", "m8n8k16")},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    major, minor = sys.argv[1].split(".")
+    main((int(major), int(minor)))

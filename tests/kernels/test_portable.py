@@ -1,0 +1,83 @@
+"""The path for CPUs without AVX-512 VNNI, compiled and run here: the same tests, and the same bits."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+FEATURES = {"haswell": "+avx2,+fma,+f16c,+bmi,+bmi2"}
+CPUS = ["x86-64", "haswell"] if platform.machine() in ("x86_64", "AMD64") else ["generic"]
+
+BITS = """
+import hashlib, numpy as np
+from rwkv_cli.kernels.cpu import lower as cpu
+from rwkv_cli.kernels.contract import Product
+from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
+from rwkv_cli.quant.formats.int8 import quantize
+rng = np.random.default_rng(0)
+for T, N, K in ((1, 40, 70), (7, 300, 192), (13, 256, 512)):
+    w, x = (rng.standard_normal(s).astype(np.float32) for s in ((N, K), (T, K)))
+    for layout in ("tile", "columns"):
+        q = quantize(w, layout, quantize_rows)
+        ops = cpu.record([], 2)
+        weight = cpu.int8_weight(layout, q.shape, q.values, q.scales, q.unit)
+        (y,) = ops.linear(Product(x, weight))
+        ops.run([])
+        print(hashlib.sha256(q.values.tobytes() + q.scales.tobytes() + y.tobytes()).hexdigest())
+"""
+
+
+def run(cpu: str, *command: str) -> str:
+    """Output of a Python command with kernels compiled for `cpu` ("": this one)."""
+    env = (
+        {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": FEATURES.get(cpu, "")} if cpu else dict(os.environ)
+    )
+    done = subprocess.run(
+        [sys.executable, *command], env=env, capture_output=True, text=True, cwd=TESTS.parents[1], check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_kernels_on_a_lesser_cpu(cpu: str) -> None:
+    assert run(cpu, "-P", "-c", "from rwkv_cli.kernels.cpu import matmul; print(matmul.VNNI)").strip() == "False"
+    assert " passed" in run(cpu, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_kernels.py"))
+
+
+@pytest.mark.parametrize("cpu", CPUS[-1:])
+def test_the_same_bits_on_every_cpu_with_fused_multiply_add(cpu: str) -> None:
+    """Integer sums are exact and float steps come in the same order, so an int8 matmul does not depend on the CPU."""
+    assert run(cpu, "-P", "-c", BITS) == run("", "-P", "-c", BITS)
+
+
+ARM = """
+import platform, re, numba, llvmlite.binding as llvm
+platform.machine = lambda: "aarch64"
+from rwkv_cli.kernels.cpu import matmul, wkv
+llvm.initialize_all_targets(); llvm.initialize_all_asmprinters()
+product, rows, delta, f32 = matmul._single, matmul._sum_wide, wkv._delta64, numba.float32
+def tile(x, y): product(x, y, x + 1, y, x + 2, y, x + 3, y, x + 4, y, x + 5, y, f32(1))
+def columns(x, y): rows(x, y, x + 1, x + 2, x + 3, y, y, f32(1), f32(2))
+def recurrence(x, y): delta(x, y, x + 1, x + 2, x + 3, x + 4, x + 5, x + 6, y)
+machine = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(cpu="neoverse-n1", opt=3)
+for function in (tile, columns, recurrence):
+    code = numba.cfunc("void(int64, int64)", error_model="numpy")(function).inspect_llvm()
+    code = re.sub('target triple = ".*"', 'target triple = "aarch64-unknown-linux-gnu"', code)
+    code = re.sub('target datalayout = ".*"|"target-(cpu|features)"="[^"]*"', "", code)
+    print(function.__name__, *re.findall(r"^\\t(\\w+)\\tv", machine.emit_assembly(llvm.parse_assembly(code)), re.M))
+"""
+
+
+@pytest.mark.skipif(CPUS[0] != "x86-64", reason="an Arm machine runs this path itself, in the tests above")
+def test_arm_gets_vector_instructions() -> None:
+    """The portable path's inner steps, compiled here for AArch64."""
+    lines = run("x86-64", "-P", "-c", ARM).splitlines()
+    made = {name: instructions for name, *instructions in map(str.split, lines)}
+    assert made["tile"].count("smlal") + made["tile"].count("smull") >= 64
+    assert made["columns"].count("smlal") >= 8
+    assert made["recurrence"].count("fmla") >= 32

@@ -1,0 +1,201 @@
+"""Programs and the threads that run them: order, inputs that move, sleep, forks, and an end without a hang."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rwkv_cli
+from rwkv_cli.kernels.cpu.args import unpack
+from rwkv_cli.kernels.cpu.compile import kernel
+from rwkv_cli.kernels.cpu.cores import Cores, usable_cores
+from rwkv_cli.kernels.cpu.team import Program, team
+
+TURN = "f64.1 f64.1"
+
+
+@kernel(TURN)
+def turn(args, part):  # type: ignore[no-untyped-def]
+    """y[i] = Σ x + i: right only if all of x is there. Uneven work, so that somebody is late."""
+    x, y = unpack(args, TURN)
+    total = 0.0
+    for _ in range(1 + part * 7 % 5 * 40):
+        total = 0.0
+        for i in range(len(x)):
+            total += x[i]
+    y[part] = total + part
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_a_step_sees_all_that_came_before(threads: int, parts: int) -> None:
+    a, b = np.arange(parts, dtype=float), np.zeros(parts)
+    program = Program()
+    for step in range(40):
+        program.add(turn, parts, *((a, b) if step % 2 == 0 else (b, a)))
+    want = np.arange(parts, dtype=float)
+    for _ in range(40):
+        want = want.sum() + np.arange(parts)
+    for _ in range(5):
+        a[:] = np.arange(parts)
+        program.run(threads)
+        np.testing.assert_array_equal(a, want)
+
+
+def test_steps_without_a_barrier_all_run() -> None:
+    x, outputs = np.ones(3), [np.zeros(3) for _ in range(20)]
+    program = Program()
+    for y in outputs:
+        program.add(turn, 3, x, y, then=False)
+    total = np.zeros(20)
+    program.barrier()
+    for y in outputs:
+        program.add(turn, 1, y, total)
+    program.run(3)
+    for y in outputs:
+        np.testing.assert_array_equal(y, [3, 4, 5])
+    assert total[0] == 12
+
+
+def test_inputs_move() -> None:
+    """An argument inside an input is found in the array that takes its place, also one in the middle of it."""
+    first, other, out = np.arange(8.0), np.arange(8.0) + 100, np.zeros(1)
+    program = Program([first])
+    program.add(turn, 1, first[2:5], out)
+    program.run(2, [first])
+    assert out[0] == 9
+    program.run(2, [other])
+    assert out[0] == 309
+
+
+def test_wrong_arguments_are_refused_before_they_are_addresses() -> None:
+    program, x = Program(), np.zeros(4)
+    for wrong in (x.astype(np.float32), x.reshape(2, 2), np.zeros(8)[::2]):
+        with pytest.raises(TypeError, match="expected"):
+            program.add(turn, 1, wrong, x)
+    with pytest.raises(ValueError, match="argument"):
+        program.add(turn, 1, x)
+
+
+def test_threads_that_slept_come_back() -> None:
+    x, y = np.ones(4), np.zeros(4)
+    program = Program()
+    program.add(turn, 4, x, y)
+    for pause in (0, 0.3, 0.001, 0.2):
+        time.sleep(pause)
+        y[:] = 0
+        program.run(3)
+        np.testing.assert_array_equal(y, [4, 5, 6, 7])
+
+
+def test_several_callers_and_teams_at_once(byte_model: Path) -> None:
+    models = [rwkv_cli.load(byte_model, threads=threads) for threads in (None, 1)]
+    want, _ = models[0].forward([1, 2, 3])
+    wrong: list[Any] = []
+
+    def call(model: Any) -> None:
+        for _ in range(30):
+            if not np.array_equal(model.forward([1, 2, 3])[0], want):
+                wrong.append(model)
+
+    threads = [threading.Thread(target=call, args=(models[i % 2],)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork; nothing to go wrong")
+def test_a_forked_child_has_a_team_of_its_own(byte_model: Path) -> None:
+    code = (
+        "import os, sys, warnings, numpy as np, rwkv_cli\nwarnings.simplefilter('ignore')\n"
+        "model = rwkv_cli.load(sys.argv[1])\nwant = model.forward([1, 2])[0]\nchild = os.fork()\n"
+        "same = np.array_equal(model.forward([1, 2])[0], want)\n"
+        "if child == 0: os._exit(0 if same else 3)\nprint(same, os.waitpid(child, 0)[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(byte_model)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "True 0\n", done.stderr
+
+
+def test_a_process_ends_though_its_threads_wait(byte_model: Path) -> None:
+    code = "import sys, time, rwkv_cli\nrwkv_cli.load(sys.argv[1]).forward([1])\ntime.sleep(float(sys.argv[2]))"
+    for pause in ("0", "0.2"):  # spinning, asleep
+        done = subprocess.run([sys.executable, "-P", "-c", code, str(byte_model), pause], timeout=120, check=False)
+        assert done.returncode == 0
+
+
+def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rwkv_cli.kernels.cpu import cores
+
+    real = Path.read_text
+    siblings: Callable[[int], str] = lambda cpu: f"{cpu % 4},{cpu % 4 + 4}\n"  # noqa: E731
+    quota = "max 100000\n"
+
+    def read(self: Path, *args: Any, **kwargs: Any) -> str:
+        if self.name == "thread_siblings_list":
+            return siblings(int(self.parts[-3][3:]))
+        return quota if self.name == "cpu.max" else real(self, *args, **kwargs)
+
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(Path, "read_text", read)
+    assert usable_cores() == Cores(8, 4)
+    quota = "250000 100000\n"
+    assert usable_cores() == Cores(3, 3)
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {2, 6}, raising=False)
+    assert usable_cores() == Cores(2, 1)
+
+
+def test_a_team_is_made_once() -> None:
+    assert team(2) is team(2)
+
+
+def test_inputs_that_overlap_are_refused() -> None:
+    x = np.zeros(4)
+    with pytest.raises(ValueError, match="must not overlap"):
+        Program([x[:3], x[1:]])
+
+
+def test_a_program_without_steps_does_nothing() -> None:
+    x, y = np.ones(4), np.zeros(4)
+    program = Program()
+    program.add(turn, 4, x, y)
+    for _ in range(200):
+        Program().run(2)
+        y[:] = 0
+        program.run(2)
+        np.testing.assert_array_equal(y, [4, 5, 6, 7])
+
+
+def test_memory_in_use_is_not_given_out_again() -> None:
+    from rwkv_cli.kernels.cpu.lower import Workspace
+
+    workspace = Workspace()
+    first, second = workspace.empty((4, 3)), workspace.empty((4, 3))
+    assert not np.shares_memory(first, second)
+    assert workspace.owns(first)
+    assert workspace.owns(second[1:, :2])
+    part, place = first[2:], first.ctypes.data
+    del first
+    assert workspace.empty((4, 3)).ctypes.data != place
+    del part
+    assert workspace.empty((4, 3)).ctypes.data == place
+    assert not workspace.owns(np.zeros(12))
+
+
+def test_ids_and_targets_may_share_memory(byte_model: Path) -> None:
+    model = rwkv_cli.load(byte_model)
+    text, other = np.arange(40) % 200, (np.arange(40) * 7) % 200
+    model.losses(text[:-1], text[1:], model.new_state())
+    got = model.losses(other[:-1], list(text[1:]), model.new_state())
+    want = rwkv_cli.load(byte_model).losses(list(other[:-1]), list(text[1:]), model.new_state())
+    np.testing.assert_array_equal(got, want)

@@ -1,0 +1,228 @@
+"""Which model a checkpoint is: every version found by shapes alone, other namings undone, anything else refused."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from click.testing import Result
+from numpy.typing import NDArray
+from tiny import refused
+
+from rwkv_cli.errors import UnsupportedModelError
+from rwkv_cli.models import Config, naming, registry
+from rwkv_cli.quant import Checkpoint, open_source
+
+Run = Callable[..., Result]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(version: str) -> Shapes:
+    return {name: array.shape for name, array in tiny.weights(version).items()}
+
+
+def check(shapes: Shapes) -> Config:
+    config = registry.detect(shapes)
+    registry.match(config, shapes)
+    return config
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize(
+    ("layers", "width", "head", "ffn", "vocab"),
+    [(3, 48, 16, 96, 300), (1, 40, 8, 70, 256), (2, 33, 11, 5, 7), (12, 64, 64, 224, 65), (2, 6, 2, 1, 1)],
+)
+def test_a_model_is_known_by_its_shapes(version: str, layers: int, width: int, head: int, ffn: int, vocab: int) -> None:
+    weights = tiny.weights(version, layers, width, vocab, head, ffn)
+    config = check({name: array.shape for name, array in weights.items()})
+    assert (config.version, config.layers, config.width, config.vocab) == (version, layers, width, vocab)
+    assert config.ffn == ffn
+    assert (config.heads, config.head_size) == ((1, width) if version == "4" else (width // head, head))
+    ranks = {"6": {"mix": 8, "decay": 12}, "7": {"w": 8, "a": 12, "v": 20 if layers > 1 else 1, "g": 24}}
+    assert config.ranks == ranks.get(version, {})
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+def test_a_missing_tensor_is_named(version: str) -> None:
+    shapes = shapes_of(version)
+    for name in shapes:
+        if name in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"):
+            continue
+        rest = {other: shape for other, shape in shapes.items() if other != name}
+        says = rf"^tensor {re.escape(name)} is missing"
+        if name.startswith("blocks.0."):  # it may then be taken for another version, which lacks others
+            says = r"^tensor \S+ (is missing|is not part of|has shape)|it has no time mixing in layer 0"
+        with pytest.raises(UnsupportedModelError, match=says):
+            check(rest)
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+def test_a_tensor_of_another_shape_is_named(version: str) -> None:
+    shapes = shapes_of(version)
+    for name, shape in shapes.items():
+        later = name.startswith(("blocks.2.", "ln_out", "head", "blocks.0.ln"))
+        others = [(*shape[:-1], shape[-1] + 1), (shape[0] + 1, *shape[1:]), (), (0, *shape[1:]), (*shape, 2)]
+        for other in others:
+            if name.startswith(("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")):
+                continue
+            says = rf"^tensor {re.escape(name)} has shape \[" if later else "has shape|has the wrong|width|missing"
+            with pytest.raises(UnsupportedModelError, match=says):
+                check(shapes | {name: other})
+        if len(shape) == 2 and shape[0] != shape[1] and later:
+            with pytest.raises(UnsupportedModelError, match=rf"^tensor {re.escape(name)} .*, so it is transposed$"):
+                check(shapes | {name: shape[::-1]})
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+def test_an_extra_tensor_is_named(version: str) -> None:
+    shapes = shapes_of(version) | {"blocks.1.att.new": (48,)}
+    with pytest.raises(UnsupportedModelError, match=rf"^tensor blocks\.1\.att\.new is not part of RWKV-{version}"):
+        check(shapes)
+    with pytest.raises(UnsupportedModelError, match=r"^tensor blocks\.1\.att\.new \(and 2 more\) is not part of"):
+        check(shapes | {"x": (1,), "blocks.77777.att.new": (1,)})
+
+
+@pytest.mark.parametrize(
+    ("added", "says"),
+    [
+        ("blocks.0.att.key.lora_A", "a LoRA adapter; merge it into its base model first"),
+        ("base_model.model.blocks.0.att.key.lora_B.weight", "a LoRA adapter; merge it into its base model first"),
+        ("blocks.0.att.key.lora.0", "a LoRA adapter; merge it into its base model first"),
+        ("blocks.0.ffn.s_emb.weight", r"RWKV-7a \(DeepEmbed\), which is not supported; plain RWKV-7 is"),
+        ("blocks.1.qkv.qq.weight", r"RWKV-7b \(DeepEmbedAttention\), which is not supported; plain RWKV-7 is"),
+        ("blocks.0.ffn.enn.weight", "RWKV-8, which is not supported yet; RWKV-4 to RWKV-7 are"),
+    ],
+)
+def test_a_relative_is_called_by_its_name(rwkv: Run, tmp_path: Path, added: str, says: str) -> None:
+    weights = tiny.weights("7", layers=2, vocab=256) | {added: np.ones((4, 4), np.float32)}
+    if "qkv" in added:  # RWKV-7b has all of 7a too
+        weights["blocks.0.ffn.s_emb.weight"] = np.ones((4, 4), np.float32)
+    path = tiny.write_pth(tmp_path / "a.pth", weights)
+    refused(rwkv("convert", path), path, says, rf"\(found {re.escape(added)}\)")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_alone_is_no_model(rwkv: Run, tmp_path: Path) -> None:
+    states = {f"blocks.{i}.att.time_state": np.ones((2, 4, 4), np.float32) for i in range(2)}
+    path = tiny.write_pth(tmp_path / "a.pth", states)
+    refused(rwkv("convert", path), path, "these are tuned initial states only, without a model")
+
+
+D = (48, 48)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model.embed_tokens.weight": D, "only": ()}, "not an RWKV model in a known naming"),
+        ({"blocks.4.att.key.weight": D}, r"layer 3 is missing: there is no tensor blocks\.3\.\*"),
+        ({"emb.weight": (300,)}, r"emb\.weight or the time mixing of layer 0 has the wrong number of dimensions"),
+        ({"emb.weight": (300, 50)}, r"3 heads of 16 do not make up the width 50 of emb\.weight"),
+        ({"emb.weight": (0, 48), "head.weight": (0, 48)}, "a dimension is out of range"),
+        ({"emb.weight": (1 << 25, 48), "head.weight": (1 << 25, 48)}, "a dimension is out of range"),
+        ({f"blocks.{i}.att.w1": (48, 0) for i in range(3)}, "a dimension is out of range"),
+        ({"blocks.0.att.r_k": (48,)}, "the time mixing of layer 0 has the wrong number of dimensions"),
+        ({"blocks.0.ffn.key.weight": ()}, "has the wrong number of dimensions"),
+        ({"blocks.1.att.v1": ()}, "has the wrong number of dimensions"),
+    ],
+)
+def test_what_cannot_be_a_model_is_refused(changes: dict[str, tuple[int, ...]], says: str) -> None:
+    shapes = {} if "only" in changes else shapes_of("7")
+    with pytest.raises(UnsupportedModelError, match=says):
+        check(shapes | changes)
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize("broken", ["missing", "extra", "transposed", "longer"])
+def test_the_command_names_file_and_tensor(rwkv: Run, tmp_path: Path, version: str, broken: str) -> None:
+    weights, name = tiny.weights(version, layers=2), "blocks.1.ffn.value.weight"
+    if broken == "missing":
+        del weights[name]
+    elif broken == "extra":
+        name = "blocks.1.ffn.gate.weight"
+        weights[name] = weights["head.weight"]
+    else:
+        weights[name] = weights[name].T if broken == "transposed" else np.repeat(weights[name], 2, 1)
+    path = tiny.write_pth(tmp_path / "a.pth", weights)
+    says = {"missing": "is missing", "extra": f"is not part of RWKV-{version}"}.get(broken, "has shape")
+    refused(rwkv("convert", path, "--dry-run"), f"{path}: tensor {re.escape(name)}", says)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def transformers4(name: str) -> str:
+    """As transformers' convert_rwkv_checkpoint_to_hf.py does it."""
+    name = name.replace("emb.", "embeddings.").replace("blocks.0.ln0", "blocks.0.pre_ln")
+    name = name.replace(".att.", ".attention.").replace(".ffn.", ".feed_forward.")
+    for letter, word in (("k", "key"), ("v", "value"), ("r", "receptance"), ("g", "gate")):
+        name = re.sub(rf"time_mix_{letter}$", f"time_mix_{word}", name)
+    return name if name == "head.weight" else f"rwkv.{name}"
+
+
+def fla(weights: tiny.Tensors, stacked: bool) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """As flash-linear-attention's convert_from_rwkv7.py does it; `stacked`: as its first version did."""
+    top = {"emb.weight": "model.embeddings.weight", "head.weight": "lm_head.weight"}
+    attention = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj", "ln_x": "g_norm"}
+    parts = {"ln0": "pre_norm", "ln1": "attn_norm", "ln2": "ffn_norm", "att": "attn", "ffn": "ffn"}
+    for name, array in weights.items():
+        flat = array.reshape(-1) if array.shape[:2] == (1, 1) else array
+        if not name.startswith("blocks."):
+            yield top.get(name, name.replace("ln_out", "model.norm")), flat
+            continue
+        _, layer, part, own, *rest = name.split(".")
+        if part == "att" and (low := re.fullmatch("([wavg])([012])", own)):
+            if layer == "0" and own[0] == "v":
+                continue
+            end = ("2.bias", "0.weight", "2.weight")[int(low[2])]
+            yield f"model.layers.{layer}.attn.{low[1]}_lora.lora.{end}", flat.T
+        elif stacked and part == "att" and own.startswith("x_"):
+            if own == "x_r":
+                mixes = [weights[f"blocks.{layer}.att.x_{x}"].reshape(-1) for x in "rwkvag"]
+                yield f"model.layers.{layer}.attn.x_x", np.stack(mixes)
+        else:
+            own = attention.get(own, own) if part == "att" else own
+            yield ".".join(["model.layers", layer, parts[part], own, *rest]), flat
+
+
+@pytest.mark.parametrize("naming_of", ["4", "5.2", "6", "7", "7 stacked", "7 prefixed", "4 prefixed"])
+@pytest.mark.parametrize("write", [tiny.write_pth, tiny.write_safetensors])
+def test_other_namings_are_the_same_model(
+    rwkv: Run, tmp_path: Path, naming_of: str, write: Callable[..., Path]
+) -> None:
+    version, _, form = naming_of.partition(" ")
+    weights = tiny.weights(version, layers=2)
+    pairs = fla(weights, form == "stacked") if version == "7" else ((transformers4(n), a) for n, a in weights.items())
+    renamed = {("_forward_module." if form == "prefixed" else "") + name: array for name, array in pairs}
+    (tmp_path / "hf").mkdir()
+    write(tmp_path / "hf" / ("model.safetensors" if write is tiny.write_safetensors else "pytorch_model.bin"), renamed)
+    tiny.write_pth(tmp_path / "official.pth", weights)
+    for name in ("hf", "official.pth"):
+        result = rwkv("convert", tmp_path / name, tmp_path / f"{name}.out", "--quant", "none")
+        assert result.exit_code == 0, result.stderr
+    assert len({Checkpoint(tmp_path / f"{name}.out").digest for name in ("hf", "official.pth")}) == 1
+
+
+def test_a_tensor_under_two_namings_is_refused(rwkv: Run, tmp_path: Path) -> None:
+    weights = tiny.weights("7", layers=1)
+    path = tiny.write_pth(tmp_path / "a.pth", weights | {"_forward_module.emb.weight": weights["emb.weight"]})
+    refused(rwkv("convert", path), path, r"holds emb\.weight twice, under two namings")
+
+
+def test_no_other_name_is_touched(tmp_path: Path) -> None:
+    weights = tiny.weights("7") | {"odd": np.ones(6, np.float32), "blocks.0.att.x_x": np.ones((6, 2), np.float32)}
+    assert list(naming.official(open_source(tiny.write_pth(tmp_path / "a.pth", weights)))) == list(weights)
+
+
+@pytest.mark.parametrize("quant", ["int8", "none"])
+def test_what_layer_0_never_uses_changes_nothing(rwkv: Run, tmp_path: Path, quant: str) -> None:
+    weights = tiny.weights("7", layers=2)
+    unused = [f"blocks.0.att.v{i}" for i in range(3)]
+    files = []
+    for part in ([], unused[:1], unused):
+        (tmp_path / str(len(part))).mkdir()
+        path = tmp_path / str(len(part)) / "a.pth"
+        tiny.write_pth(path, {name: array for name, array in weights.items() if name not in part})
+        assert rwkv("convert", path, path.with_suffix(".out"), "--quant", quant).exit_code == 0
+        files.append(path.with_suffix(".out").read_bytes())
+    assert files[0] == files[1] == files[2]

@@ -1,0 +1,257 @@
+"""rwkv chat on a real terminal: line editing, streaming, Ctrl-C, kill -9 and resume, wide characters."""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from click.testing import Result
+
+pexpect = pytest.importorskip("pexpect")
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+
+# Python ignores SIGINT where its parent did, as the children of a background shell do
+SCRIPT = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); from rwkv_cli.main import main; main()"
+)
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|[\r\x08]")
+
+
+@pytest.fixture(scope="session")
+def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that never ends an answer: the logit of 0 is about −100."""
+    from click.testing import CliRunner
+
+    from rwkv_cli.main import cli
+
+    folder = tmp_path_factory.mktemp("babbler")
+    weights = tiny.weights("7", vocab=256)
+    weights["ln_out.bias"][0], weights["head.weight"][:, 0] = 10, 0
+    weights["head.weight"][0, 0] = -10
+    source = tiny.write_pth(folder / "m.pth", weights, "F32")
+    result: Result = CliRunner().invoke(cli, ["convert", str(source), str(folder / "m.safetensors")])
+    assert result.exit_code == 0, result.output
+    return folder / "m.safetensors"
+
+
+@pytest.fixture
+def chat(babbler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Starts `rwkv chat` on a terminal of its own, with the same home each time."""
+    for name in ("DATA", "STATE"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")
+    for name in ("RWKV_MODEL", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    from rwkv_cli.kernels.cache import cache_folder
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(cache_folder().parent))
+    children = []
+
+    def start(*options: str, n: int = 8) -> Any:
+        args = ["-c", SCRIPT, "chat", "-m", str(babbler), "--seed", "5", "-n", str(n), "--top-p", "0.9", *options]
+        child = pexpect.spawn(sys.executable, args, timeout=120, dimensions=(24, 200), encoding="utf-8")
+        children.append(child)
+        child.expect_exact("/help lists commands")
+        prompt(child)
+        return child
+
+    yield start
+    for child in children:
+        child.close(force=True)
+
+
+def prompt(child: Any) -> str:
+    """Wait for the prompt; what came before it, as a person sees it."""
+    child.expect_exact("\x1b[?2004h")  # what is pasted is marked from here on
+    return ANSI.sub("", child.before)
+
+
+def ask(child: Any, line: str) -> str:
+    """Type a line; what came after it up to the next prompt."""
+    child.send(line + "\r")
+    return prompt(child)
+
+
+def leave(child: Any) -> None:
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 0
+    assert "Traceback" not in child.before
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(chat: Callable[..., Any]) -> None:
+    """Answers of a million bytes; what the model babbles steers nothing."""
+    child = chat("--template", "g1", "--think", "off", n=1_000_000)
+    for _ in range(2):
+        child.send("Hi\r")
+        child.expect_exact("�")
+        child.expect_exact("�")
+        child.sendintr()
+        child.expect_exact("interrupted")
+        said = child.before.replace("^C", "")
+        assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f\x80-\x9f]|\r(?!\n)", ANSI.sub("", said))
+        prompt(child)
+    child.sendintr()
+    child.expect_exact("/exit or Ctrl-D leaves")
+    prompt(child)
+    assert "forget the conversation" in ask(child, "/help")
+    leave(child)
+
+
+def test_edit_can_be_given_up(chat: Callable[..., Any]) -> None:
+    child = chat()
+    ask(child, "//one")
+    child.send("/edit\r")
+    prompt(child)
+    child.expect_exact("//one")
+    child.sendintr()
+    child.expect_exact("The turn stays as it was.")
+    prompt(child)
+    assert "> /one" in ask(child, "/history")
+    leave(child)
+
+
+def test_keys_that_are_no_text(chat: Callable[..., Any]) -> None:
+    child = chat("--session", "a")
+    os.write(child.child_fd, b"caf\xe9\r")
+    prompt(child)
+    assert "> caf" in ask(child, "/history")
+    leave(child)
+
+
+def test_typing_ahead_does_not_show(chat: Callable[..., Any]) -> None:
+    child = chat(n=3000)
+    child.send("Hi\r")
+    child.expect_exact("�")
+    child.send("/undo\r")
+    before = prompt(child)
+    assert "/undo" not in before
+    assert "Taken back: Hi" in prompt(child)
+    leave(child)
+
+
+def test_figures_follow_an_answer(chat: Callable[..., Any]) -> None:
+    child = chat()
+    after = ask(child, "Hi")
+    assert re.search(r"8 tokens, [0-9.]+ tok/s · prompt \d+ tokens, \d+ tok/s · cut short", after)
+    assert "Taken back: Hi" in ask(child, "/undo")
+    assert "there is no turn to take back" in ask(child, "/undo")
+    leave(child)
+
+
+def test_reasoning_is_dim_and_apart(chat: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = r"from rwkv_cli.engine.sampling import Sampler; said = iter(b'>hm</think>\n\nok\0');"
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", said + "Sampler.pick = lambda *_: next(said);" + SCRIPT)
+    child = chat("--template", "g1", "--think", "on", n=100)
+    child.send("Hi\r")
+    child.expect_exact("\x1b[2mh\x1b[22m\x1b[2mm\x1b[22m\r\n\r\nok\r\n")
+    prompt(child)
+    leave(child)
+
+
+def test_history_and_completion(chat: Callable[..., Any]) -> None:
+    child = chat()
+    ask(child, "first words")
+    leave(child)
+    child = chat()
+    child.send("\x1b[A")  # up
+    child.expect_exact("first words")
+    child.send("\x03")
+    prompt(child)
+    child.send("/und\t")
+    child.expect_exact("o")
+    child.send("\r")
+    assert "no turn to take back" in prompt(child)
+    leave(child)
+
+
+def test_edit_begins_with_the_last_turn(chat: Callable[..., Any]) -> None:
+    child = chat("--session", "a")
+    ask(child, "one")
+    child.send("/edit\r")
+    prompt(child)
+    child.expect_exact("one")
+    child.send(" more\r")
+    prompt(child)
+    assert "> one more" in ask(child, "/history")
+    leave(child)
+
+
+def test_several_lines_in_one_turn(chat: Callable[..., Any]) -> None:
+    child = chat("--session", "a")
+    child.send("one\x1b\rtwo\r")  # Alt-Enter
+    prompt(child)
+    child.send("\x1b[200~three\rfour\x1b[201~\r")  # pasted
+    prompt(child)
+    history = ask(child, "/history")
+    assert "> one\ntwo\n" in history
+    assert "> three\nfour\n" in history
+    leave(child)
+
+
+def test_kill_9_loses_the_running_answer_at_most(chat: Callable[..., Any]) -> None:
+    child = chat("--session", "a")
+    first = "你好 🙂 é"
+    ask(child, first)
+    ask(child, "/set max_tokens 1000000")
+    child.send("on\r")
+    child.expect_exact("�")
+    child.kill(signal.SIGKILL)
+    child.wait()
+    child = chat("--session", "a")
+    history = ask(child, "/history")
+    assert f"> {first}\n" in history
+    assert "> on" not in history
+    ask(child, "again")
+    history = ask(child, "/history")
+    assert "> again" in history
+    leave(child)
+
+
+def test_a_hang_up_ends_it(chat: Callable[..., Any]) -> None:
+    child = chat("--session", "a", n=1_000_000)
+    child.send("Hi\r")
+    child.expect_exact("�")
+    os.kill(child.pid, signal.SIGHUP)
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.signalstatus == signal.SIGHUP
+
+
+def test_retry_and_undo(chat: Callable[..., Any]) -> None:
+    child = chat()
+    ask(child, "one")
+    ask(child, "two")
+    first = ask(child, "/history")
+    assert "8 tokens" in ask(child, "/retry")
+    second = ask(child, "/history")
+    assert second.count("\n> ") == first.count("\n> ") == 2
+    assert second != first
+    ask(child, "/undo")
+    ask(child, "two")
+    assert ask(child, "/history").split("> one")[1] == first.split("> one")[1]
+    leave(child)
+
+
+def test_a_broken_session(chat: Callable[..., Any], babbler: Path, tmp_path: Path) -> None:
+    child = chat("--session", "a")
+    ask(child, "Hi")
+    leave(child)
+    (transcript,) = tmp_path.rglob("transcript.json")
+    transcript.write_text(transcript.read_text("utf-8")[:-20], "utf-8")
+    args = ["-c", SCRIPT, "chat", "-m", str(babbler), "--session", "a"]
+    child = pexpect.spawn(sys.executable, args, timeout=120, dimensions=(24, 300), encoding="utf-8")
+    child.expect_exact("Error: session a is damaged")
+    child.expect_exact("remove it with: rwkv sessions rm a")
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 1

@@ -1,0 +1,70 @@
+"""Words that stay whole at the edge of a terminal: the screen is what the text, broken between words, would be."""
+
+import io
+import os
+import textwrap
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv_cli.terminal import wrap
+
+WIDTH = 12
+
+
+def screen(output: str) -> list[str]:
+    """What a terminal of this width shows: it moves back for \\b, clears to the end of the line, and wraps nothing
+    itself, as it never gets that far."""
+    lines, column = [[" "] * WIDTH], 0
+    for character in output.replace("\x1b[K", "\x00"):
+        if character == "\n":
+            lines.append([" "] * WIDTH)
+            column = 0
+        elif character == "\b":
+            column -= 1
+        elif character == "\x00":
+            lines[-1][column:] = [" "] * (WIDTH - column)
+        else:
+            assert column < WIDTH - 1, "the last column stays free"
+            lines[-1][column] = character
+            column += 1
+        assert column >= 0
+    return ["".join(line).rstrip() for line in lines]
+
+
+def shown(pieces: list[str]) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        out = io.StringIO()
+        patch.setattr(wrap.sys, "stdout", out)
+        patch.setattr(wrap.shutil, "get_terminal_size", lambda: os.terminal_size((WIDTH, 24)))
+        patch.setenv("TERM", "xterm")
+        writer = wrap.Wrapped()
+        for piece in pieces:
+            writer.write(piece)
+        return out.getvalue()
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=WIDTH - 2), max_size=12), st.integers(1, 5))
+def test_words_stay_whole(words: list[str], size: int) -> None:
+    text = " ".join(words)
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    assert screen(shown(pieces)) == (textwrap.wrap(text, WIDTH - 1) or [""])
+
+
+@given(st.text("ab \n"), st.integers(1, 5))
+def test_nothing_is_lost(text: str, size: int) -> None:
+    lines = screen(shown([text[i : i + size] for i in range(0, len(text), size)]))
+    assert "".join("".join(lines).split()) == "".join(text.split())
+
+
+def test_long_words_and_wide_letters() -> None:
+    assert screen(shown(["a" * 25])) == ["a" * 11, "a" * 11, "aaa"]
+    assert shown(["你好" * 4]) == "你好你好你\n好你好"
+    assert shown(["ab ", "\x1b[2J"]) == "ab �[2J"
+
+
+def test_a_dumb_terminal_gets_the_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    wrap.Wrapped().write("a b " * 200)
+    assert capsys.readouterr().out == "a b " * 200
