@@ -8,14 +8,20 @@ import functools
 import getpass
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llvmlite
 import numba
+from llvmlite.binding import get_host_cpu_name
 from numba.core.event import Event, Listener, register
 from platformdirs import user_cache_path
+
+config: Any = numba.core.config
+"""numba's settings, which it makes at run time."""
 
 
 @functools.cache
@@ -39,6 +45,19 @@ def cache_folder() -> Path:
         if not hasattr(os, "getuid") or (parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o022):
             return parent / name
     return Path(tempfile.mkdtemp(prefix="rwkv-kernels-"))
+
+
+def compiled_marker(*facts: str) -> Path:
+    """A file that says that all kernels for a use, told by `facts`, are in the cache.
+
+    numba finds a kernel in the cache by Python's version, by where its source lies and by the CPU that it is compiled
+    for, and so this file is named.
+    """
+    source = str(Path(__file__).parent)
+    cpu = [str(config.CPU_NAME or get_host_cpu_name()), str(config.CPU_FEATURES), str(config.ENABLE_AVX)]
+    python = sys.implementation.cache_tag or sys.version
+    digest = hashlib.sha256("\0".join([python, source, *cpu, *facts]).encode()).hexdigest()
+    return cache_folder() / f"compiled-{digest[:16]}"
 
 
 class _Announce(Listener):

@@ -4,9 +4,12 @@ from rwkv_cli.errors import DeviceError
 from rwkv_cli.kernels.contract import Backend
 
 
-def pick(device: str, size: int = 0) -> Backend:
-    """The module for `device`: "cpu", "cuda", or "auto" for a GPU that has room for `size` bytes of weights, else the
-    CPU. Raises DeviceError for one that this machine lacks, or that has too little memory, saying what it has."""
+def choose(device: str, size: int = 0) -> Backend:
+    """The module for `device`: "cpu", "cuda", or "auto".
+
+    "auto" is a GPU that has room for `size` bytes of weights, else the CPU. Raises DeviceError for a device that this
+    machine lacks or that has too little memory, and says what there is.
+    """
     if device in ("cuda", "auto"):
         from rwkv_cli.kernels.cuda.gpus import require
 
@@ -21,6 +24,6 @@ def pick(device: str, size: int = 0) -> Backend:
             return cuda
     elif device != "cpu":
         raise DeviceError(f"there is no device {device}: use --device cpu, cuda or auto")
-    from rwkv_cli.kernels.cpu import lower as cpu
+    from rwkv_cli.kernels.cpu import backend as cpu
 
     return cpu

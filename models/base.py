@@ -4,17 +4,32 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.errors import DeviceError, FormatError
-from rwkv_cli.kernels.contract import Array, Backend, Product, Recorder, Starts
+from rwkv_cli.kernels.contract import Backend, Executable
 from rwkv_cli.kernels.cpu.cores import usable_cores
-from rwkv_cli.kernels.devices import pick
+from rwkv_cli.kernels.devices import choose
+from rwkv_cli.kernels.program import (
+    Count,
+    CrossEntropy,
+    Embed,
+    Input,
+    LayerNorm,
+    LayerState,
+    Product,
+    Program,
+    RoundTo,
+    TakeRows,
+    TokenShift,
+    Value,
+)
 from rwkv_cli.models.config import Config
-from rwkv_cli.models.layers import Carry, norm_of
+from rwkv_cli.models.layers import Carry, TimeMixing, norm_of
 from rwkv_cli.models.registry import MODULES, tensors
 from rwkv_cli.models.state import State
 from rwkv_cli.quant import Checkpoint, Floats
@@ -23,19 +38,36 @@ CHUNK = 252
 """Tokens that go through the layers together: what bounds the memory of a long prompt. A multiple of 4 and of 6, the
 blocks of tokens that matrix products take."""
 
-_PROGRAMS = 4
-"""Recorded passes that are kept: that of one token, and those of the lengths that came last; more where a batch needs
-more in one step."""
+_PASSES = 8
+"""Compiled passes that are kept, the last used ones."""
 
 Ids = Sequence[int] | NDArray[Any]
 Floats32 = NDArray[np.float32]
 
+Head = Literal["last", "every", "losses"]
+"""What a pass ends with: logits after each sequence's last row, logits after every row, or cross entropies."""
 
-class _Pass(NamedTuple):
-    """A recorded pass of some tokens through the model."""
 
-    program: Recorder
-    output: Array | None
+@dataclass(frozen=True)
+class PassKind:
+    """What a pass is compiled for. It serves any number of rows: one, or up to a chunk."""
+
+    head: Head
+    single: bool
+    """Whether it reads one token, for which kernels differ."""
+    sequences: int
+
+
+class WrittenPass(NamedTuple):
+    """A pass as a program, and the value that it is run for."""
+
+    program: Program
+    output: Value
+
+
+class _CompiledPass(NamedTuple):
+    executable: Executable
+    output: Value
 
 
 class Model:
@@ -54,10 +86,10 @@ class Model:
             raise DeviceError(f"threads must be from 1 to {cores.logical} on this machine, not {threads}")
         self.threads = threads or cores.physical
         self._turn = threading.Lock()
-        self._passes: OrderedDict[tuple[Any, ...], _Pass] = OrderedDict()
-        self.ops: Backend = pick(device, checkpoint.path.stat().st_size)
+        self._passes: OrderedDict[PassKind, _CompiledPass] = OrderedDict()
+        self.backend: Backend = choose(device, checkpoint.path.stat().st_size)
         self.digest = checkpoint.digest
-        """Of the source's values: the same for int8 and float conversions of one checkpoint."""
+        """The digest of the source's values: the same for all conversions of one checkpoint."""
         stored_config = checkpoint.metadata("config", dict)
         try:
             self.config = Config.from_json(stored_config)
@@ -78,20 +110,15 @@ class Model:
                 continue
             weight: Any
             if entry.kind == "vector":
-                weight = self.ops.vector(checkpoint.vector(name, entry.shape))
+                weight = self.backend.vector(checkpoint.vector(name, entry.shape))
                 loaded += 4 * math.prod(entry.shape)
             else:
                 stored = checkpoint.tensor(name, entry.shape)
                 layouts = ("rows",) if entry.kind == "table" else ("tile", "columns")
-                if isinstance(stored, Floats):
-                    weight = self.ops.float_weight(stored.dtype, stored.bits)
-                elif stored.layout in layouts:
-                    weight = self.ops.int8_weight(
-                        stored.layout, stored.shape, stored.values, stored.scales, stored.unit
-                    )
-                else:
+                if not isinstance(stored, Floats) and stored.layout not in layouts:
                     raise FormatError(f"{checkpoint.path}: tensor {name} is stored as {stored.layout}")
-                loaded += self.ops.weight_size(weight)[0]
+                weight = self.backend.weight(stored)
+                loaded += weight.nbytes
             if on_load is not None:
                 on_load(loaded)
             if name == entry.name:
@@ -109,7 +136,7 @@ class Model:
             if "att.time_state" in layer:
                 wkv[i] = layer["att.time_state"]
         shift = np.zeros((c.layers, c.width), np.float32)
-        return State(c.version, *map(self.ops.device_array, (shift, shift.copy(), wkv)), digest=self.digest)
+        return State(c.version, *map(self.backend.device_array, (shift, shift.copy(), wkv)), digest=self.digest)
 
     def forward(self, ids: Ids, state: State | None = None, all_logits: bool = False) -> tuple[Floats32, State]:
         """Logits after the last of `ids` ([V]), or after each of them ([T, V]), float32, and the state then.
@@ -122,19 +149,20 @@ class Model:
 
     def advance(self, ids: Ids, state: State, all_logits: bool = False) -> Floats32:
         """`forward` that changes `state` in place, for loops that keep no earlier one."""
-        logits = np.concatenate(self._run_one(ids, state, _every if all_logits else _last))
+        logits = np.concatenate(self._run_one(ids, state, "every" if all_logits else "last"))
         return logits if all_logits else logits[0]
 
     def losses(self, ids: Ids, targets: Ids, state: State) -> NDArray[np.float64]:
         """−log p(targets[t]) after ids[t], in nats, [T]; changes `state` in place. Raises ValueError as `forward`."""
-        goals = np.array(self._checked(targets))  # may be another view of the ids' memory
+        goals = self._checked(targets)
         if len(goals) != len(ids):
             raise ValueError(f"{len(goals)} targets for {len(ids)} ids")
-        return np.concatenate(self._run_one(ids, state, _losses, goals))
+        return np.concatenate(self._run_one(ids, state, "losses", goals))[:, 0]
 
-    def _run_one(self, ids: Ids, state: State, head: "_Head", targets: NDArray[np.int64] | None = None) -> list[Any]:
+    def _run_one(self, ids: Ids, state: State, head: Head, targets: NDArray[np.int64] | None = None) -> list[Any]:
         tokens = self._checked(ids)
         self._check_state(state)
+        self._take_in(state)
         batch = State(state.version, *(array[:, None] for array in state.arrays().values()))
         return self._run(tokens, np.array([0, len(tokens)]), batch, head, targets)
 
@@ -148,62 +176,76 @@ class Model:
         if not tokens:
             raise ValueError("a batch needs at least one sequence")
         self._check_state(state, (len(tokens),))
-        return np.concatenate(self._run(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), state, _last))
+        self._take_in(state)
+        return np.concatenate(self._run(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), state, "last"))
 
     def _run(
-        self, tokens: NDArray[np.int64], starts: Starts, state: State, head: "_Head",
+        self, tokens: NDArray[np.int64], starts: NDArray[np.int64], state: State, head: Head,
         targets: NDArray[np.int64] | None = None,
     ) -> list[Any]:  # fmt: skip
         """What `head` makes of the rows, chunk by chunk."""
         results = []
-        arrays = list(state.arrays().values())
         with self._turn:
-            for at in range(0, len(tokens), CHUNK):
-                end = min(at + CHUNK, len(tokens))
-                # the sequences with rows among these, the first and the last of them perhaps cut
-                first, past = np.searchsorted(starts, at, "right") - 1, np.searchsorted(starts, end)
-                bounds = starts[first : past + 1]
-                inside, whole = np.clip(bounds - at, 0, end - at), tuple(bool(b <= end) for b in bounds[1:])
-                inputs = [tokens[at:end], *arrays]
+            for begin in range(0, len(tokens), CHUNK):
+                end = min(begin + CHUNK, len(tokens))
+                inside = np.clip(starts - begin, 0, end - begin)
+                over = inside[1:][(begin < starts[1:]) & (starts[1:] <= end)]
+                arrays = {"ids": tokens[begin:end], "starts": inside, **state.arrays()}
+                if head == "last":
+                    arrays["ends"] = over - 1
                 if targets is not None:
-                    inputs.append(targets[at:end])
-                key = (head, inside.tobytes(), whole, int(first), arrays[0].shape)
-                made = self._passes.pop(key, None)
-                if made is None:
-                    made = self._record(inputs, inside, whole, slice(first, past), head)
-                self._passes[key] = made
-                while len(self._passes) > max(_PROGRAMS, -(-len(tokens) // CHUNK) + 1):
-                    self._passes.popitem(last=False)
-                made.program.run(inputs)
-                if made.output is not None:
-                    results.append(made.program.read(made.output))
+                    arrays["targets"] = targets[begin:end]
+                executable, output = self._compiled(PassKind(head, end - begin == 1, len(starts) - 1))
+                executable.run(arrays)
+                if head != "last" or len(over):
+                    results.append(executable.read(output))
         return results
 
-    def _record(
-        self, inputs: Sequence[Array], starts: Starts, whole: tuple[bool, ...], these: slice, head: "_Head"
-    ) -> _Pass:  # fmt: skip
-        ops = self.ops.record(inputs, self.threads)
-        ids, att_shift, ffn_shift, wkv, *targets = inputs
-        c, top = self.config, self._top
-        x = ops.embed(ids, top["emb.weight"])
-        x = ops.layer_norm(x, norm_of(top, "blocks.0.ln0", c.norm_eps))
-        ops.round_to(x, c.embedding_dtype)
+    def _compiled(self, kind: PassKind) -> _CompiledPass:
+        """The compiled pass of this kind."""
+        made = self._passes.pop(kind, None)
+        if made is None:
+            written = self.write_pass(kind)
+            made = _CompiledPass(self.backend.compile(written.program, self.threads), written.output)
+        self._passes[kind] = made
+        while len(self._passes) > _PASSES:
+            self._passes.popitem(last=False)
+        return made
+
+    def write_pass(self, kind: PassKind) -> WrittenPass:
+        """A pass of some tokens through the model, as a program over ids, starts, a state's arrays and ends or targets.
+
+        Whoever measures a pass reads the program; `_compiled` runs it.
+        """
+        c, top, B = self.config, self._top, kind.sequences
+        count = Count(1 if kind.single else CHUNK)
+        ids, starts = Input("ids", (count,), "I64"), Input("starts", (B + 1,), "I64")
+        att_shift, ffn_shift = (Input(name, (c.layers, B, c.width)) for name in ("att_shift", "ffn_shift"))
+        wkv = Input("wkv", (c.layers, B, *self._arch.wkv_state(c)[0]))
+        ends = Input("ends", (Count(min(count.most, B)),), "I64")
+        targets = Input("targets", (count,), "I64")
+        at_the_end = {"last": (ends,), "every": (), "losses": (targets,)}[kind.head]
+        ops = Program(ids, starts, att_shift, ffn_shift, wkv, *at_the_end)
+
+        x = ops.add(LayerNorm(ops.add(Embed(ids, top["emb.weight"])), norm_of(top, "blocks.0.ln0", c.norm_eps)))
+        if c.embedding_dtype != "F32":
+            ops.add(RoundTo(x, c.embedding_dtype))
         carry: Carry = {}
         for i, p in enumerate(self._layers):
-            a = ops.layer_norm(x, norm_of(p, "ln1", c.norm_eps))
-            delta = ops.token_shift(a, starts, att_shift[i, these])
-            self._arch.time_mix(ops, c, p, x, a, delta, starts, wkv[i, these], carry)
-            f = ops.layer_norm(x, norm_of(p, "ln2", c.norm_eps))
-            delta = ops.token_shift(f, starts, ffn_shift[i, these])
+            a = ops.add(LayerNorm(x, norm_of(p, "ln1", c.norm_eps)))
+            delta = ops.add(TokenShift(a, starts, LayerState(att_shift, i)))
+            self._arch.time_mix(TimeMixing(ops, c, p, x, a, delta, starts, LayerState(wkv, i), carry))
+            f = ops.add(LayerNorm(x, norm_of(p, "ln2", c.norm_eps)))
+            delta = ops.add(TokenShift(f, starts, LayerState(ffn_shift, i)))
             self._arch.channel_mix(ops, p, x, f, delta)
-        # what no head reads is free for the head's arrays
-        del a, f, delta, carry
-        return _Pass(ops, head(self, ops, x, starts[1:][list(whole)] - 1, *targets))
 
-    def logits(self, ops: Recorder, x: Array) -> Array:
-        """Logits [T, V] of the residual stream [T, D]."""
-        x = ops.layer_norm(x, norm_of(self._top, "ln_out", self.config.norm_eps))
-        return ops.linear(Product(x, self._top["head.weight"]))[0]
+        if kind.head == "last":
+            x = ops.add(TakeRows(x, ends))
+        x = ops.add(LayerNorm(x, norm_of(top, "ln_out", c.norm_eps)))
+        (output,) = ops.linear(Product(x, top["head.weight"]))
+        if kind.head == "losses":
+            output = ops.add(CrossEntropy(output, targets))
+        return WrittenPass(ops, ops.keep(output))
 
     def _check_state(self, state: State, batch: tuple[int, ...] = ()) -> None:
         c = self.config
@@ -217,8 +259,10 @@ class Model:
                 raise ValueError(f"the state's {name} must be contiguous and writeable")
         if state.version != c.version:
             raise ValueError(f"the state is one of RWKV-{state.version}, the model RWKV-{c.version}")
-        # one that was loaded, or made elsewhere, stays on the device from here on
-        state.att_shift, state.ffn_shift, state.wkv = map(self.ops.device_array, state.arrays().values())
+
+    def _take_in(self, state: State) -> None:
+        """Move a state that was loaded, or made elsewhere, to the device, where it stays from here on."""
+        state.att_shift, state.ffn_shift, state.wkv = map(self.backend.device_array, state.arrays().values())
 
     def _checked(self, ids: Ids) -> NDArray[np.int64]:
         tokens = np.asarray(ids)
@@ -228,22 +272,3 @@ class Model:
             bad = tokens[(tokens < 0) | (tokens >= self.config.vocab)][0]
             raise ValueError(f"token id {bad} is outside the model's vocabulary of {self.config.vocab}")
         return np.ascontiguousarray(tokens, np.int64)
-
-
-_Head = Callable[..., Array | None]
-"""Of a model, its recorder, the residual stream [T, D], the last row of each sequence that ends in it, and targets."""
-
-
-def _last(model: Model, ops: Recorder, x: Array, ends: NDArray[np.int64]) -> Array | None:
-    """Logits after each sequence's last row."""
-    return model.logits(ops, ops.take(x, ends)) if len(ends) else None
-
-
-def _every(model: Model, ops: Recorder, x: Array, ends: NDArray[np.int64]) -> Array:  # noqa: ARG001
-    """Logits after every row."""
-    return model.logits(ops, x)
-
-
-def _losses(model: Model, ops: Recorder, x: Array, ends: NDArray[np.int64], targets: Array) -> Array:  # noqa: ARG001
-    """Cross entropy of every row."""
-    return ops.cross_entropy(model.logits(ops, x), targets)

@@ -1,19 +1,46 @@
 """Pieces that several versions share."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.contract import Array, Lerp, Norm, Product, Recorder
+from rwkv_cli.kernels.program import (
+    AddGated,
+    Input,
+    LayerState,
+    Lerp,
+    Norm,
+    Product,
+    Program,
+    Value,
+)
 from rwkv_cli.models.config import Config, Entry, Shape, matrix
 
 Layer = Mapping[str, Any]
 """A layer's tensors by their names in the converted file, `blocks.i.` left out, as the backend keeps them."""
 
-Carry = dict[str, Array]
+Carry = dict[str, Value]
 """What layers hand on to later layers within one forward pass."""
+
+
+@dataclass(frozen=True)
+class TimeMixing:
+    """What the time mixing of one layer reads and changes."""
+
+    ops: Program
+    config: Config
+    weights: Layer
+    x: Value
+    """The residual stream, to which the result is added."""
+    normed: Value
+    delta: Value
+    """The token shift of `normed`."""
+    starts: Input
+    state: LayerState
+    carry: Carry
 
 
 def exp(a: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -26,7 +53,7 @@ def mix_of_current(name: str, width: int) -> Entry:
     return Entry(name, "vector", (1, width), derive=lambda a: 1 - a.reshape(1, width))
 
 
-def lerps(p: Layer, x: Array, delta: Array, prefix: str, letters: str) -> Iterator[Lerp]:
+def lerps(p: Layer, x: Value, delta: Value, prefix: str, letters: str) -> Iterator[Lerp]:
     """x + delta ∘ mix for the mixes of these letters."""
     return (Lerp(x, delta, p[prefix + letter]) for letter in letters)
 
@@ -36,14 +63,14 @@ def norm_of(p: Layer, name: str, eps: float) -> Norm:
     return Norm(p[name + ".weight"], p[name + ".bias"], eps)
 
 
-def gated_channel_mix(ops: Recorder, p: Layer, x: Array, f: Array, delta: Array, mix: str) -> None:
-    """v4, v5, v6: x += σ(R·f_r) ∘ V·relu(K·f_k)²; `mix` is the prefix of the two mixes' names."""
-    f_k, f_r = lerps(p, f, delta, mix, "kr")
-    k, gate = ops.linear(
-        Product(f_k, p["ffn.key.weight"], "relu_squared"), Product(f_r, p["ffn.receptance.weight"], "sigmoid")
-    )
+def gated_channel_mix(ops: Program, p: Layer, x: Value, mixed: tuple[Lerp, Lerp]) -> None:
+    """v4, v5, v6: x += σ(R·f_r) ∘ V·relu(K·f_k)²; `mixed` holds f_k and f_r."""
+    f_k, f_r = mixed
+    key = Product(f_k, p["ffn.key.weight"], "relu_squared")
+    receptance = Product(f_r, p["ffn.receptance.weight"], "sigmoid")
+    k, gate = ops.linear(key, receptance)
     (out,) = ops.linear(Product(k, p["ffn.value.weight"]))
-    ops.add_gated(x, out, gate)
+    ops.add(AddGated(x, out, gate))
 
 
 def gated_channel_mix_entries(c: Config) -> list[Entry]:

@@ -1,10 +1,10 @@
 """RWKV-4 (arXiv 2305.13048; rwkv package 0.8.32, model.py, `att_one`)."""
 
-from rwkv_cli.kernels.contract import Array, Product, Recorder, Starts
+from rwkv_cli.kernels.program import AddLinear, Product, Program, Value, Wkv4
 from rwkv_cli.models.config import Config, Entry, Shape, Shapes, matrix
 from rwkv_cli.models.layers import (
-    Carry,
     Layer,
+    TimeMixing,
     exp,
     gated_channel_mix,
     gated_channel_mix_entries,
@@ -38,18 +38,24 @@ def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
     return (3, c.width), (0.0, 0.0, EMPTY)
 
 
-def time_mix(
-    ops: Recorder, c: Config, p: Layer, x: Array, a: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
-) -> None:  # fmt: skip
-    a_r, a_k, a_v = lerps(p, a, delta, "att.time_mix_", "rkv")
-    r, k, v = ops.linear(
-        Product(a_r, p["att.receptance.weight"], "sigmoid"),
-        Product(a_k, p["att.key.weight"]),
-        Product(a_v, p["att.value.weight"]),
+def time_mix(m: TimeMixing) -> None:
+    ops, p = m.ops, m.weights
+    a_r, a_k, a_v = lerps(p, m.normed, m.delta, "att.time_mix_", "rkv")
+    receptance = Product(a_r, p["att.receptance.weight"], "sigmoid")
+    key, value = Product(a_k, p["att.key.weight"]), Product(a_v, p["att.value.weight"])
+    r, k, v = ops.linear(receptance, key, value)
+    wkv = Wkv4(
+        receptance=r,
+        key=k,
+        value=v,
+        decay=p["att.time_decay"],
+        bonus=p["att.time_first"],
+        starts=m.starts,
+        state=m.state,
     )
-    y = ops.wkv4(r, k, v, p["att.time_decay"], p["att.time_first"], starts, state)
-    ops.add_linear(x, y, p["att.output.weight"])
+    ops.add(AddLinear(m.x, ops.add(wkv), p["att.output.weight"]))
 
 
-def channel_mix(ops: Recorder, p: Layer, x: Array, f: Array, delta: Array) -> None:
-    gated_channel_mix(ops, p, x, f, delta, "ffn.time_mix_")
+def channel_mix(ops: Program, p: Layer, x: Value, f: Value, delta: Value) -> None:
+    f_k, f_r = lerps(p, f, delta, "ffn.time_mix_", "kr")
+    gated_channel_mix(ops, p, x, (f_k, f_r))

@@ -6,11 +6,11 @@ They differ in the shape of decay and bonus, which conversion expands to 5.2's, 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.contract import Array, Product, Recorder, Starts
+from rwkv_cli.kernels.program import AddLinear, Product, Program, Value, Wkv6
 from rwkv_cli.models.config import Config, Entry, Shape, Shapes, matrix, norm
 from rwkv_cli.models.layers import (
-    Carry,
     Layer,
+    TimeMixing,
     exp,
     gated_channel_mix,
     gated_channel_mix_entries,
@@ -69,22 +69,29 @@ def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
     return matrix_state(c), (0.0,)
 
 
-def time_mix(
-    ops: Recorder, c: Config, p: Layer, x: Array, a: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
-) -> None:  # fmt: skip
-    names = ("receptance", "key", "value", "gate") if _gated(c) else ("receptance", "key", "value")
-    mixed = lerps(p, a, delta, "att.time_mix_", "rkvg"[: len(names)])
-    r, k, v, *gate = ops.linear(
-        *(
-            Product(part, p[f"att.{name}.weight"], "silu" if name == "gate" else "")
-            for part, name in zip(mixed, names, strict=True)
-        )
+def time_mix(m: TimeMixing) -> None:
+    ops, p, gated = m.ops, m.weights, _gated(m.config)
+    names = ("receptance", "key", "value", "gate") if gated else ("receptance", "key", "value")
+    mixed = lerps(p, m.normed, m.delta, "att.time_mix_", "rkvg"[: len(names)])
+    products = (
+        Product(part, p[f"att.{name}.weight"], "silu" if name == "gate" else "")
+        for part, name in zip(mixed, names, strict=True)
     )
-    u = p["att.time_faaaa"] if _gated(c) else p["att.time_first"]
-    ln_x = norm_of(p, "att.ln_x", c.group_norm_eps)
-    y = ops.wkv6(r, k, v, p["att.time_decay"], u, ln_x, gate[0] if gate else None, starts, state)
-    ops.add_linear(x, y, p["att.output.weight"])
+    r, k, v, *gate = ops.linear(*products)
+    wkv = Wkv6(
+        receptance=r,
+        key=k,
+        value=v,
+        decay=p["att.time_decay"],
+        bonus=p["att.time_faaaa"] if gated else p["att.time_first"],
+        norm=norm_of(p, "att.ln_x", m.config.group_norm_eps),
+        gate=gate[0] if gate else None,
+        starts=m.starts,
+        state=m.state,
+    )
+    ops.add(AddLinear(m.x, ops.add(wkv), p["att.output.weight"]))
 
 
-def channel_mix(ops: Recorder, p: Layer, x: Array, f: Array, delta: Array) -> None:
-    gated_channel_mix(ops, p, x, f, delta, "ffn.time_mix_")
+def channel_mix(ops: Program, p: Layer, x: Value, f: Value, delta: Value) -> None:
+    f_k, f_r = lerps(p, f, delta, "ffn.time_mix_", "kr")
+    gated_channel_mix(ops, p, x, (f_k, f_r))

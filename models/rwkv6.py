@@ -5,13 +5,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.contract import Array, Lerp, Product, Recorder, Starts
+from rwkv_cli.kernels.program import AddLinear, Columns, Lerp, Product, Program, Value, Wkv6
 from rwkv_cli.models.config import Config, Entry, Shape, Shapes, low_rank, matrix, norm
 from rwkv_cli.models.layers import (
-    Carry,
     Layer,
+    TimeMixing,
     gated_channel_mix,
     gated_channel_mix_entries,
+    lerps,
     matrix_state,
     norm_of,
     tuned_state,
@@ -58,14 +59,14 @@ def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
     return matrix_state(c), (0.0,)
 
 
-def time_mix(
-    ops: Recorder, c: Config, p: Layer, x: Array, a: Array, delta: Array, starts: Starts, state: Array, carry: Carry  # noqa: ARG001
-) -> None:  # fmt: skip
-    (base,) = ops.linear(Product(Lerp(a, delta, p["att.time_maa_x"]), p["att.time_maa_w1"], "tanh"))
+def time_mix(m: TimeMixing) -> None:
+    ops, p, a, delta = m.ops, m.weights, m.normed, m.delta
+    (low,) = ops.linear(Product(Lerp(a, delta, p["att.time_maa_x"]), p["att.time_maa_w1"], "tanh"))
+    rank = low.columns // len(MIXES)
     mixes = ops.linear(
         *(
-            Product(part, p[f"att.time_maa_w2.{name}"], bias=p[f"att.time_maa_{name}"])
-            for name, part in zip(MIXES, ops.split(base, len(MIXES)), strict=True)
+            Product(Columns(low, i * rank, rank), p[f"att.time_maa_w2.{name}"], bias=p[f"att.time_maa_{name}"])
+            for i, name in enumerate(MIXES)
         )
     )
     a_w, a_k, a_v, a_r, a_g = (Lerp(a, delta, mix) for mix in mixes)
@@ -77,10 +78,20 @@ def time_mix(
         Product(a_g, p["att.gate.weight"], "silu"),
     )
     (w,) = ops.linear(Product(low, p["att.time_decay_w2"], "decay", p["att.time_decay"]))
-    ln_x = norm_of(p, "att.ln_x", c.group_norm_eps)
-    y = ops.wkv6(r, k, v, w, p["att.time_faaaa"], ln_x, gate, starts, state)
-    ops.add_linear(x, y, p["att.output.weight"])
+    wkv = Wkv6(
+        receptance=r,
+        key=k,
+        value=v,
+        decay=w,
+        bonus=p["att.time_faaaa"],
+        norm=norm_of(p, "att.ln_x", m.config.group_norm_eps),
+        gate=gate,
+        starts=m.starts,
+        state=m.state,
+    )
+    ops.add(AddLinear(m.x, ops.add(wkv), p["att.output.weight"]))
 
 
-def channel_mix(ops: Recorder, p: Layer, x: Array, f: Array, delta: Array) -> None:
-    gated_channel_mix(ops, p, x, f, delta, "ffn.time_maa_")
+def channel_mix(ops: Program, p: Layer, x: Value, f: Value, delta: Value) -> None:
+    f_k, f_r = lerps(p, f, delta, "ffn.time_maa_", "kr")
+    gated_channel_mix(ops, p, x, (f_k, f_r))

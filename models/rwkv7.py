@@ -1,8 +1,8 @@
 """RWKV-7 "Goose" (arXiv 2503.14456; RWKV-LM, RWKV-v7/rwkv_v7_numpy.py)."""
 
-from rwkv_cli.kernels.contract import Array, Lerp, Product, Recorder, Starts
+from rwkv_cli.kernels.program import AddLinear, Lerp, Product, Program, Value, ValueResidual, Wkv7
 from rwkv_cli.models.config import Config, Entry, Shape, Shapes, low_rank, matrix, norm
-from rwkv_cli.models.layers import Carry, Layer, lerps, matrix_state, norm_of, tuned_state
+from rwkv_cli.models.layers import Layer, TimeMixing, lerps, matrix_state, norm_of, tuned_state
 
 
 def configure(shapes: Shapes) -> tuple[str, int, int, dict[str, int]]:
@@ -42,10 +42,9 @@ def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
     return matrix_state(c), (0.0,)
 
 
-def time_mix(
-    ops: Recorder, c: Config, p: Layer, x: Array, a: Array, delta: Array, starts: Starts, state: Array, carry: Carry
-) -> None:
-    a_r, a_w, a_k, a_v, a_a, a_g = lerps(p, a, delta, "att.x_", "rwkvag")
+def time_mix(m: TimeMixing) -> None:
+    ops, p, carry = m.ops, m.weights, m.carry
+    a_r, a_w, a_k, a_v, a_a, a_g = lerps(p, m.normed, m.delta, "att.x_", "rwkvag")
     products = [
         Product(a_r, p["att.receptance.weight"]),
         Product(a_k, p["att.key.weight"]),
@@ -56,23 +55,33 @@ def time_mix(
     ]
     if "v" in carry:
         products.append(Product(a_v, p["att.v1"]))
-    r, k, v, w, rate, g, *gate = ops.linear(*products)
+    r, k, v, w, rate, g, *low = ops.linear(*products)
     products = [
         Product(w, p["att.w2"], "soft_decay", p["att.w0"]),
         Product(rate, p["att.a2"], "sigmoid", p["att.a0"]),
         Product(g, p["att.g2"]),
-        *(Product(low, p["att.v2"], "sigmoid", p["att.v0"]) for low in gate),
+        *(Product(each, p["att.v2"], "sigmoid", p["att.v0"]) for each in low),
     ]
     w, rate, g, *gate = ops.linear(*products)
-    residual = (carry["v"], gate[0]) if gate else None
+    wkv = Wkv7(
+        receptance=r,
+        decay=w,
+        key=k,
+        value=v,
+        rate=rate,
+        gate=g,
+        residual=ValueResidual(first=carry["v"], gate=gate[0]) if gate else None,
+        key_scale=p["att.k_k"],
+        key_rate=p["att.k_a"],
+        bonus=p["att.r_k"],
+        norm=norm_of(p, "att.ln_x", m.config.group_norm_eps),
+        starts=m.starts,
+        state=m.state,
+    )
     carry.setdefault("v", v)
-    ln_x = norm_of(p, "att.ln_x", c.group_norm_eps)
-    y = ops.wkv7(
-        r, w, k, v, rate, g, residual, p["att.k_k"], p["att.k_a"], p["att.r_k"], ln_x, starts, state
-    )  # fmt: skip
-    ops.add_linear(x, y, p["att.output.weight"])
+    ops.add(AddLinear(m.x, ops.add(wkv), p["att.output.weight"]))
 
 
-def channel_mix(ops: Recorder, p: Layer, x: Array, f: Array, delta: Array) -> None:
+def channel_mix(ops: Program, p: Layer, x: Value, f: Value, delta: Value) -> None:
     (k,) = ops.linear(Product(Lerp(f, delta, p["ffn.x_k"]), p["ffn.key.weight"], "relu_squared"))
-    ops.add_linear(x, k, p["ffn.value.weight"])
+    ops.add(AddLinear(x, k, p["ffn.value.weight"]))

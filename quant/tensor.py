@@ -43,6 +43,7 @@ class Floats:
 
     dtype: str
     bits: NDArray[Any]
+    format = "float"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,6 +71,7 @@ class Int8:
     values: NDArray[np.int8]
     scales: NDArray[np.uint16]
     unit: int
+    format = "int8"
 
     def float32(self) -> NDArray[np.float32]:
         """The matrix that this stands for, [N, K]."""

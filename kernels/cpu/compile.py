@@ -4,17 +4,13 @@ import functools
 import platform
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite
 import llvmlite.binding
 import numba
 
-from rwkv_cli.kernels.cache import cache_folder
-from rwkv_cli.kernels.cpu.args import parse
-
-config: Any = numba.core.config
-"""numba's settings, made at run time."""
+from rwkv_cli.kernels.cache import cache_folder, config
 
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 """Sums may be reordered and fused. Never nnan or ninf: NaN and infinity keep their meaning."""
@@ -43,30 +39,36 @@ def cached(make: Callable[[], Any]) -> Any:
 
 
 class Kernel:
-    """A function (args, part) that threads of a team call, each for parts of its own; `spec` says what args holds."""
+    """A function that threads of a team call, each for parts of its own.
 
-    def __init__(self, body: Callable[..., Any], spec: str, fastmath: set[str]) -> None:
-        self.body, self.spec, self.fastmath = body, parse(spec), fastmath
+    Its arguments are the address of a row, packed from `record` (see `args`), a part's number, and how many parts there
+    are.
+    """
+
+    def __init__(self, body: Callable[[int, int, int], None], record: type[NamedTuple], fastmath: set[str]) -> None:
+        self.body, self.record, self.fastmath = body, record, fastmath
         self.name = body.__name__
 
     @functools.cached_property
     def _compiled(self) -> Any:
+        def compile_() -> Any:
+            options = {"fastmath": self.fastmath, "error_model": "numpy", "cache": True}
+            return numba.cfunc("void(int64, int64, int64)", **options)(self.body)
+
         with _COMPILING:
-            return cached(
-                lambda: numba.cfunc("void(int64, int64)", fastmath=self.fastmath, error_model="numpy", cache=True)(
-                    self.body
-                )
-            )
+            return cached(compile_)
 
     @property
     def address(self) -> int:
-        """Of its code, which is compiled or read from the cache when it is first asked for."""
+        """The address of its code, which is compiled or read from the cache when this is first asked for."""
         return int(self._compiled.address)
 
 
-def kernel(spec: str, fastmath: set[str] = FASTMATH) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorator: a `Kernel`. Its body begins with `… = unpack(args, SPEC)`."""
-    return lambda body: Kernel(body, spec, fastmath)
+def kernel(
+    record: type[NamedTuple], fastmath: set[str] = FASTMATH
+) -> Callable[[Callable[[int, int, int], None]], Kernel]:
+    """Make a `Kernel` of a function whose body begins with `a = unpack(args, RECORD)`."""
+    return lambda body: Kernel(body, record, fastmath)
 
 
 def _has(*features: str) -> bool:

@@ -4,18 +4,18 @@ A loop that sums never stores floats as well. LLVM would put a test for overlapp
 scalar loop behind that, and where arrays happen to lie would decide in which order the sum is taken.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
-from rwkv_cli.kernels.cpu.args import unpack
+from rwkv_cli.kernels.cpu.args import F32, F32_1, F32_2, I8_2, I64_1, U16_2, U32_2, Int, unpack
 from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.llvm.bits import bits_of, float_of
-
-ACTIVATIONS = ("", "sigmoid", "silu", "tanh", "relu_squared", "decay", "soft_decay")
-DTYPES = ("F32", "BF16", "F16")
+from rwkv_cli.numbers import GROUP
 
 
 @function(FIXED_ORDER)
-def exp(x):  # type: ignore[no-untyped-def]
+def exp(x):
     """e^x to 2 units in the last place, in a form that loops over it become vectors (the library's does not).
 
     x = n ln 2 + r, |r| ≤ ln 2 / 2; e^r by a polynomial (Cephes, expf.c), 2^n by way of the exponent. 0 below the
@@ -39,13 +39,19 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @function()
-def span(part, parts, n):  # type: ignore[no-untyped-def]
-    """The range of n things that part `part` of `parts` has."""
+def address_of(x):
+    """The address of an array as int64. numba's own is unsigned, and with a signed number it becomes a float."""
+    return np.int64(x.ctypes.data)
+
+
+@function()
+def span(part, parts, n):
+    """Split n things evenly: the range that part `part` of `parts` has."""
     return part * n // parts, (part + 1) * n // parts
 
 
 @function()
-def activate(x, activation):  # type: ignore[no-untyped-def]
+def activate(x, activation):
     """ACTIVATIONS[activation] of each element of x [n], in place. NaN stays NaN."""
     n = len(x)
     if activation == 1:
@@ -68,38 +74,53 @@ def activate(x, activation):  # type: ignore[no-untyped-def]
             x[i] = exp(np.float32(-0.606530659712633) / (np.float32(1) + exp(-x[i])))
 
 
-EMBED_INT8 = "i64.1 i8.2 u16.2 f32 f32.2 int"
+class EmbedInt8Args(NamedTuple):
+    """ids [T]; values [V, K padded], scales [V, K/32] as float16 bits; unit 2^(112 + the tensor's); out [T, K]."""
+
+    ids: I64_1
+    values: I8_2
+    scales: U16_2
+    unit: F32
+    out: F32_2
 
 
-@kernel(EMBED_INT8)
-def embed_int8(args, part):  # type: ignore[no-untyped-def]
-    """Rows `ids` of a table: values [V, Kp], scales [V, Kp/32] as float16 bits. unit = 2^(112 + the tensor's)."""
-    ids, values, scales, unit, out, parts = unpack(args, EMBED_INT8)
+@kernel(EmbedInt8Args)
+def embed_int8(args, part, parts):
+    """out[t] = row ids[t] of values · scales · unit."""
+    a = unpack(args, EmbedInt8Args)
+    ids, out, unit = a.ids, a.out, a.unit
     begin, end = span(part, parts, len(ids))
     for t in range(begin, end):
-        row, scale = values[ids[t]], scales[ids[t]]
+        row, scale = a.values[ids[t]], a.scales[ids[t]]
         for d in range(out.shape[1]):
-            out[t, d] = np.float32(row[d]) * (float_of(np.int32(scale[d // 32]) << np.int32(13)) * unit)
+            out[t, d] = np.float32(row[d]) * (float_of(np.int32(scale[d // GROUP]) << np.int32(13)) * unit)
 
 
-EMBED_FLOATS = "i64.1 u16.2 u32.2 int f32.2 int"
+class EmbedFloatsArgs(NamedTuple):
+    """ids [T]; a table [V, K] of 16 or of 32 bits a number, whichever is there; out [T, K]."""
+
+    ids: I64_1
+    half: U16_2
+    whole: U32_2
+    dtype: Int
+    out: F32_2
 
 
-@kernel(EMBED_FLOATS)
-def embed_floats(args, part):  # type: ignore[no-untyped-def]
-    """Rows `ids` of a table of 16 or 32 bits a number, whichever is given; DTYPES[kind]."""
-    ids, half, whole, kind, out, parts = unpack(args, EMBED_FLOATS)
-    begin, end = span(part, parts, len(ids))
+@kernel(EmbedFloatsArgs)
+def embed_floats(args, part, parts):
+    """out[t] = row ids[t] of a table of FLOAT_DTYPES[dtype]."""
+    a = unpack(args, EmbedFloatsArgs)
+    begin, end = span(part, parts, len(a.ids))
     for t in range(begin, end):
-        if kind == 0:
-            widen(whole[ids[t]], kind, out[t])
+        if a.dtype == 0:
+            widen(a.whole[a.ids[t]], a.dtype, a.out[t])
         else:
-            widen(half[ids[t]], kind, out[t])
+            widen(a.half[a.ids[t]], a.dtype, a.out[t])
 
 
 @function()
-def widen(bits, kind, out):  # type: ignore[no-untyped-def]
-    """out [n] float32 from the bits of DTYPES[kind]."""
+def widen(bits, kind, out):
+    """out [n] float32 from the bits of FLOAT_DTYPES[kind]."""
     n = len(out)
     if kind == 0:
         for i in range(n):
@@ -115,7 +136,7 @@ def widen(bits, kind, out):  # type: ignore[no-untyped-def]
 
 
 @function()
-def mean_of(x):  # type: ignore[no-untyped-def]
+def mean_of(x):
     total = np.float32(0)
     for d in range(len(x)):
         total += x[d]
@@ -123,7 +144,7 @@ def mean_of(x):  # type: ignore[no-untyped-def]
 
 
 @function()
-def squares_about(x, mean):  # type: ignore[no-untyped-def]
+def squares_about(x, mean):
     """Σ (x − mean)²."""
     total = np.float32(0)
     for d in range(len(x)):
@@ -132,38 +153,53 @@ def squares_about(x, mean):  # type: ignore[no-untyped-def]
 
 
 @function(FIXED_ORDER)
-def _scale(x, mean, scale, weight, bias, out):  # type: ignore[no-untyped-def]
-    """In one order, since LLVM has two loops for it and where the arrays lie decides between them."""
+def _scale(x, mean, scale, weight, bias, out):
+    """out = (x − mean) · scale · weight + bias, in one order.
+
+    LLVM has two loops for it, and where the arrays lie decides between them.
+    """
     for d in range(len(x)):
         out[d] = (x[d] - mean) * scale * weight[d] + bias[d]
 
 
 @function()
-def normalize(x, weight, bias, eps, out):  # type: ignore[no-untyped-def]
+def normalize(x, weight, bias, eps, out):
     """out = (x − mean) / √(var + eps) · weight + bias, all [n]; out may be x."""
     mean = mean_of(x)
     _scale(x, mean, np.float32(1) / np.sqrt(squares_about(x, mean) / np.float32(len(x)) + eps), weight, bias, out)
 
 
-LAYER_NORM = "f32.2 f32.1 f32.1 f32 f32.2 int"
+class LayerNormArgs(NamedTuple):
+    """x, out [T, D]; weight, bias [D]."""
+
+    x: F32_2
+    weight: F32_1
+    bias: F32_1
+    eps: F32
+    out: F32_2
 
 
-@kernel(LAYER_NORM)
-def layer_norm(args, part):  # type: ignore[no-untyped-def]
-    """Of each row."""
-    x, weight, bias, eps, out, parts = unpack(args, LAYER_NORM)
-    begin, end = span(part, parts, len(x))
+@kernel(LayerNormArgs)
+def layer_norm(args, part, parts):
+    """out[t] = (x[t] − mean) / √(var + eps) · weight + bias."""
+    a = unpack(args, LayerNormArgs)
+    begin, end = span(part, parts, len(a.x))
     for t in range(begin, end):
-        normalize(x[t], weight, bias, eps, out[t])
+        normalize(a.x[t], a.weight, a.bias, a.eps, a.out[t])
 
 
-ROUND_TO = "f32.2 int int"
+class RoundToArgs(NamedTuple):
+    """x [T, D]; the place of BF16 or F16 in FLOAT_DTYPES."""
+
+    x: F32_2
+    dtype: Int
 
 
-@kernel(ROUND_TO, FIXED_ORDER)
-def round_to(args, part):  # type: ignore[no-untyped-def]
-    """x to the nearest number of DTYPES[kind], 1 or 2, ties to even."""
-    x, kind, parts = unpack(args, ROUND_TO)
+@kernel(RoundToArgs, FIXED_ORDER)
+def round_to(args, part, parts):
+    """x becomes the nearest number of FLOAT_DTYPES[dtype], ties to even."""
+    a = unpack(args, RoundToArgs)
+    x, kind = a.x, a.dtype
     begin, end = span(part, parts, len(x))
     for t in range(begin, end):
         for d in range(x.shape[1]):
@@ -184,31 +220,63 @@ def round_to(args, part):  # type: ignore[no-untyped-def]
             x[t, d] = float_of(np.int32(b))
 
 
-TAKE = "f32.2 i64.1 f32.2"
+class TakeArgs(NamedTuple):
+    """x [T, D], rows [E], out [E, D]."""
+
+    x: F32_2
+    rows: I64_1
+    out: F32_2
 
 
-@kernel(TAKE)
-def take(args, part):  # type: ignore[no-untyped-def]  # noqa: ARG001
+@kernel(TakeArgs)
+def take(args, part, parts):
     """out[i] = x[rows[i]]."""
-    x, rows, out = unpack(args, TAKE)
-    for i in range(len(rows)):
-        out[i] = x[rows[i]]
+    a = unpack(args, TakeArgs)
+    begin, end = span(part, parts, len(a.rows))
+    for i in range(begin, end):
+        a.out[i] = a.x[a.rows[i]]
 
 
-SHIFT = "f32.2 i64.1 f32.2 f32.2 int"
+class TakeColumnsArgs(NamedTuple):
+    """x [T, D], out [T, columns]; columns `first` and on."""
+
+    x: F32_2
+    first: Int
+    out: F32_2
 
 
-@kernel(SHIFT)
-def shift(args, part):  # type: ignore[no-untyped-def]
-    """delta[t] = x[t−1] − x[t]. Before sequence b's first row is last[b], which then becomes its last row.
+@kernel(TakeColumnsArgs)
+def take_columns(args, part, parts):
+    """out[t] = x[t, first : first + columns]."""
+    a = unpack(args, TakeColumnsArgs)
+    begin, end = span(part, parts, len(a.out))
+    for t in range(begin, end):
+        from_, to = a.x[t, a.first :], a.out[t]
+        for d in range(len(to)):
+            to[d] = from_[d]
 
-    starts [B + 1], last [B, D]. A part is a range of columns, so that nobody reads a last row that another has set.
+
+class ShiftArgs(NamedTuple):
+    """x, delta [T, D]; starts [B + 1]; last [B, D]."""
+
+    x: F32_2
+    starts: I64_1
+    last: F32_2
+    delta: F32_2
+
+
+@kernel(ShiftArgs)
+def shift(args, part, parts):
+    """delta[t] = x[t − 1] − x[t]. Before sequence b's first row stands last[b], which then becomes its last row.
+
+    A part is a range of columns, so that nobody reads a last row that another has set.
     """
-    x, starts, last, delta, parts = unpack(args, SHIFT)
+    a = unpack(args, ShiftArgs)
+    x, last, delta = a.x, a.last, a.delta
     begin, end = span(part, parts, x.shape[1])
     for b in range(len(last)):
         before = last[b, begin:end]
-        for t in range(starts[b], starts[b + 1]):
+        for t in range(a.starts[b], a.starts[b + 1]):
             here, out = x[t, begin:end], delta[t, begin:end]
             for d in range(end - begin):
                 out[d] = before[d] - here[d]
@@ -217,45 +285,65 @@ def shift(args, part):  # type: ignore[no-untyped-def]
             last[b, begin + d] = before[d]
 
 
-LERP = "f32.2 f32.2 f32.2 f32.2 int"
+class LerpArgs(NamedTuple):
+    """x, delta, out [T, D]; mix [1, D] if it is shared by all rows, else [T, D]."""
+
+    x: F32_2
+    delta: F32_2
+    mix: F32_2
+    shared: Int
+    out: F32_2
 
 
-@kernel(LERP)
-def lerp(args, part):  # type: ignore[no-untyped-def]
-    """out = x + delta · mix; mix is [1, D] or [T, D]."""
-    x, delta, mix, out, parts = unpack(args, LERP)
-    begin, end = span(part, parts, len(x))
+@kernel(LerpArgs)
+def lerp(args, part, parts):
+    """out = x + delta · mix; with `shared`, row 0 of mix serves all."""
+    a = unpack(args, LerpArgs)
+    begin, end = span(part, parts, len(a.x))
     for t in range(begin, end):
-        xt, dt, mt, ot = x[t], delta[t], mix[t if len(mix) > 1 else 0], out[t]
+        xt, dt, mt, ot = a.x[t], a.delta[t], a.mix[0 if a.shared else t], a.out[t]
         for d in range(len(xt)):
             ot[d] = xt[d] + dt[d] * mt[d]
 
 
-ADD_GATED = "f32.2 f32.2 f32.2 int"
+class AddGatedArgs(NamedTuple):
+    """x, y, gate [T, D]."""
+
+    x: F32_2
+    y: F32_2
+    gate: F32_2
 
 
-@kernel(ADD_GATED)
-def add_gated(args, part):  # type: ignore[no-untyped-def]
+@kernel(AddGatedArgs)
+def add_gated(args, part, parts):
     """x += y · gate."""
-    x, y, gate, parts = unpack(args, ADD_GATED)
-    begin, end = span(part, parts, len(x))
+    a = unpack(args, AddGatedArgs)
+    begin, end = span(part, parts, len(a.x))
     for t in range(begin, end):
-        xt, yt, gt = x[t], y[t], gate[t]
+        xt, yt, gt = a.x[t], a.y[t], a.gate[t]
         for d in range(len(xt)):
             xt[d] += yt[d] * gt[d]
 
 
-FINISH = "f32.2 f32.2 int int f32.2 int"
+class FinishArgs(NamedTuple):
+    """y [T, N or more]; bias [1, N] or none; out [T, N]."""
+
+    y: F32_2
+    bias: F32_2
+    activation: Int
+    add: Int
+    out: F32_2
 
 
-@kernel(FINISH)
-def finish(args, part):  # type: ignore[no-untyped-def]
-    """out [T, N] = activation(y + bias), or out += y if `onto`; y [T, N or more], bias [1, N] or none."""
-    y, bias, activation, onto, out, parts = unpack(args, FINISH)
-    begin, end = span(part, parts, len(y))
+@kernel(FinishArgs)
+def finish(args, part, parts):
+    """out = activation(y + bias), or out += y with `add`."""
+    a = unpack(args, FinishArgs)
+    out, bias = a.out, a.bias
+    begin, end = span(part, parts, len(a.y))
     for t in range(begin, end):
-        ot, yt = out[t], y[t, : out.shape[1]]
-        if onto:
+        ot, yt = out[t], a.y[t, : out.shape[1]]
+        if a.add:
             for d in range(len(ot)):
                 ot[d] += yt[d]
             continue
@@ -264,4 +352,4 @@ def finish(args, part):  # type: ignore[no-untyped-def]
         if len(bias):
             for d in range(len(ot)):
                 ot[d] += bias[0, d]
-        activate(ot, activation)
+        activate(ot, a.activation)

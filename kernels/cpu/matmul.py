@@ -1,69 +1,107 @@
-"""y[T, N] = x[T, K] · wᵀ for weights in int8 (tiles or columns) and float. Source of the layouts: docs/format.md.
+"""y[T, N] = x[T, K] · wᵀ for weights in int8 (tiles or columns) and float. The layouts are in docs/format.md.
 
-int8: x is rounded to int16 in the weights' own groups of 32 (about 15 bits), sums are exact integers. One token or
-many, VNNI or portable: the same numbers but for float32 rounding.
+int8: x is rounded to int16 in the weights' own groups of 32 (about 15 bits), and sums are exact integers. One token or
+many, VNNI or portable: the numbers are the same but for float32 rounding.
 
-Rounded activations are `levels` (VNNI: int8 [T, Kp/32, 2, 32], else int16 [T, Kp/32, 1, 32]), `factors` and `offsets`
-[T, Kp/32].
+Rounded activations are `levels` (VNNI: int8 [T, K/32, 2, 32], else int16 [T, K/32, 1, 32]), `factors` and `offsets`
+[T, K/32]. Byte strides follow from the number of groups, so kernels get them as addresses.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_cli.kernels.cpu.args import unpack
+from rwkv_cli.kernels.cpu.args import (
+    F32,
+    F32_2,
+    I8_3,
+    I8_4,
+    I16_2,
+    I16_4,
+    I64_1,
+    I64_2,
+    U16_2,
+    U16_3,
+    U32_2,
+    Address,
+    Int,
+    unpack,
+)
 from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, has_vnni, kernel
-from rwkv_cli.kernels.cpu.elementwise import activate, span, widen
+from rwkv_cli.kernels.cpu.elementwise import activate, address_of, span, widen
 from rwkv_cli.kernels.cpu.llvm.bits import float_at
-from rwkv_cli.kernels.cpu.llvm.int8_dot import group_step, rows_step
-from rwkv_cli.kernels.cpu.llvm.levels import interleave, prefetch, quantize_step
+from rwkv_cli.kernels.cpu.llvm.int8_dot import LevelGroup, RowGroup, WeightGroup, group_step, rows_step
+from rwkv_cli.kernels.cpu.llvm.levels import ActivationGroup, interleave, prefetch, quantize_step
+from rwkv_cli.numbers import GROUP, MOST_LEVEL
 
-GROUP = 32
-_LEVELS = 32512  # 127 · 256: both byte planes of any level fit in int8
 VNNI = has_vnni()
 PLANES, LEVEL = (2, np.dtype(np.int8)) if VNNI else (1, np.dtype(np.int16))
-_LEVEL_BYTES = LEVEL.itemsize
-_STRIPS, _TOKENS = (2, 6) if VNNI else (1, 2)
-STRIPS = _STRIPS
-"""Strips of 16 outputs that go together."""
+STRIP = 16
+"""Outputs that one strip of tiles holds."""
+STRIPS, _TOKENS = (2, 6) if VNNI else (1, 2)
+"""Strips and tokens whose sums fit into registers together."""
+GROUP_BYTES, SCALE_BYTES = STRIP * GROUP, STRIP * 2
+"""A strip's weights and scales in one group of 32 columns."""
+_LEVEL_BYTES = PLANES * GROUP * LEVEL.itemsize
+"""A token's levels in one group."""
 _BLOCK_BYTES = 1 << 18
-"""Of activations that stay in a core's cache while weights come by."""
+"""Activations that stay in a core's cache while weights come by."""
 _FAR = 2048
-"""Bytes that one token's product asks for in advance."""
+"""How many bytes ahead the product of one token asks for."""
 _AHEAD = 1
-"""Groups of 32 rows that a sparse product asks for in advance."""
-WIDTH = 128
+"""How many groups of 32 rows ahead a sparse product asks for."""
+_WIDTH = 128
 """Outputs that a sparse product sums in registers."""
+_CACHE_LINE = 64
 
-_block = group_step(_STRIPS, _TOKENS, VNNI)
+_block = group_step(STRIPS, _TOKENS, VNNI)
 _single = group_step(1, 1, VNNI)
-_quantize_group = quantize_step(VNNI, _LEVELS, False)
-_quantize_lerp = quantize_step(VNNI, _LEVELS, True)
-_sum_wide, _sum_narrow = rows_step(VNNI, WIDTH), rows_step(VNNI, 16)
-
-QUANTIZE = "at int int int at at int at at at int"
+_quantize_group = quantize_step(VNNI, MOST_LEVEL, False)
+_quantize_lerp = quantize_step(VNNI, MOST_LEVEL, True)
+_sum_wide, _sum_narrow = rows_step(VNNI, _WIDTH), rows_step(VNNI, STRIP)
 
 
-@kernel(QUANTIZE)
-def quantize(args, part):  # type: ignore[no-untyped-def]
-    """x [T, K], rows `stride` apart, or if there is a delta x + delta · mix with mix [1 or T, K], to integers."""
-    x, stride, T, K, delta, mix, mix_stride, levels, factors, offsets, parts = unpack(args, QUANTIZE)
+class QuantizeArgs(NamedTuple):
+    """x [T, K], its rows `stride` bytes apart; delta [T, K] and mix [T, K] or none.
+
+    Rows of mix are `mix_stride` bytes apart (0: one row for all). Levels, factors and offsets are as above.
+    """
+
+    x: Address
+    stride: Int
+    tokens: Int
+    columns: Int
+    delta: Address
+    mix: Address
+    mix_stride: Int
+    levels: Address
+    factors: Address
+    offsets: Address
+
+
+@kernel(QuantizeArgs)
+def quantize(args, part, parts):
+    """Round x, or x + delta · mix if there is a delta, to integers."""
+    a = unpack(args, QuantizeArgs)
+    K, delta = a.columns, a.delta
     G = (K + GROUP - 1) // GROUP
     tail = np.zeros((3, GROUP), np.float32)
-    begin, end = span(part, parts, T * G)
+    begin, end = span(part, parts, a.tokens * G)
     t, g = begin // G, begin % G
     for i in range(begin, end):
         at = g * GROUP * 4
-        a, d, m = x + t * stride + at, delta + t * K * 4 + at, mix + t * mix_stride + at
+        x, d, m = a.x + t * a.stride + at, delta + t * K * 4 + at, a.mix + t * a.mix_stride + at
         if (g + 1) * GROUP > K:
-            copy(a, tail[0], K - g * GROUP)
+            copy(x, tail[0], K - g * GROUP)
             if delta != 0:
                 copy(d, tail[1], K - g * GROUP)
                 copy(m, tail[2], K - g * GROUP)
-            a, d, m = tail.ctypes.data, tail.ctypes.data + GROUP * 4, tail.ctypes.data + GROUP * 8
-        out = levels + i * PLANES * GROUP * _LEVEL_BYTES
+            x, d, m = address_of(tail), address_of(tail) + GROUP * 4, address_of(tail) + GROUP * 8
+        levels, factor, offset = a.levels + i * _LEVEL_BYTES, a.factors + i * 4, a.offsets + i * 4
         if delta != 0:
-            _quantize_lerp(a, d, m, out, factors + i * 4, offsets + i * 4)
+            _quantize_lerp(ActivationGroup(x, d, m, levels, factor, offset))
         else:
-            _quantize_group(a, 0, 0, out, factors + i * 4, offsets + i * 4)
+            _quantize_group(ActivationGroup(x, 0, 0, levels, factor, offset))
         g += 1
         if g == G:
             t, g = t + 1, 0
@@ -72,79 +110,124 @@ def quantize(args, part):  # type: ignore[no-untyped-def]
 
 
 @function()
-def copy(address, out, n):  # type: ignore[no-untyped-def]
+def copy(address, out, n):
     """out[:n] = the n float32 at `address`."""
     for i in range(n):
         out[i] = float_at(address + i * 4)
 
 
-TILES = "at at int int at at at int f32 f32.2 f32.2 int int int"
+class Activations(NamedTuple):
+    """Rounded activations of T tokens: addresses."""
+
+    levels: int
+    factors: int
+    offsets: int
+    tokens: int
 
 
-@kernel(TILES)
-def tiles(args, part):  # type: ignore[no-untyped-def]
-    """values [S, K/4, 16, 4], scales [S, K/32, 16] → y [T, S·16] = activation(y if `onto` else bias + …).
+class Strips(NamedTuple):
+    """Some strips of tiles: addresses of weights and scales, how many strips and groups, and the tensor's unit."""
 
-    A part is `strips` of them, all tokens.
+    values: int
+    scales: int
+    strips: int
+    groups: int
+    unit: float
+
+
+class TilesArgs(NamedTuple):
+    """values [S, K/4, 16, 4], scales [S, K/32, 16]; y [T, S·16]; bias [1, N] or none.
+
+    A part is `strips_per_part` strips with all tokens.
     """
-    w, sc, S, G, a, f, o, T, unit, y, bias, onto, activation, strips = unpack(args, TILES)
-    first, last = part * strips, min((part + 1) * strips, S)
-    w, sc, column = w + first * G * 512, sc + first * G * 32, first * 16
-    _multiply(w, sc, last - first, G, a, f, o, T, unit, y, column, bias, onto, activation)
+
+    values: Address
+    scales: Address
+    strips: Int
+    groups: Int
+    unit: F32
+    levels: Address
+    factors: Address
+    offsets: Address
+    tokens: Int
+    y: F32_2
+    bias: F32_2
+    add: Int
+    activation: Int
+    strips_per_part: Int
+
+
+@kernel(TilesArgs)
+def tiles(args, part, parts):  # noqa: ARG001
+    """y = activation(x · wᵀ + bias), or y += x · wᵀ with `add`."""
+    a = unpack(args, TilesArgs)
+    first, last = part * a.strips_per_part, min((part + 1) * a.strips_per_part, a.strips)
+    values, scales = a.values + first * a.groups * GROUP_BYTES, a.scales + first * a.groups * SCALE_BYTES
+    w = Strips(values, scales, last - first, a.groups, a.unit)
+    x = Activations(a.levels, a.factors, a.offsets, a.tokens)
+    _multiply(w, x, a.y, a.bias, Ending(first * STRIP, a.add, a.activation))
+
+
+class Ending(NamedTuple):
+    """Where a product goes: its first column, whether it is added to what is there, and its activation by number."""
+
+    column: int
+    add: int
+    activation: int
 
 
 @function()
-def _start(sums, y, bias, onto):  # type: ignore[no-untyped-def]
-    """sums = y if `onto`, else the bias if there is one, else 0."""
+def _start(sums, y, bias, add):
+    """sums = y if `add`, else the bias if there is one, else 0."""
     for i in range(len(sums)):
-        sums[i] = y[i] if onto else np.float32(0)
-    if len(bias) and not onto:
+        sums[i] = y[i] if add else np.float32(0)
+    if len(bias) and not add:
         for i in range(min(len(sums), len(bias))):
             sums[i] = bias[i]
 
 
 @function()
-def _multiply(w, sc, S, G, a, f, o, T, unit, y, column, bias, onto, activation):  # type: ignore[no-untyped-def]
-    """The product with S strips at address w to y from `column` on."""
-    w_strip, sc_strip = G * 512, G * 32
-    a_group = PLANES * GROUP * _LEVEL_BYTES
-    a_token, row = G * a_group, G * 4
-    sums = np.zeros((_TOKENS, _STRIPS * 16), np.float32)
-    flat, out = sums.reshape(-1), sums.ctypes.data
-    block = max(_TOKENS, _BLOCK_BYTES // a_token // _TOKENS * _TOKENS)
+def _multiply(w, x, y, bias, ending):
+    """The product of x (Activations) and w (Strips) to some columns of y [T, N]; bias [1, N] or none."""
+    G, T = w.groups, x.tokens
+    w_strip, scale_strip = G * GROUP_BYTES, G * SCALE_BYTES
+    level_token, row = G * _LEVEL_BYTES, G * 4
+    sums = np.zeros((_TOKENS, STRIPS * STRIP), np.float32)
+    flat, out = sums.reshape(-1), address_of(sums)
+    block = max(_TOKENS, _BLOCK_BYTES // level_token // _TOKENS * _TOKENS)
     for start in range(0, T, block):
         stop = min(start + block, T)
-        for strip in range(0, S, _STRIPS):
-            strips = min(_STRIPS, S - strip)
-            here = slice(column + strip * 16, column + (strip + strips) * 16)
+        for strip in range(0, w.strips, STRIPS):
+            strips = min(STRIPS, w.strips - strip)
+            here = slice(ending.column + strip * STRIP, ending.column + (strip + strips) * STRIP)
             first_bias = bias[0, here] if len(bias) else y[0, :0]
             t = start
             while t < stop:
-                tokens = _TOKENS if t + _TOKENS <= stop and strips == _STRIPS else 1
+                tokens = _TOKENS if t + _TOKENS <= stop and strips == STRIPS else 1
                 for i in range(tokens):
-                    _start(sums[i, : strips * 16], y[t + i, here], first_bias, onto)
-                weights, scales = w + strip * w_strip, sc + strip * sc_strip
-                levels, factors, offsets = a + t * a_token, f + t * row, o + t * row
+                    _start(sums[i, : strips * STRIP], y[t + i, here], first_bias, ending.add)
+                values, scales = w.values + strip * w_strip, w.scales + strip * scale_strip
+                levels, factors, offsets = x.levels + t * level_token, x.factors + t * row, x.offsets + t * row
                 if tokens == _TOKENS:
                     for g in range(G):
-                        _block(
-                            weights + g * 512, w_strip, levels + g * a_group, a_token, scales + g * 32, sc_strip,
-                            factors + g * 4, row, offsets + g * 4, row, out, _STRIPS * 64, unit,
+                        weights = WeightGroup(values + g * GROUP_BYTES, w_strip, scales + g * SCALE_BYTES, scale_strip)
+                        group = LevelGroup(
+                            levels + g * _LEVEL_BYTES, level_token, factors + g * 4, offsets + g * 4, row
                         )  # fmt: skip
+                        _block(weights, group, out, STRIPS * STRIP * 4, w.unit)
                 else:
                     for s in range(strips):
                         for g in range(G):
-                            for i in range(0, 512, 64):
-                                prefetch(weights + s * w_strip + g * 512 + i + _FAR)
-                            _single(
-                                weights + s * w_strip + g * 512, 0, levels + g * a_group, 0,
-                                scales + s * sc_strip + g * 32, 0, factors + g * 4, 0, offsets + g * 4, 0, out + s * 64,
-                                0, unit,
-                            )  # fmt: skip
-                if activation:
-                    activate(flat[: tokens * _STRIPS * 16], activation)
+                            at = values + s * w_strip + g * GROUP_BYTES
+                            for i in range(0, GROUP_BYTES, _CACHE_LINE):
+                                prefetch(at + i + _FAR)
+                            weights = WeightGroup(at, 0, scales + s * scale_strip + g * SCALE_BYTES, 0)
+                            group = LevelGroup(levels + g * _LEVEL_BYTES, 0, factors + g * 4, offsets + g * 4, 0)
+                            _single(weights, group, out + s * STRIP * 4, 0, w.unit)
+                if ending.activation:
+                    activate(flat[: tokens * STRIPS * STRIP], ending.activation)
                 for i in range(tokens):
-                    done, yt = sums[i, : strips * 16], y[t + i, here]
+                    done, yt = sums[i, : strips * STRIP], y[t + i, here]
                     for j in range(len(done)):
                         yt[j] = done[j]
                 t += tokens
@@ -152,101 +235,151 @@ def _multiply(w, sc, S, G, a, f, o, T, unit, y, column, bias, onto, activation):
     sums[0, 0] = 0
 
 
-COLUMNS = "i8.3 u16.3 at at at int f32 f32.2 int"
+class ColumnsArgs(NamedTuple):
+    """values [B, K, W], scales [B, K/32, W]; y [T, B·W]."""
+
+    values: I8_3
+    scales: U16_3
+    unit: F32
+    levels: Address
+    factors: Address
+    offsets: Address
+    tokens: Int
+    y: F32_2
+    add: Int
 
 
-@kernel(COLUMNS)
-def columns(args, part):  # type: ignore[no-untyped-def]
-    """values [B, K, W], scales [B, K/32, W], T tokens → y [T, B·W], added if `onto`. A part is two strips of 16
-    outputs, or one where W is no more, which are put into tile order once and serve all tokens."""
-    values, scales, a, f, o, T, unit, y, onto = unpack(args, COLUMNS)
+@kernel(ColumnsArgs)
+def columns(args, part, parts):  # noqa: ARG001
+    """y = x · wᵀ, or y += x · wᵀ with `add`.
+
+    A part is two strips of 16 outputs, or one where W is no more. They are put into tile order once and serve all
+    tokens.
+    """
+    a = unpack(args, ColumnsArgs)
+    values, scales = a.values, a.scales
     K, W, G = values.shape[1], values.shape[2], scales.shape[1]
-    strips = min(2, W // 16)
-    b, start = part * strips * 16 // W, part * strips * 16 % W
-    tile, scale = np.empty((strips, G * 512), np.int8), np.empty((strips, G, 16), np.uint16)
+    strips = min(2, W // STRIP)
+    width = strips * STRIP
+    b, start = part * width // W, part * width % W
+    tile, scale = np.empty((strips, G * GROUP_BYTES), np.int8), np.empty((strips, G, STRIP), np.uint16)
     for s in range(strips):
-        source = values.ctypes.data + b * K * W + start + s * 16
+        source = address_of(values) + b * K * W + start + s * STRIP
         for k in range(0, K, 4):
-            interleave(source + k * W, W, tile.ctypes.data + s * G * 512 + k * 16)
+            interleave(source + k * W, W, address_of(tile) + s * G * GROUP_BYTES + k * STRIP)
         for g in range(G):
-            for i in range(16):
-                scale[s, g, i] = scales[b, g, start + s * 16 + i]
-    w, sc = tile.ctypes.data, scale.ctypes.data
-    _multiply(w, sc, strips, G, a, f, o, T, unit, y, b * W + start, y[:0], onto, 0)
+            for i in range(STRIP):
+                scale[s, g, i] = scales[b, g, start + s * STRIP + i]
+    w = Strips(address_of(tile), address_of(scale), strips, G, a.unit)
+    x = Activations(a.levels, a.factors, a.offsets, a.tokens)
+    _multiply(w, x, a.y, a.y[:0], Ending(b * W + start, a.add, 0))
     # these must live until here, and their addresses alone do not keep them
     tile[0, 0], scale[0, 0, 0] = 0, 0
 
 
-PICK = "i8.4 i16.4 i64.2 i16.2 i64.1 int"
+class NonzeroArgs(NamedTuple):
+    """One token's levels as bytes or as words, whichever is there; rows, nonzero [K/32, 32], count [K/32]."""
+
+    bytes: I8_4
+    words: I16_4
+    rows: I64_2
+    nonzero: I16_2
+    count: I64_1
 
 
-@kernel(PICK)
-def pick(args, part):  # type: ignore[no-untyped-def]
-    """Of one token's levels (one of the two forms is given) the levels that are not 0: group g has `count[g]` of
-    them, rows[g, n] and levels[g, n]. An odd last one gets a level of 0 beside it."""
-    bytes_, words, rows, levels, count, parts = unpack(args, PICK)
-    begin, end = span(part, parts, len(count))
+@kernel(NonzeroArgs)
+def find_nonzero(args, part, parts):
+    """List the levels that are not 0: group g has count[g] of them, rows[g, n] and nonzero[g, n].
+
+    An odd last one gets a level of 0 beside it.
+    """
+    a = unpack(args, NonzeroArgs)
+    rows, levels = a.rows, a.nonzero
+    begin, end = span(part, parts, len(a.count))
     for g in range(begin, end):
         n = 0
         for i in range(GROUP):
             if VNNI:
-                q = (np.int64(bytes_[0, g, 0, i]) << 8) + np.int64(bytes_[0, g, 1, i])
+                q = (np.int64(a.bytes[0, g, 0, i]) << 8) + np.int64(a.bytes[0, g, 1, i])
             else:
-                q = np.int64(words[0, g, 0, i])
+                q = np.int64(a.words[0, g, 0, i])
             rows[g, n], levels[g, n] = g * GROUP + i, q
             n += q != 0
         if n % 2:
             rows[g, n], levels[g, n] = rows[g, n - 1], 0
-        count[g] = (n + 1) // 2 * 2
+        a.count[g] = (n + 1) // 2 * 2
 
 
-COLUMNS_ONE = "i8.3 u16.3 i64.2 i16.2 i64.1 f32.2 f32 f32.2 int int"
+class SparseColumnsArgs(NamedTuple):
+    """values [B, K, W], scales [B, K/32, W]; the rows to read as `find_nonzero` lists them; factors [1, K/32];
+    y [1, B·W]. A part is `width` outputs of a block."""
+
+    values: I8_3
+    scales: U16_3
+    unit: F32
+    rows: I64_2
+    nonzero: I16_2
+    count: I64_1
+    factors: F32_2
+    y: F32_2
+    add: Int
+    width: Int
 
 
-@kernel(COLUMNS_ONE, FIXED_ORDER)
-def columns_one(args, part):  # type: ignore[no-untyped-def]
-    """`columns` for one token: reads only the rows whose input is not zero. A part is `width` outputs of a block."""
-    values, scales, rows, levels, count, factors, unit, y, onto, width = unpack(args, COLUMNS_ONE)
-    K, W, G = values.shape[1], values.shape[2], scales.shape[1]
+@kernel(SparseColumnsArgs, FIXED_ORDER)
+def sparse_columns(args, part, parts):  # noqa: ARG001
+    """`columns` for one token: reads only the rows whose input is not zero."""
+    a = unpack(args, SparseColumnsArgs)
+    values, rows, count, width = a.values, a.rows, a.count, a.width
+    K, W, G = values.shape[1], values.shape[2], a.scales.shape[1]
     b, start = part * width // W, part * width % W
     total, here = np.empty(width, np.float32), b * W + start
     for i in range(width):
-        total[i] = y[0, here + i] if onto else np.float32(0)
-    source, scale = values.ctypes.data + b * K * W + start, scales.ctypes.data + (b * G * W + start) * 2
+        total[i] = a.y[0, here + i] if a.add else np.float32(0)
+    source, scales = address_of(values) + b * K * W + start, address_of(a.scales) + (b * G * W + start) * 2
     for g in range(G):
         # which rows come is not what a CPU's own prefetcher could guess
         if g + _AHEAD < G:
             for n in range(count[g + _AHEAD]):
-                for i in range(0, width, 64):
+                for i in range(0, width, _CACHE_LINE):
                     prefetch(source + rows[g + _AHEAD, n] * W + i)
-        factor = factors[0, g]
+        factor = a.factors[0, g]
         if count[g] == 0:
             # a factor that is NaN must reach the output though every activation beside it is zero
             if factor != factor:
                 total[:] = np.nan
             continue
-        row, level = rows.ctypes.data + g * GROUP * 8, levels.ctypes.data + g * GROUP * 2
+        row, level = address_of(rows) + g * GROUP * 8, address_of(a.nonzero) + g * GROUP * 2
         at = 0
         while at < width:
-            place = total.ctypes.data + at * 4
-            if at + WIDTH <= width:
-                _sum_wide(source + at, row, level, scale + (g * W + at) * 2, place, W, count[g], factor, unit)
-                at += WIDTH
+            place, scale = address_of(total) + at * 4, scales + (g * W + at) * 2
+            group = RowGroup(source + at, W, row, level, count[g], scale, place)
+            if at + _WIDTH <= width:
+                _sum_wide(group, factor, a.unit)
+                at += _WIDTH
             else:
-                _sum_narrow(source + at, row, level, scale + (g * W + at) * 2, place, W, count[g], factor, unit)
-                at += 16
-    y[0, here : here + width] = total
+                _sum_narrow(group, factor, a.unit)
+                at += STRIP
+    a.y[0, here : here + width] = total
     # the sums must live until here, and their address alone does not keep them
     total[0] = 0
 
 
-FLOATS = "u16.2 u32.2 int f32.2 f32.2 int"
+class FloatsArgs(NamedTuple):
+    """Weights [N, K] of 16 or of 32 bits a number, whichever is there; x [T, K], y [T, N]."""
+
+    half: U16_2
+    whole: U32_2
+    dtype: Int
+    x: F32_2
+    y: F32_2
 
 
-@kernel(FLOATS)
-def floats(args, part):  # type: ignore[no-untyped-def]
-    """Weights [N, K] of 16 or 32 bits a number, whichever is given, DTYPES[kind] → y [T, N], 4 rows at a time."""
-    half, whole, kind, x, y, parts = unpack(args, FLOATS)
+@kernel(FloatsArgs)
+def floats(args, part, parts):
+    """y = x · wᵀ for weights of FLOAT_DTYPES[dtype], 4 rows of weights at a time."""
+    a = unpack(args, FloatsArgs)
+    x, y, kind = a.x, a.y, a.dtype
     T, K = x.shape
     N = y.shape[1]
     begin, end = span(part, parts, (N + 3) // 4)
@@ -254,9 +387,9 @@ def floats(args, part):  # type: ignore[no-untyped-def]
     for n in range(begin * 4, end * 4, 4):
         for i in range(min(4, N - n)):
             if kind == 0:
-                widen(whole[n + i], kind, rows[i])
+                widen(a.whole[n + i], kind, rows[i])
             else:
-                widen(half[n + i], kind, rows[i])
+                widen(a.half[n + i], kind, rows[i])
         for t in range(T):
             s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
             for k in range(K):

@@ -1,9 +1,10 @@
-"""What perplexity needs of logits [T, V]: losses and divergences. Exponentials are summed in float32 by blocks, and
-these in float64."""
+"""Losses and divergences of logits [T, V]. Exponentials are summed in float32 by blocks, and the blocks in float64."""
+
+from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_cli.kernels.cpu.args import unpack
+from rwkv_cli.kernels.cpu.args import BOOL_2, F32_2, F64_2, I64_1, unpack
 from rwkv_cli.kernels.cpu.compile import function, kernel
 from rwkv_cli.kernels.cpu.elementwise import exp, span
 from rwkv_cli.kernels.cpu.llvm.bits import bits_of, float_of
@@ -12,7 +13,7 @@ _BLOCK = 1024
 
 
 @function()
-def _top(x):  # type: ignore[no-untyped-def]
+def _top(x):
     """The largest of x, or NaN if there is one: as integers, whose maximum becomes vectors."""
     top = np.int32(-0x80000000)
     for i in range(len(x)):
@@ -22,7 +23,7 @@ def _top(x):  # type: ignore[no-untyped-def]
 
 
 @function()
-def _sum_exp(x, top):  # type: ignore[no-untyped-def]
+def _sum_exp(x, top):
     """Σ e^(x − top)."""
     total = 0.0
     for block in range(0, len(x), _BLOCK):
@@ -34,26 +35,39 @@ def _sum_exp(x, top):  # type: ignore[no-untyped-def]
     return total
 
 
-CROSS_ENTROPY = "f32.2 i64.1 f64.1 int"
+class CrossEntropyArgs(NamedTuple):
+    """logits [T, V], targets [T], nll [T, 1]."""
+
+    logits: F32_2
+    targets: I64_1
+    nll: F64_2
 
 
-@kernel(CROSS_ENTROPY)
-def cross_entropy(args, part):  # type: ignore[no-untyped-def]
+@kernel(CrossEntropyArgs)
+def cross_entropy(args, part, parts):
     """nll[t] = log Σ_v exp(logits[t, v]) − logits[t, targets[t]]."""
-    logits, targets, nll, parts = unpack(args, CROSS_ENTROPY)
+    a = unpack(args, CrossEntropyArgs)
+    logits = a.logits
     begin, end = span(part, parts, len(logits))
     for t in range(begin, end):
         top = _top(logits[t])
-        nll[t] = np.log(_sum_exp(logits[t], top)) + np.float64(top) - np.float64(logits[t, targets[t]])
+        a.nll[t, 0] = np.log(_sum_exp(logits[t], top)) + np.float64(top) - np.float64(logits[t, a.targets[t]])
 
 
-DIVERGENCE = "f32.2 f32.2 f64.1 u8.1 int"
+class DivergenceArgs(NamedTuple):
+    """p, q [T, V] logits; kl, same [T, 1]."""
+
+    p: F32_2
+    q: F32_2
+    kl: F64_2
+    same: BOOL_2
 
 
-@kernel(DIVERGENCE)
-def divergence(args, part):  # type: ignore[no-untyped-def]
-    """kl[t] = KL(softmax(p[t]) ‖ softmax(q[t])) in nats, same[t] = whether both have the same likeliest token."""
-    p, q, kl, same, parts = unpack(args, DIVERGENCE)
+@kernel(DivergenceArgs)
+def divergence(args, part, parts):
+    """kl[t] = KL(softmax(p[t]) ‖ softmax(q[t])) in nats; same[t]: both have the same likeliest token."""
+    a = unpack(args, DivergenceArgs)
+    p, q = a.p, a.q
     begin, end = span(part, parts, len(p))
     for t in range(begin, end):
         ip, iq = 0, 0
@@ -69,5 +83,5 @@ def divergence(args, part):  # type: ignore[no-untyped-def]
             total_p += e
             total_q += np.exp(q[t, i] - top_q)
             cross += e * ((p[t, i] - top_p) - (q[t, i] - top_q))
-        kl[t] = cross / total_p - np.log(total_p) + np.log(total_q)
-        same[t] = ip == iq
+        a.kl[t, 0] = cross / total_p - np.log(total_p) + np.log(total_q)
+        a.same[t, 0] = ip == iq

@@ -89,7 +89,7 @@ def open_model(path: Path | None, device: str, threads: int | None) -> "Language
     with loading_bar(path) as show:
         model = LanguageModel.load(path, device, threads, show)
     if device == "auto":
-        note(f"Running on {model.ops.describe()}.")
+        note(f"Running on {model.backend.describe()}.")
     if model.tokenizer is None:
         raise click.ClickException(
             f"{path}: has no tokenizer, so it cannot read text; convert it again with --tokenizer PATH"

@@ -4,14 +4,14 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from rwkv_cli.engine.model import LanguageModel
-from rwkv_cli.kernels.contract import Product
+from rwkv_cli.kernels.program import Value
+from rwkv_cli.models.base import PassKind
 from rwkv_cli.quant import Checkpoint
 
 _SAMPLE = 8
@@ -51,37 +51,6 @@ class Report:
     peak_rss: int | None
 
 
-class Watched:
-    """A backend whose programs remember what each matrix product reads."""
-
-    def __init__(self, ops: Any) -> None:
-        self.ops, self.products = ops, list[tuple[Any, Product]]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.ops, name)
-
-    def record(self, inputs: Sequence[Any], threads: int) -> Any:
-        return _WatchedRecorder(self.ops.record(inputs, threads), self.products)
-
-
-class _WatchedRecorder:
-    """Holds the arrays, which therefore serve nothing else and can be read after a run."""
-
-    def __init__(self, recorder: Any, products: list[tuple[Any, Product]]) -> None:
-        self.recorder, self.products = recorder, products
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.recorder, name)
-
-    def linear(self, *products: Product) -> Any:
-        self.products += [(self.recorder, product) for product in products]
-        return self.recorder.linear(*products)
-
-    def add_linear(self, x: Any, y: Any, weight: Any) -> None:
-        self.products.append((self.recorder, Product(y, weight)))
-        self.recorder.add_linear(x, y, weight)
-
-
 @dataclass(frozen=True)
 class Traffic:
     """Of the matrices of a model, by token."""
@@ -96,26 +65,30 @@ class Traffic:
     """Multiply-adds of the head, which a prompt needs once."""
 
 
-def traffic(load: Callable[[], LanguageModel], ids: Iterable[int]) -> Traffic:
-    """Load a model and see what each of `ids` reads."""
-    model = load()
-    ops = model.ops
-    watched = Watched(ops)
-    model.ops = watched
-    state = model.new_state()
-    read, dense, macs = [], 0, [0]
+def traffic(model: LanguageModel, ids: Iterable[int]) -> Traffic:
+    """What each of `ids` reads, counted from the program of a pass.
+
+    The factors of weights that skip zeros are kept, so that after each pass it is known how much was not zero.
+    """
+    program = model.write_pass(PassKind("last", single=True, sequences=1)).program
+    products = list(program.products())
+    skipping = [product for product in products if product.weight.skips_zeros]
+    for product in skipping:
+        assert isinstance(product.x, Value)
+        program.keep(product.x)
+    executable = model.backend.compile(program, model.threads)
+    state, one = model.new_state(), np.zeros(1, np.int64)
+    arrays = {name: array[:, None] for name, array in state.arrays().items()}
+    dense = sum(product.weight.nbytes for product in products)
+    read = []
     for token in ids:
-        model.advance([token], state)
-        read.append(0.0)
-        dense, macs = 0, []
-        for recorder, product in watched.products:
-            size, elements, skips_zeros = ops.weight_size(product.weight)
-            dense += size
-            macs.append(elements)
-            if skips_zeros:
-                x = recorder.read(product.x)
-                size *= np.count_nonzero(x) / x.size
-            read[-1] += size
+        executable.run({"ids": np.array([token]), "starts": np.array([0, 1]), "ends": one, **arrays})
+        skipped = 0.0
+        for product in skipping:
+            x = executable.read(product.x)
+            skipped += product.weight.nbytes * (1 - np.count_nonzero(x) / x.size)
+        read.append(dense - skipped)
+    macs = [math.prod(product.weight.shape) for product in products]
     return Traffic(statistics.mean(read), dense, sum(macs[:-1]), macs[-1])
 
 
@@ -150,10 +123,10 @@ def measure(
         decode.append(generate / (time.perf_counter() - begin))
     rss = peak_rss()
     progress("what the machine can do")
-    path, threads, ops, device = model.path, model.threads, model.ops, model.ops.describe()
+    seen = traffic(model, ids[:_SAMPLE])
+    path, threads, backend, device = model.path, model.threads, model.backend, model.backend.describe()
     del model, state, copy  # before there is more: not every device has room beside a model
-    bandwidth, peak = ops.read_bandwidth(threads), ops.int8_peak(threads)
-    seen = traffic(load, ids[:_SAMPLE])
+    bandwidth, peak = backend.read_bandwidth(threads), backend.int8_peak(threads)
     prefill_rate, decode_rate = statistics.median(prefill), statistics.median(decode)
     prefill_macs = (seen.layers + seen.head / prompt) * prefill_rate
     checkpoint = Checkpoint(path)

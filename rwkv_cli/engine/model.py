@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
 from rwkv_cli.errors import FormatError, TokenizerError
-from rwkv_cli.kernels.cache import cache_folder
+from rwkv_cli.kernels.cache import compiled_marker
 from rwkv_cli.models import Model
 from rwkv_cli.quant import Checkpoint
 
@@ -40,8 +40,7 @@ class LanguageModel(Model):
 
     def compile_kernels(self) -> None:
         """Compile what this kind of model runs on, if that was never done on this machine."""
-        device = self.ops.__name__.rpartition(".")[2]
-        done = cache_folder() / f"compiled-{device}-{self.config.version}-{self.quantization}"
+        done = compiled_marker(self.backend.describe(), self.config.version, self.quantization)
         if not done.exists():
             state = self.new_state()
             self.advance([0], state)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rwkv_cli.engine.model import LanguageModel, check_finite
 from rwkv_cli.errors import TokenizerError
+from rwkv_cli.kernels.program import Count, CrossEntropy, Divergence, Input, InputMatrix, Program
 from rwkv_cli.models import State
 from rwkv_cli.models.base import CHUNK
 
@@ -264,9 +265,14 @@ def compare(
 ) -> list[NDArray[Any]]:
     """Of two models on the same tokens: losses of both, KL of the first from the second, whether their maxima agree."""
     logits = [m.advance(inputs, s, all_logits=True) for m, s in zip(models, states, strict=True)]
-    arrays = [*logits, targets]
-    ops = models[0].ops.record(arrays, models[0].threads)
-    results = [ops.cross_entropy(each, targets) for each in logits]
-    results += ops.divergence(logits[1], logits[0])
-    ops.run(arrays)
-    return [ops.read(result) for result in results]
+    rows, V = Count(CHUNK), models[0].config.vocab
+    p, q = InputMatrix(rows, V, name="p"), InputMatrix(rows, V, name="q")
+    goals = Input("targets", (rows,), "I64")
+    ops = Program(p, q, goals)
+    results = [ops.add(CrossEntropy(each, goals)) for each in (p, q)]
+    results += ops.add(Divergence(q, p))
+    for result in results:
+        ops.keep(result)
+    executable = models[0].backend.compile(ops, models[0].threads)
+    executable.run({"p": logits[0], "q": logits[1], "targets": targets})
+    return [executable.read(result)[:, 0] for result in results]

@@ -87,15 +87,15 @@ def _release(typingctx, lock):  # type: ignore[no-untyped-def]
     return types.void(types.int64), generate
 
 
-def _call(typingctx, address, args, part):  # type: ignore[no-untyped-def]
+def _call(typingctx, address, args, part, parts):  # type: ignore[no-untyped-def]
     """Call the kernel at `address`."""
 
     def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [I64, I64])
-        b.call(b.inttoptr(values[0], kind.as_pointer()), [values[1], values[2]])
+        kind = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
+        b.call(b.inttoptr(values[0], kind.as_pointer()), values[1:])
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), generate
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
 
 def _pointer(typingctx, address):  # type: ignore[no-untyped-def]

@@ -1,39 +1,70 @@
-"""LLVM code for the inner loops of the matrix-valued recurrences: some columns of a head's state, all keys, one token.
+"""The inner loops of the matrix-valued recurrences: some columns of a head's state, all keys, one token.
 
-What is summed over keys stays in registers, one lane a column, and is summed key by key: no horizontal sums, and the
-same order whatever the width of a CPU's vectors.
+Sums over keys stay in registers, one lane a column, and are taken key by key. So no sum crosses lanes, and the order
+is the same whatever the width of a CPU's vectors.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-I64, F32 = ir.IntType(64), ir.FloatType()
+from rwkv_cli.kernels.cpu.llvm.emitter import F32, I64, Emitter, vector
+
 _FMA = ("contract",)
 
 
-class _Keys:
-    """A loop over the keys i < N, in which sums of `width` columns are carried."""
+class DeltaStep(NamedTuple):
+    """Addresses (int64) of one head's float32 for a token of RWKV-7, and the head's size.
 
-    def __init__(self, builder: Any, width: int, N: Any) -> None:
-        self.b, self.kind, self.N = builder, ir.VectorType(F32, width), N
+    state, value and out are those of the first column at hand; rows of the state are `size` apart.
+    """
+
+    state: int
+    decay: int
+    key: int
+    kappa: int
+    beta: int
+    receptance: int
+    value: int
+    out: int
+    size: int
+
+
+class LinearStep(NamedTuple):
+    """Addresses (int64) of one head's float32 for a token of RWKV-5 or 6, and the head's size; see `DeltaStep`."""
+
+    state: int
+    decay: int
+    key: int
+    bonus: int
+    """u∘k."""
+    receptance: int
+    value: int
+    out: int
+    size: int
+
+
+class _Keys:
+    """Loops over the keys i < size, in which a sum of `width` columns is carried."""
+
+    def __init__(self, e: Emitter, width: int, size: Any) -> None:
+        self.e, self.b, self.kind, self.size = e, e.b, vector(F32, width), size
 
     def row(self, address: Any) -> Any:
-        value = self.b.load(self.b.inttoptr(address, self.kind.as_pointer()))
-        value.align = 4
-        return value
+        """The columns at an address."""
+        return self.e.load(self.kind, address, align=4)
 
-    def store(self, value: Any, address: Any) -> None:
-        self.b.store(value, self.b.inttoptr(address, self.kind.as_pointer())).align = 4
+    def put(self, value: Any, address: Any) -> None:
+        """Store the columns at an address."""
+        self.e.store(value, address, align=4)
 
     def each(self, base: Any, i: Any) -> Any:
         """Number i of those at `base`, in every lane."""
-        scalar = self.b.load(self.b.inttoptr(self.b.add(base, self.b.mul(i, I64(4))), F32.as_pointer()))
-        one = self.b.insert_element(ir.Constant(self.kind, ir.Undefined), scalar, ir.IntType(32)(0))
-        return self.b.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), self.kind.count), None))
+        number = self.e.load(F32, self.b.add(base, self.b.mul(i, I64(4))), align=4)
+        return self.e.splat(number, self.kind.count)
 
     def multiply(self, x: Any, y: Any) -> Any:
         return self.b.fmul(x, y, flags=_FMA)
@@ -41,76 +72,65 @@ class _Keys:
     def add(self, x: Any, y: Any) -> Any:
         return self.b.fadd(x, y, flags=_FMA)
 
-    def sum(self, body: Callable[[Any, Any, Any], Any], S: Any) -> Any:
-        """What body(i, address of row i, sum so far) makes of a sum that begins with 0; N is at least 1."""
-        b = self.b
-        start, loop, end = b.block, b.append_basic_block(), b.append_basic_block()
-        b.branch(loop)
-        b.position_at_end(loop)
-        i, total = b.phi(I64), b.phi(self.kind)
-        new = body(i, b.add(S, b.mul(i, b.mul(self.N, I64(4)))), total)
-        following = b.add(i, I64(1))
-        for phi, first, value in ((i, I64(0), following), (total, ir.Constant(self.kind, None), new)):
-            phi.add_incoming(first, start)
-            phi.add_incoming(value, b.block)
-        b.cbranch(b.icmp_signed("<", following, self.N), loop, end)
-        b.position_at_end(end)
-        return new
+    def sum(self, body: Callable[[Any, Any, Any], Any], state: Any) -> Any:
+        """What body(i, address of row i, sum so far) makes of a sum that begins with 0; size is at least 1."""
+
+        def step(i: Any, carried: list[Any]) -> list[Any]:
+            row = self.b.add(state, self.b.mul(i, self.b.mul(self.size, I64(4))))
+            return [body(i, row, carried[0])]
+
+        return self.e.loop(I64(0), self.size, 1, [ir.Constant(self.kind, None)], step)[0]
 
 
-def _delta(k: _Keys, S: Any, w: Any, key: Any, kappa: Any, beta: Any, r: Any, v: Any, out: Any) -> None:
+def _delta(k: _Keys, at: DeltaStep) -> None:
     """removed = κ·S · S ← diag(w)·S + kᵀv − βᵀ·removed · out = r·S."""
-    value = k.row(v)
-    removed = k.sum(lambda i, row, total: k.add(total, k.multiply(k.row(row), k.each(kappa, i))), S)
+    value = k.row(at.value)
+    removed = k.sum(lambda i, row, total: k.add(total, k.multiply(k.row(row), k.each(at.kappa, i))), at.state)
 
     def update(i: Any, row: Any, total: Any) -> Any:
-        less = k.multiply(removed, k.each(beta, i))
-        new = k.b.fsub(k.multiply(value, k.each(key, i)), less, flags=_FMA)
-        new = k.add(k.multiply(k.row(row), k.each(w, i)), new)
-        k.store(new, row)
-        return k.add(total, k.multiply(new, k.each(r, i)))
+        less = k.multiply(removed, k.each(at.beta, i))
+        new = k.b.fsub(k.multiply(value, k.each(at.key, i)), less, flags=_FMA)
+        new = k.add(k.multiply(k.row(row), k.each(at.decay, i)), new)
+        k.put(new, row)
+        return k.add(total, k.multiply(new, k.each(at.receptance, i)))
 
-    k.store(k.sum(update, S), out)
+    k.put(k.sum(update, at.state), at.out)
 
 
-def _linear(k: _Keys, S: Any, w: Any, key: Any, bonus: Any, r: Any, v: Any, out: Any) -> None:
-    """out = r·(S + bonusᵀv) · S ← diag(w)·S + kᵀv; bonus is u∘k."""
-    value = k.row(v)
+def _linear(k: _Keys, at: LinearStep) -> None:
+    """out = r·(S + bonusᵀv) · S ← diag(w)·S + kᵀv."""
+    value = k.row(at.value)
 
     def update(i: Any, row: Any, total: Any) -> Any:
         old = k.row(row)
-        seen = k.add(old, k.multiply(value, k.each(bonus, i)))
-        k.store(k.add(k.multiply(old, k.each(w, i)), k.multiply(value, k.each(key, i))), row)
-        return k.add(total, k.multiply(seen, k.each(r, i)))
+        seen = k.add(old, k.multiply(value, k.each(at.bonus, i)))
+        k.put(k.add(k.multiply(old, k.each(at.decay, i)), k.multiply(value, k.each(at.key, i))), row)
+        return k.add(total, k.multiply(seen, k.each(at.receptance, i)))
 
-    k.store(k.sum(update, S), out)
-
-
-def _generator(emit: Callable[..., None], width: int) -> Callable[..., Any]:
-    def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:  # noqa: ARG001
-        *addresses, N = args
-        emit(_Keys(builder, width, N), *addresses)
-        return context.get_dummy_value()
-
-    return generate
+    k.put(k.sum(update, at.state), at.out)
 
 
-def delta_step(width: int) -> Callable[..., None]:
-    """RWKV-7's step for `width` columns: (S, w, k, κ, β, r, v, out, N), addresses and N int64. S, v and out are those
-    of the first column, rows of S are N apart."""
+def _step(record: type[NamedTuple], emit: Callable[[_Keys, Any], None], width: int) -> Callable[[Any], None]:
+    """A function of such a record, callable from a kernel."""
 
     @intrinsic
-    def step(typingctx, S, w, k, kappa, beta, r, v, out, N):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        return types.void(*[types.int64] * 9), _generator(_delta, width)
+    def step(typingctx, places):  # noqa: ARG001
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            e = Emitter(builder)
+            at = e.record(record, args[0])
+            emit(_Keys(e, width, at.size), at)  # type: ignore[attr-defined]
+            return context.get_dummy_value()
 
-    return step
+        return types.void(places), generate
+
+    return step  # type: ignore[no-any-return]
 
 
-def linear_step(width: int) -> Callable[..., None]:
-    """RWKV-5's and 6's step for `width` columns: (S, w, k, u∘k, r, v, out, N), as `delta_step`."""
+def delta_step(width: int) -> Callable[[DeltaStep], None]:
+    """RWKV-7's step for `width` columns."""
+    return _step(DeltaStep, _delta, width)
 
-    @intrinsic
-    def step(typingctx, S, w, k, bonus, r, v, out, N):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        return types.void(*[types.int64] * 8), _generator(_linear, width)
 
-    return step
+def linear_step(width: int) -> Callable[[LinearStep], None]:
+    """RWKV-5's and 6's step for `width` columns."""
+    return _step(LinearStep, _linear, width)

@@ -1,0 +1,26 @@
+"""The CPU as a `contract.Backend`."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_cli.kernels.cpu.limits import int8_peak as int8_peak
+from rwkv_cli.kernels.cpu.limits import read_bandwidth as read_bandwidth
+from rwkv_cli.kernels.cpu.lower import lower as compile
+from rwkv_cli.kernels.cpu.weights import weight as weight
+from rwkv_cli.kernels.program import Array
+
+name = "cpu"
+
+__all__ = ["compile", "describe", "device_array", "int8_peak", "name", "read_bandwidth", "vector", "weight"]
+
+
+def vector(values: NDArray[np.float32]) -> Array:
+    return np.ascontiguousarray(values)
+
+
+def device_array(values: Array) -> Array:
+    return values
+
+
+def describe() -> str:
+    return "the CPU"
