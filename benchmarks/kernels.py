@@ -12,16 +12,17 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from rwkv_cli.kernels.contract import Norm, Product
+from rwkv_cli.kernels.cpu import backend as cpu
 from rwkv_cli.kernels.cpu import limits
-from rwkv_cli.kernels.cpu import lower as cpu
 from rwkv_cli.kernels.cpu.cores import usable_cores
-from rwkv_cli.kernels.cpu.matmul import VNNI
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
+from rwkv_cli.kernels.cpu.rounding import VNNI
+from rwkv_cli.kernels.program import Count, Input, InputMatrix, LayerState, Norm, Product, Program, Wkv7
 from rwkv_cli.quant.formats.int8 import quantize
 
 RNG = np.random.default_rng(0)
@@ -51,17 +52,19 @@ def product(N: int, K: int, layout: str, T: int, nonzero: float, threads: int, r
     x[RNG.random((T, K)) >= nonzero] = 0
 
     def weight() -> Any:
-        return cpu.int8_weight(layout, stored.shape, stored.values.copy(), stored.scales.copy(), stored.unit)
+        return cpu.weight(replace(stored, values=stored.values.copy(), scales=stored.scales.copy()))
 
     count = max(1, _MEMORY // stored.values.nbytes) if T == 1 else 4
-    weights = [weight() for _ in range(count)]
-    ops = cpu.record([], threads)
-    out = [ops.linear(Product(x, each))[0] for each in weights]
-    ops.run([])
+    given = InputMatrix(Count(T), K, name="x")
+    program = Program(given)
+    out = [program.linear(Product(given, weight()))[0] for _ in range(count)]
+    program.keep(out[-1])
+    executable = cpu.compile(program, threads)
+    executable.run({"x": x})
     want = x @ stored.float32().astype(float).T
-    error = np.linalg.norm(ops.read(out[-1]) - want) / np.linalg.norm(want)
+    error = np.linalg.norm(executable.read(out[-1]) - want) / np.linalg.norm(want)
     assert error < 1e-4, f"wrong by {error:.1e}; no figure is worth anything"
-    return median(lambda: ops.run([]), rounds) / count, np.count_nonzero(x) / x.size
+    return median(lambda: executable.run({"x": x}), rounds) / count, np.count_nonzero(x) / x.size
 
 
 def recurrence(D: int, T: int, threads: int, rounds: int) -> float:
@@ -70,10 +73,28 @@ def recurrence(D: int, T: int, threads: int, rounds: int) -> float:
     r, k, v, g = (normal(T, D) for _ in range(4))
     w, a = np.exp(-0.6 * RNG.random((T, D))).astype(np.float32), RNG.random((T, D)).astype(np.float32)
     state, ones, zeros = np.zeros((1, H, N, N), np.float32), np.ones(D, np.float32), np.zeros(D, np.float32)
-    ops = cpu.record([state], threads)
-    norm, r_k = Norm(ones, zeros, 64e-5), zeros.reshape(H, N)
-    y = ops.wkv7(r, w, k, v, a, g, None, ones, ones, r_k, norm, np.array([0, T]), state)
-    ops.run([state])
+    rows, starts = Count(T), Input("starts", (2,), "I64")
+    names = ("receptance", "decay", "key", "value", "rate", "gate")
+    values = {name: InputMatrix(rows, D, name=name) for name in names}
+    states = Input("state", (1, 1, H, N, N))
+    program = Program(*values.values(), starts, states)
+    y = program.keep(
+        program.add(
+            Wkv7(
+                **values,
+                residual=None,
+                key_scale=ones,
+                key_rate=ones,
+                bonus=zeros.reshape(H, N),
+                norm=Norm(ones, zeros, 64e-5),
+                starts=starts,
+                state=LayerState(states, 0),
+            )
+        )
+    )
+    executable = cpu.compile(program, threads)
+    arrays = dict(zip(names, (r, w, k, v, a, g), strict=True)) | {"starts": np.array([0, T]), "state": state[None]}
+    executable.run(arrays)
     S, out = np.zeros((H, N, N)), np.empty((T, H, N))
     for t in range(T):
         rt, wt, kt, vt, at = (m[t].reshape(H, N).astype(float) for m in (r, w, k, v, a))
@@ -83,9 +104,9 @@ def recurrence(D: int, T: int, threads: int, rounds: int) -> float:
         out[t] = np.einsum("hk,hkv->hv", rt, S)
     out = (out - out.mean(-1, keepdims=True)) / np.sqrt(out.var(-1, keepdims=True) + 64e-5)
     want = out.reshape(T, D) * g
-    error = np.linalg.norm(ops.read(y) - want) / np.linalg.norm(want)
+    error = np.linalg.norm(executable.read(y) - want) / np.linalg.norm(want)
     assert error < 1e-4, f"wrong by {error:.1e}; no figure is worth anything"
-    return median(lambda: ops.run([state]), rounds)
+    return median(lambda: executable.run(arrays), rounds)
 
 
 def main() -> None:

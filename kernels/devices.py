@@ -1,5 +1,7 @@
 """Which device a model runs on: chosen once, when it is loaded."""
 
+import importlib
+
 from rwkv_cli.errors import DeviceError
 from rwkv_cli.kernels.contract import Backend
 
@@ -19,11 +21,13 @@ def choose(device: str, size: int = 0) -> Backend:
             if device == "cuda":
                 raise DeviceError(f"device cuda: {error}") from None
         else:
-            from rwkv_cli.kernels.cuda import backend as cuda
-
-            return cuda
+            return _backend("cuda")
     elif device != "cpu":
         raise DeviceError(f"there is no device {device}: use --device cpu, cuda or auto")
-    from rwkv_cli.kernels.cpu import backend as cpu
+    return _backend("cpu")
 
-    return cpu
+
+def _backend(device: str) -> Backend:
+    """The module of a device, which is imported only here: a CPU needs nothing of CUDA."""
+    backend: Backend = importlib.import_module(f"rwkv_cli.kernels.{device}.backend")
+    return backend

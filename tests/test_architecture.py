@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 BELOW = {
-    "kernels": {"errors"},
-    "quant": {"errors"},
-    "models": {"errors", "kernels", "quant"},
-    "rwkv_cli": {"errors", "kernels", "quant", "models"},
+    "kernels": {"errors", "numbers"},
+    "quant": {"errors", "numbers"},
+    "models": {"errors", "numbers", "kernels", "quant"},
+    "rwkv_cli": {"errors", "numbers", "kernels", "quant", "models"},
 }
 SOURCES = [path for folder in BELOW for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -45,7 +45,7 @@ def test_imports_go_down(path: Path) -> None:
         assert parts[0] not in ("kernels", "quant", "models"), f"{name}: write rwkv_cli.{name}"
         assert parts[0] not in ("torch", "rwkv"), f"{name} at run time"
         if parts[0] == "rwkv_cli" and len(parts) > 1:
-            target = parts[1] if parts[1] in (*BELOW, "errors") and here != "rwkv_cli" else "rwkv_cli"
+            target = parts[1] if parts[1] in (*BELOW, "errors", "numbers") and here != "rwkv_cli" else "rwkv_cli"
             assert target == here or target in BELOW[here], f"{path} imports {name}"
 
 
@@ -62,12 +62,14 @@ def test_models_do_not_know_the_device() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_backend_is_its_protocol(device: str) -> None:
-    from rwkv_cli.kernels.contract import Backend, Recorder
+    from rwkv_cli.kernels.contract import Backend, Executable
 
     if device == "cuda":
         pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (rwkv-cli[cuda])")
-    module = importlib.import_module(f"rwkv_cli.kernels.{device}.{'lower' if device == 'cpu' else 'backend'}")
-    for protocol, twin, bound in ((Backend, module, 0), (Recorder, module.Recorder, 1)):
+    backend = importlib.import_module(f"rwkv_cli.kernels.{device}.backend")
+    assert backend.name == device
+    executable = inspect.signature(backend.compile).return_annotation
+    for protocol, twin, bound in ((Backend, backend, 0), (Executable, executable, 1)):
         for name, method in inspect.getmembers(protocol, inspect.isfunction):
             if name.startswith("_"):
                 continue

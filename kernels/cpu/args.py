@@ -9,7 +9,7 @@ A kernel declares its arguments as a NamedTuple whose fields have the kinds belo
         levels: Address # an array whose shape and strides the kernel knows otherwise
 
     @kernel(LayerNormArgs)
-    def layer_norm(args, part, parts):
+    def layer_norm(args: int, part: int, parts: int) -> None:
         a = unpack(args, LayerNormArgs)
         …                                   # a.x, a.eps
 
@@ -154,7 +154,7 @@ def _check(kind: Kind, value: Any) -> None:
         raise TypeError(f"{dtype} of {kind.dimensions} dimensions expected, not {value.dtype} of {value.shape}")
 
 
-def _unpack(typingctx, args, record):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _unpack(typingctx, args, record):  # noqa: ARG001
     """The arguments at address `args`, as the NamedTuple `record`."""
     kinds = [kind.numba_type for kind in kinds_of(record.instance_class)]
     result = types.BaseTuple.from_types(kinds, record.instance_class)

@@ -52,8 +52,8 @@ class Kernel:
     @functools.cached_property
     def _compiled(self) -> Any:
         def compile_() -> Any:
-            options = {"fastmath": self.fastmath, "error_model": "numpy", "cache": True}
-            return numba.cfunc("void(int64, int64, int64)", **options)(self.body)
+            decorate = numba.cfunc("void(int64, int64, int64)", fastmath=self.fastmath, error_model="numpy", cache=True)
+            return decorate(self.body)
 
         with _COMPILING:
             return cached(compile_)

@@ -85,7 +85,7 @@ class EmbedInt8Args(NamedTuple):
 
 
 @kernel(EmbedInt8Args)
-def embed_int8(args, part, parts):
+def embed_int8(args: int, part: int, parts: int) -> None:
     """out[t] = row ids[t] of values · scales · unit."""
     a = unpack(args, EmbedInt8Args)
     ids, out, unit = a.ids, a.out, a.unit
@@ -107,7 +107,7 @@ class EmbedFloatsArgs(NamedTuple):
 
 
 @kernel(EmbedFloatsArgs)
-def embed_floats(args, part, parts):
+def embed_floats(args: int, part: int, parts: int) -> None:
     """out[t] = row ids[t] of a table of FLOAT_DTYPES[dtype]."""
     a = unpack(args, EmbedFloatsArgs)
     begin, end = span(part, parts, len(a.ids))
@@ -180,7 +180,7 @@ class LayerNormArgs(NamedTuple):
 
 
 @kernel(LayerNormArgs)
-def layer_norm(args, part, parts):
+def layer_norm(args: int, part: int, parts: int) -> None:
     """out[t] = (x[t] − mean) / √(var + eps) · weight + bias."""
     a = unpack(args, LayerNormArgs)
     begin, end = span(part, parts, len(a.x))
@@ -196,7 +196,7 @@ class RoundToArgs(NamedTuple):
 
 
 @kernel(RoundToArgs, FIXED_ORDER)
-def round_to(args, part, parts):
+def round_to(args: int, part: int, parts: int) -> None:
     """x becomes the nearest number of FLOAT_DTYPES[dtype], ties to even."""
     a = unpack(args, RoundToArgs)
     x, kind = a.x, a.dtype
@@ -229,7 +229,7 @@ class TakeArgs(NamedTuple):
 
 
 @kernel(TakeArgs)
-def take(args, part, parts):
+def take(args: int, part: int, parts: int) -> None:
     """out[i] = x[rows[i]]."""
     a = unpack(args, TakeArgs)
     begin, end = span(part, parts, len(a.rows))
@@ -246,7 +246,7 @@ class TakeColumnsArgs(NamedTuple):
 
 
 @kernel(TakeColumnsArgs)
-def take_columns(args, part, parts):
+def take_columns(args: int, part: int, parts: int) -> None:
     """out[t] = x[t, first : first + columns]."""
     a = unpack(args, TakeColumnsArgs)
     begin, end = span(part, parts, len(a.out))
@@ -266,7 +266,7 @@ class ShiftArgs(NamedTuple):
 
 
 @kernel(ShiftArgs)
-def shift(args, part, parts):
+def shift(args: int, part: int, parts: int) -> None:
     """delta[t] = x[t − 1] − x[t]. Before sequence b's first row stands last[b], which then becomes its last row.
 
     A part is a range of columns, so that nobody reads a last row that another has set.
@@ -296,7 +296,7 @@ class LerpArgs(NamedTuple):
 
 
 @kernel(LerpArgs)
-def lerp(args, part, parts):
+def lerp(args: int, part: int, parts: int) -> None:
     """out = x + delta · mix; with `shared`, row 0 of mix serves all."""
     a = unpack(args, LerpArgs)
     begin, end = span(part, parts, len(a.x))
@@ -315,7 +315,7 @@ class AddGatedArgs(NamedTuple):
 
 
 @kernel(AddGatedArgs)
-def add_gated(args, part, parts):
+def add_gated(args: int, part: int, parts: int) -> None:
     """x += y · gate."""
     a = unpack(args, AddGatedArgs)
     begin, end = span(part, parts, len(a.x))
@@ -336,7 +336,7 @@ class FinishArgs(NamedTuple):
 
 
 @kernel(FinishArgs)
-def finish(args, part, parts):
+def finish(args: int, part: int, parts: int) -> None:
     """out = activation(y + bias), or out += y with `add`."""
     a = unpack(args, FinishArgs)
     out, bias = a.out, a.bias

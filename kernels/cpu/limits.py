@@ -30,7 +30,7 @@ class ReadArgs(NamedTuple):
 
 
 @kernel(ReadArgs)
-def _read(args, part, parts):
+def _read(args: int, part: int, parts: int) -> None:
     """out[part] = XOR of the part's range of words."""
     a = unpack(args, ReadArgs)
     begin, end = span(part, parts, len(a.words))
@@ -66,7 +66,7 @@ class MultiplyArgs(NamedTuple):
 
 
 @kernel(MultiplyArgs)
-def _multiply(args, part, parts):  # noqa: ARG001
+def _multiply(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     """Multiply in registers, and leave a number that depends on it."""
     a = unpack(args, MultiplyArgs)
     a.out[part] = _products(np.int32(part))  # type: ignore[call-arg]

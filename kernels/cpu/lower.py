@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels import program as p
-from rwkv_cli.kernels.cpu import elementwise, matmul, scores, wkv
+from rwkv_cli.kernels.cpu import elementwise, matmul, rounding, scores, sparse, wkv
 from rwkv_cli.kernels.cpu.args import View
 from rwkv_cli.kernels.cpu.compile import Kernel
+from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP
 from rwkv_cli.kernels.cpu.steps import Runnable, Share, Steps
 from rwkv_cli.kernels.cpu.weights import FloatWeight, Int8Weight
 from rwkv_cli.numbers import FLOAT_DTYPES, GROUP
@@ -50,7 +51,7 @@ def lower(program: p.Program, threads: int) -> CpuProgram:
     """The program as steps for so many threads."""
     lowering = Lowering(threads)
     for operation in program.operations:
-        _LOWER[type(operation)](lowering, operation)
+        LOWER[type(operation)](lowering, operation)
     outputs = {value: lowering.view(value) for value in program.outputs}
     for view in outputs.values():
         lowering.steps.keep(view)
@@ -58,7 +59,7 @@ def lower(program: p.Program, threads: int) -> CpuProgram:
 
 
 class Rounded(NamedTuple):
-    """Activations as integers (see `matmul`)."""
+    """Activations as integers (see `rounding`)."""
 
     levels: View
     factors: View
@@ -208,7 +209,7 @@ def _round(low: Lowering, x: p.Factor) -> Rounded:
     rows, columns = p.rows_of(x), p.columns_of(x)
     groups = -(-columns // GROUP)
     rounded = Rounded(
-        low.steps.empty((rows, groups, matmul.PLANES, GROUP), matmul.LEVEL),
+        low.steps.empty((rows, groups, rounding.PLANES, GROUP), rounding.LEVEL),
         low.steps.empty((rows, groups)),
         low.steps.empty((rows, groups), np.int32),
     )
@@ -219,11 +220,11 @@ def _round(low: Lowering, x: p.Factor) -> Rounded:
     source = low.view(x if isinstance(x, p.Value) else x.x)
     if isinstance(x, p.Columns):
         source = source._replace(offset=source.offset + 4 * x.first)
-    arguments = matmul.QuantizeArgs(
+    arguments = rounding.QuantizeArgs(
         x=source, stride=4 * source.shape[1], tokens=rows, columns=columns, delta=delta, mix=mix,
         mix_stride=mix_stride, levels=rounded.levels, factors=rounded.factors, offsets=rounded.offsets,
     )  # fmt: skip
-    low.steps.add(matmul.quantize, arguments, Share(rows, columns, groups, _PARTS * low.threads), barrier=False)
+    low.steps.add(rounding.quantize, arguments, Share(rows, columns, groups, _PARTS * low.threads), barrier=False)
     return rounded
 
 
@@ -252,7 +253,7 @@ def _product(
         _sparse_product(low, x, weight, y, own.onto is not None)
     else:
         columns = matmul.ColumnsArgs(weight.values, weight.scales, weight.unit, *x, rows, y, own.onto is not None)
-        parts = padded // min(2 * matmul.STRIP, weight.values.shape[2])
+        parts = padded // min(2 * STRIP, weight.values.shape[2])
         low.steps.add(matmul.columns, columns, Share.fixed(parts, rows), barrier=False)
     return y if direct else _finished(low, y, N, ending)
 
@@ -284,18 +285,18 @@ def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight, y: View, add:
     G = K // GROUP
     numbers, nonzero = low.steps.empty((G, GROUP), np.int64), low.steps.empty((G, GROUP), np.int16)
     count = low.steps.empty((G,), np.int64)
-    bytes_, words = (x.levels, None) if matmul.VNNI else (None, x.levels)
-    find = matmul.NonzeroArgs(bytes_, words, numbers, nonzero, count)
-    low.steps.add(matmul.find_nonzero, find, Share.fixed(min(G, 2 * low.threads), rows))
+    bytes_, words = (x.levels, None) if rounding.VNNI else (None, x.levels)
+    find = sparse.NonzeroArgs(bytes_, words, numbers, nonzero, count)
+    low.steps.add(sparse.find_nonzero, find, Share.fixed(min(G, 2 * low.threads), rows))
     # blocks are cut until every thread has as many pieces
     width = W
     while B * (W // width) % low.threads and width > _NARROW:
         width //= 2
-    arguments = matmul.SparseColumnsArgs(
+    arguments = sparse.SparseArgs(
         values=weight.values, scales=weight.scales, unit=weight.unit, rows=numbers, nonzero=nonzero, count=count,
         factors=x.factors, y=y, add=add, width=width,
     )  # fmt: skip
-    low.steps.add(matmul.sparse_columns, arguments, Share.fixed(B * (W // width), rows))
+    low.steps.add(sparse.sparse_columns, arguments, Share.fixed(B * (W // width), rows))
 
 
 def _finished(low: Lowering, y: View, N: int, ending: Ending) -> View:
@@ -340,8 +341,8 @@ def _wkv6(low: Lowering, op: p.Wkv6) -> None:
 def _wkv7(low: Lowering, op: p.Wkv7) -> None:
     state, norm, residual = low.view(op.state), op.norm, op.residual
     arguments = wkv.Wkv7Args(
-        r=low.view(op.receptance), decay=low.view(op.decay), k=low.view(op.key), v=low.view(op.value), rate=low.view(op.rate),
-        gate=low.view(op.gate), first=low.view(residual.first) if residual else None,
+        r=low.view(op.receptance), decay=low.view(op.decay), k=low.view(op.key), v=low.view(op.value),
+        rate=low.view(op.rate), gate=low.view(op.gate), first=low.view(residual.first) if residual else None,
         mix=low.view(residual.gate) if residual else None, key_scale=op.key_scale, key_rate=op.key_rate,
         bonus=op.bonus, weight=norm.weight, bias=norm.bias, eps=norm.eps, starts=low.view(op.starts), state=state,
         y=low.place(op.out),
@@ -361,7 +362,7 @@ def _divergence(low: Lowering, op: p.Divergence) -> None:
     low.by_rows(scores.divergence, scores.DivergenceArgs(logits, low.view(op.q), kl, same), logits)
 
 
-_LOWER: dict[type[p.Operation[Any]], Callable[[Lowering, Any], None]] = {
+LOWER: dict[type[p.Operation[Any]], Callable[[Lowering, Any], None]] = {
     p.Embed: _embed,
     p.LayerNorm: _layer_norm,
     p.RoundTo: _round_to,
@@ -376,3 +377,4 @@ _LOWER: dict[type[p.Operation[Any]], Callable[[Lowering, Any], None]] = {
     p.CrossEntropy: _cross_entropy,
     p.Divergence: _divergence,
 }
+"""What appends the steps of each kind of operation."""

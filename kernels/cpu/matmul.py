@@ -1,119 +1,32 @@
 """y[T, N] = x[T, K] · wᵀ for weights in int8 (tiles or columns) and float. The layouts are in docs/format.md.
 
-int8: x is rounded to int16 in the weights' own groups of 32 (about 15 bits), and sums are exact integers. One token or
-many, VNNI or portable: the numbers are the same but for float32 rounding.
-
-Rounded activations are `levels` (VNNI: int8 [T, K/32, 2, 32], else int16 [T, K/32, 1, 32]), `factors` and `offsets`
-[T, K/32]. Byte strides follow from the number of groups, so kernels get them as addresses.
+int8: x is rounded (see `rounding`), and sums are exact integers. One token or many, VNNI or portable: the numbers are
+the same but for float32 rounding.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_cli.kernels.cpu.args import (
-    F32,
-    F32_2,
-    I8_3,
-    I8_4,
-    I16_2,
-    I16_4,
-    I64_1,
-    I64_2,
-    U16_2,
-    U16_3,
-    U32_2,
-    Address,
-    Int,
-    unpack,
-)
-from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, has_vnni, kernel
+from rwkv_cli.kernels.cpu.args import F32, F32_2, I8_3, U16_2, U16_3, U32_2, Address, Int, unpack
+from rwkv_cli.kernels.cpu.compile import function, kernel
 from rwkv_cli.kernels.cpu.elementwise import activate, address_of, span, widen
-from rwkv_cli.kernels.cpu.llvm.bits import float_at
-from rwkv_cli.kernels.cpu.llvm.int8_dot import LevelGroup, RowGroup, WeightGroup, group_step, rows_step
-from rwkv_cli.kernels.cpu.llvm.levels import ActivationGroup, interleave, prefetch, quantize_step
-from rwkv_cli.numbers import GROUP, MOST_LEVEL
+from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP, LevelGroup, WeightGroup, group_step
+from rwkv_cli.kernels.cpu.llvm.levels import CACHE_LINE, interleave, prefetch
+from rwkv_cli.kernels.cpu.rounding import LEVEL_BYTES, VNNI
+from rwkv_cli.numbers import GROUP
 
-VNNI = has_vnni()
-PLANES, LEVEL = (2, np.dtype(np.int8)) if VNNI else (1, np.dtype(np.int16))
-STRIP = 16
-"""Outputs that one strip of tiles holds."""
 STRIPS, _TOKENS = (2, 6) if VNNI else (1, 2)
 """Strips and tokens whose sums fit into registers together."""
 GROUP_BYTES, SCALE_BYTES = STRIP * GROUP, STRIP * 2
 """A strip's weights and scales in one group of 32 columns."""
-_LEVEL_BYTES = PLANES * GROUP * LEVEL.itemsize
-"""A token's levels in one group."""
 _BLOCK_BYTES = 1 << 18
 """Activations that stay in a core's cache while weights come by."""
 _FAR = 2048
 """How many bytes ahead the product of one token asks for."""
-_AHEAD = 1
-"""How many groups of 32 rows ahead a sparse product asks for."""
-_WIDTH = 128
-"""Outputs that a sparse product sums in registers."""
-_CACHE_LINE = 64
 
 _block = group_step(STRIPS, _TOKENS, VNNI)
 _single = group_step(1, 1, VNNI)
-_quantize_group = quantize_step(VNNI, MOST_LEVEL, False)
-_quantize_lerp = quantize_step(VNNI, MOST_LEVEL, True)
-_sum_wide, _sum_narrow = rows_step(VNNI, _WIDTH), rows_step(VNNI, STRIP)
-
-
-class QuantizeArgs(NamedTuple):
-    """x [T, K], its rows `stride` bytes apart; delta [T, K] and mix [T, K] or none.
-
-    Rows of mix are `mix_stride` bytes apart (0: one row for all). Levels, factors and offsets are as above.
-    """
-
-    x: Address
-    stride: Int
-    tokens: Int
-    columns: Int
-    delta: Address
-    mix: Address
-    mix_stride: Int
-    levels: Address
-    factors: Address
-    offsets: Address
-
-
-@kernel(QuantizeArgs)
-def quantize(args, part, parts):
-    """Round x, or x + delta · mix if there is a delta, to integers."""
-    a = unpack(args, QuantizeArgs)
-    K, delta = a.columns, a.delta
-    G = (K + GROUP - 1) // GROUP
-    tail = np.zeros((3, GROUP), np.float32)
-    begin, end = span(part, parts, a.tokens * G)
-    t, g = begin // G, begin % G
-    for i in range(begin, end):
-        at = g * GROUP * 4
-        x, d, m = a.x + t * a.stride + at, delta + t * K * 4 + at, a.mix + t * a.mix_stride + at
-        if (g + 1) * GROUP > K:
-            copy(x, tail[0], K - g * GROUP)
-            if delta != 0:
-                copy(d, tail[1], K - g * GROUP)
-                copy(m, tail[2], K - g * GROUP)
-            x, d, m = address_of(tail), address_of(tail) + GROUP * 4, address_of(tail) + GROUP * 8
-        levels, factor, offset = a.levels + i * _LEVEL_BYTES, a.factors + i * 4, a.offsets + i * 4
-        if delta != 0:
-            _quantize_lerp(ActivationGroup(x, d, m, levels, factor, offset))
-        else:
-            _quantize_group(ActivationGroup(x, 0, 0, levels, factor, offset))
-        g += 1
-        if g == G:
-            t, g = t + 1, 0
-    # the tail must live until here, and its address alone does not keep it
-    tail[0, 0] = 0
-
-
-@function()
-def copy(address, out, n):
-    """out[:n] = the n float32 at `address`."""
-    for i in range(n):
-        out[i] = float_at(address + i * 4)
 
 
 class Activations(NamedTuple):
@@ -158,7 +71,7 @@ class TilesArgs(NamedTuple):
 
 
 @kernel(TilesArgs)
-def tiles(args, part, parts):  # noqa: ARG001
+def tiles(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     """y = activation(x · wᵀ + bias), or y += x · wᵀ with `add`."""
     a = unpack(args, TilesArgs)
     first, last = part * a.strips_per_part, min((part + 1) * a.strips_per_part, a.strips)
@@ -191,7 +104,7 @@ def _multiply(w, x, y, bias, ending):
     """The product of x (Activations) and w (Strips) to some columns of y [T, N]; bias [1, N] or none."""
     G, T = w.groups, x.tokens
     w_strip, scale_strip = G * GROUP_BYTES, G * SCALE_BYTES
-    level_token, row = G * _LEVEL_BYTES, G * 4
+    level_token, row = G * LEVEL_BYTES, G * 4
     sums = np.zeros((_TOKENS, STRIPS * STRIP), np.float32)
     flat, out = sums.reshape(-1), address_of(sums)
     block = max(_TOKENS, _BLOCK_BYTES // level_token // _TOKENS * _TOKENS)
@@ -212,17 +125,17 @@ def _multiply(w, x, y, bias, ending):
                     for g in range(G):
                         weights = WeightGroup(values + g * GROUP_BYTES, w_strip, scales + g * SCALE_BYTES, scale_strip)
                         group = LevelGroup(
-                            levels + g * _LEVEL_BYTES, level_token, factors + g * 4, offsets + g * 4, row
+                            levels + g * LEVEL_BYTES, level_token, factors + g * 4, offsets + g * 4, row
                         )  # fmt: skip
                         _block(weights, group, out, STRIPS * STRIP * 4, w.unit)
                 else:
                     for s in range(strips):
                         for g in range(G):
                             at = values + s * w_strip + g * GROUP_BYTES
-                            for i in range(0, GROUP_BYTES, _CACHE_LINE):
+                            for i in range(0, GROUP_BYTES, CACHE_LINE):
                                 prefetch(at + i + _FAR)
                             weights = WeightGroup(at, 0, scales + s * scale_strip + g * SCALE_BYTES, 0)
-                            group = LevelGroup(levels + g * _LEVEL_BYTES, 0, factors + g * 4, offsets + g * 4, 0)
+                            group = LevelGroup(levels + g * LEVEL_BYTES, 0, factors + g * 4, offsets + g * 4, 0)
                             _single(weights, group, out + s * STRIP * 4, 0, w.unit)
                 if ending.activation:
                     activate(flat[: tokens * STRIPS * STRIP], ending.activation)
@@ -250,7 +163,7 @@ class ColumnsArgs(NamedTuple):
 
 
 @kernel(ColumnsArgs)
-def columns(args, part, parts):  # noqa: ARG001
+def columns(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     """y = x · wᵀ, or y += x · wᵀ with `add`.
 
     A part is two strips of 16 outputs, or one where W is no more. They are put into tile order once and serve all
@@ -277,94 +190,6 @@ def columns(args, part, parts):  # noqa: ARG001
     tile[0, 0], scale[0, 0, 0] = 0, 0
 
 
-class NonzeroArgs(NamedTuple):
-    """One token's levels as bytes or as words, whichever is there; rows, nonzero [K/32, 32], count [K/32]."""
-
-    bytes: I8_4
-    words: I16_4
-    rows: I64_2
-    nonzero: I16_2
-    count: I64_1
-
-
-@kernel(NonzeroArgs)
-def find_nonzero(args, part, parts):
-    """List the levels that are not 0: group g has count[g] of them, rows[g, n] and nonzero[g, n].
-
-    An odd last one gets a level of 0 beside it.
-    """
-    a = unpack(args, NonzeroArgs)
-    rows, levels = a.rows, a.nonzero
-    begin, end = span(part, parts, len(a.count))
-    for g in range(begin, end):
-        n = 0
-        for i in range(GROUP):
-            if VNNI:
-                q = (np.int64(a.bytes[0, g, 0, i]) << 8) + np.int64(a.bytes[0, g, 1, i])
-            else:
-                q = np.int64(a.words[0, g, 0, i])
-            rows[g, n], levels[g, n] = g * GROUP + i, q
-            n += q != 0
-        if n % 2:
-            rows[g, n], levels[g, n] = rows[g, n - 1], 0
-        a.count[g] = (n + 1) // 2 * 2
-
-
-class SparseColumnsArgs(NamedTuple):
-    """values [B, K, W], scales [B, K/32, W]; the rows to read as `find_nonzero` lists them; factors [1, K/32];
-    y [1, B·W]. A part is `width` outputs of a block."""
-
-    values: I8_3
-    scales: U16_3
-    unit: F32
-    rows: I64_2
-    nonzero: I16_2
-    count: I64_1
-    factors: F32_2
-    y: F32_2
-    add: Int
-    width: Int
-
-
-@kernel(SparseColumnsArgs, FIXED_ORDER)
-def sparse_columns(args, part, parts):  # noqa: ARG001
-    """`columns` for one token: reads only the rows whose input is not zero."""
-    a = unpack(args, SparseColumnsArgs)
-    values, rows, count, width = a.values, a.rows, a.count, a.width
-    K, W, G = values.shape[1], values.shape[2], a.scales.shape[1]
-    b, start = part * width // W, part * width % W
-    total, here = np.empty(width, np.float32), b * W + start
-    for i in range(width):
-        total[i] = a.y[0, here + i] if a.add else np.float32(0)
-    source, scales = address_of(values) + b * K * W + start, address_of(a.scales) + (b * G * W + start) * 2
-    for g in range(G):
-        # which rows come is not what a CPU's own prefetcher could guess
-        if g + _AHEAD < G:
-            for n in range(count[g + _AHEAD]):
-                for i in range(0, width, _CACHE_LINE):
-                    prefetch(source + rows[g + _AHEAD, n] * W + i)
-        factor = a.factors[0, g]
-        if count[g] == 0:
-            # a factor that is NaN must reach the output though every activation beside it is zero
-            if factor != factor:
-                total[:] = np.nan
-            continue
-        row, level = address_of(rows) + g * GROUP * 8, address_of(a.nonzero) + g * GROUP * 2
-        at = 0
-        while at < width:
-            place, scale = address_of(total) + at * 4, scales + (g * W + at) * 2
-            group = RowGroup(source + at, W, row, level, count[g], scale, place)
-            if at + _WIDTH <= width:
-                _sum_wide(group, factor, a.unit)
-                at += _WIDTH
-            else:
-                _sum_narrow(group, factor, a.unit)
-                at += STRIP
-    a.y[0, here : here + width] = total
-    # the sums must live until here, and their address alone does not keep them
-    total[0] = 0
-
-
 class FloatsArgs(NamedTuple):
     """Weights [N, K] of 16 or of 32 bits a number, whichever is there; x [T, K], y [T, N]."""
 
@@ -376,7 +201,7 @@ class FloatsArgs(NamedTuple):
 
 
 @kernel(FloatsArgs)
-def floats(args, part, parts):
+def floats(args: int, part: int, parts: int) -> None:
     """y = x · wᵀ for weights of FLOAT_DTYPES[dtype], 4 rows of weights at a time."""
     a = unpack(args, FloatsArgs)
     x, y, kind = a.x, a.y, a.dtype

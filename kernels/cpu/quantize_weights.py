@@ -85,7 +85,7 @@ class QuantizeRowsArgs(NamedTuple):
 
 
 @kernel(QuantizeRowsArgs)
-def _quantize(args, part, parts):
+def _quantize(args: int, part: int, parts: int) -> None:
     """Round each row of w · by to values and scales."""
     a = unpack(args, QuantizeRowsArgs)
     w, unit, values, scales = a.w, a.by, a.values, a.scales

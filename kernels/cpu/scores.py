@@ -44,7 +44,7 @@ class CrossEntropyArgs(NamedTuple):
 
 
 @kernel(CrossEntropyArgs)
-def cross_entropy(args, part, parts):
+def cross_entropy(args: int, part: int, parts: int) -> None:
     """nll[t] = log Σ_v exp(logits[t, v]) − logits[t, targets[t]]."""
     a = unpack(args, CrossEntropyArgs)
     logits = a.logits
@@ -64,7 +64,7 @@ class DivergenceArgs(NamedTuple):
 
 
 @kernel(DivergenceArgs)
-def divergence(args, part, parts):
+def divergence(args: int, part: int, parts: int) -> None:
     """kl[t] = KL(softmax(p[t]) ‖ softmax(q[t])) in nats; same[t]: both have the same likeliest token."""
     a = unpack(args, DivergenceArgs)
     p, q = a.p, a.q

@@ -40,7 +40,7 @@ _IDLE_SPINS = 1 << 13
 
 
 @function()
-def _barrier(shared, threads):  # type: ignore[no-untyped-def]
+def _barrier(shared, threads):
     phase = atomic.load(shared + _PHASE * 8)
     if atomic.add(shared + _ARRIVED * 8, 1) == threads - 1:
         atomic.exchange(shared + _ARRIVED * 8, 0)
@@ -56,7 +56,7 @@ def _barrier(shared, threads):  # type: ignore[no-untyped-def]
 
 
 @function()
-def _work(shared, me, threads):  # type: ignore[no-untyped-def]
+def _work(shared, me, threads):
     """Do one thread's share of the steps."""
     control = carray(atomic.pointer(shared), _THREADS, np.int64)
     steps = carray(atomic.pointer(control[_STEPS]), (control[_LENGTH], COLUMNS), np.int64)
@@ -69,7 +69,7 @@ def _work(shared, me, threads):  # type: ignore[no-untyped-def]
             _barrier(shared, threads)
 
 
-def _member(shared, me, threads):  # type: ignore[no-untyped-def]
+def _member(shared, me, threads):
     """Wait for work and do it, for as long as the process lives."""
     control = carray(atomic.pointer(shared), _THREADS + threads * _OF_A_THREAD, np.int64)
     mine = _THREADS + me * _OF_A_THREAD
@@ -90,7 +90,7 @@ def _member(shared, me, threads):  # type: ignore[no-untyped-def]
         _work(shared, me, threads)
 
 
-def _lead(shared, threads):  # type: ignore[no-untyped-def]
+def _lead(shared, threads):
     """Wake the others, do the first thread's share, and return when all is done."""
     control = carray(atomic.pointer(shared), _THREADS + threads * _OF_A_THREAD, np.int64)
     atomic.add(shared, 1)

@@ -36,7 +36,7 @@ class Wkv4Args(NamedTuple):
 
 
 @kernel(Wkv4Args, FIXED_ORDER)
-def wkv4(args, part, parts):  # noqa: ARG001
+def wkv4(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     """RWKV-4 (arXiv 2305.13048, appendix on numerical stability). y is r times the average.
 
     The state is numerator and denominator, both scaled by e^{−p}, and the running maximum p.
@@ -119,7 +119,7 @@ class Wkv6Args(NamedTuple):
 
 
 @kernel(Wkv6Args, FIXED_ORDER)
-def wkv6(args, part, parts):  # noqa: ARG001
+def wkv6(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     """RWKV-5 and 6 (arXiv 2404.05892, section 4.1), w the decay and u the bonus.
 
     y = r·(S + diag(u)·kᵀv), normed by head, ∘ gate if there is one · S ← diag(w)·S + kᵀv
@@ -198,7 +198,7 @@ class Wkv7Args(NamedTuple):
 
 
 @kernel(Wkv7Args, FIXED_ORDER)
-def wkv7(args, part, parts):  # noqa: ARG001
+def wkv7(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     """RWKV-7 (arXiv 2503.14456, section 4; rwkv_v7_numpy.py); the formula is that of `program.Wkv7`."""
     a = unpack(args, Wkv7Args)
     B, N = a.state.shape[0], a.bonus.shape[1]

@@ -4,7 +4,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from rwkv_cli.kernels.program import Value
 from rwkv_cli.models.base import PassKind
 from rwkv_cli.quant import Checkpoint
 
+_ONE_TOKEN = PassKind("last", single=True, sequences=1)
 _SAMPLE = 8
 """Tokens to count what is read for."""
 
@@ -65,30 +66,28 @@ class Traffic:
     """Multiply-adds of the head, which a prompt needs once."""
 
 
-def traffic(model: LanguageModel, ids: Iterable[int]) -> Traffic:
-    """What each of `ids` reads, counted from the program of a pass.
-
-    The factors of weights that skip zeros are kept, so that after each pass it is known how much was not zero.
-    """
-    program = model.write_pass(PassKind("last", single=True, sequences=1)).program
-    products = list(program.products())
-    skipping = [product for product in products if product.weight.skips_zeros]
-    for product in skipping:
-        assert isinstance(product.x, Value)
-        program.keep(product.x)
+def watched_tokens(model: LanguageModel, ids: Iterable[int]) -> Iterator[list[float]]:
+    """For each of `ids`, one after the other: what share is not zero of each input whose zeros a product can skip."""
+    program = model.write_pass(_ONE_TOKEN).program
+    skipped = [p.x for p in program.products() if p.weight.skips_zeros and isinstance(p.x, Value)]
+    for factor in skipped:
+        program.keep(factor)
     executable = model.backend.compile(program, model.threads)
-    state, one = model.new_state(), np.zeros(1, np.int64)
-    arrays = {name: array[:, None] for name, array in state.arrays().items()}
-    dense = sum(product.weight.nbytes for product in products)
-    read = []
+    arrays = {name: array[:, None] for name, array in model.new_state().arrays().items()}
+    arrays |= {"starts": np.array([0, 1]), "ends": np.array([0])}
     for token in ids:
-        executable.run({"ids": np.array([token]), "starts": np.array([0, 1]), "ends": one, **arrays})
-        skipped = 0.0
-        for product in skipping:
-            x = executable.read(product.x)
-            skipped += product.weight.nbytes * (1 - np.count_nonzero(x) / x.size)
-        read.append(dense - skipped)
-    macs = [math.prod(product.weight.shape) for product in products]
+        executable.run({"ids": np.array([token]), **arrays})
+        factors = map(executable.read, skipped)
+        yield [np.count_nonzero(x) / x.size for x in factors]
+
+
+def traffic(model: LanguageModel, ids: Iterable[int]) -> Traffic:
+    """What each of `ids` reads, counted from the program of a pass."""
+    products = list(model.write_pass(_ONE_TOKEN).program.products())
+    dense = sum(p.weight.nbytes for p in products)
+    skipping = np.array([p.weight.nbytes for p in products if p.weight.skips_zeros])
+    read = [dense - float(skipping @ (1 - np.array(shares))) for shares in watched_tokens(model, ids)]
+    macs = [math.prod(p.weight.shape) for p in products]
     return Traffic(statistics.mean(read), dense, sum(macs[:-1]), macs[-1])
 
 

@@ -270,7 +270,8 @@ def compare(
     goals = Input("targets", (rows,), "I64")
     ops = Program(p, q, goals)
     results = [ops.add(CrossEntropy(each, goals)) for each in (p, q)]
-    results += ops.add(Divergence(q, p))
+    kl, same = ops.add(Divergence(q, p))
+    results += [kl, same]
     for result in results:
         ops.keep(result)
     executable = models[0].backend.compile(ops, models[0].threads)

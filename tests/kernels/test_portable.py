@@ -13,29 +13,21 @@ FEATURES = {"haswell": "+avx2,+fma,+f16c,+bmi,+bmi2"}
 CPUS = ["x86-64", "haswell"] if platform.machine() in ("x86_64", "AMD64") else ["generic"]
 
 BITS = """
-import hashlib, numpy as np
-from rwkv_cli.kernels.cpu import lower as cpu
-from rwkv_cli.kernels.contract import Product
-from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
-from rwkv_cli.quant.formats.int8 import quantize
-rng = np.random.default_rng(0)
+import hashlib, numpy as np, lab
 for T, N, K in ((1, 40, 70), (7, 300, 192), (13, 256, 512)):
-    w, x = (rng.standard_normal(s).astype(np.float32) for s in ((N, K), (T, K)))
+    w, x = lab.normal(N, K), lab.normal(T, K)
     for layout in ("tile", "columns"):
-        q = quantize(w, layout, quantize_rows)
-        ops = cpu.record([], 2)
-        weight = cpu.int8_weight(layout, q.shape, q.values, q.scales, q.unit)
-        (y,) = ops.linear(Product(x, weight))
-        ops.run([])
+        q = lab.quantize(w, layout)
+        y = lab.linear(x, q)
         print(hashlib.sha256(q.values.tobytes() + q.scales.tobytes() + y.tobytes()).hexdigest())
 """
 
 
 def run(cpu: str, *command: str) -> str:
     """Output of a Python command with kernels compiled for `cpu` ("": this one)."""
-    env = (
-        {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": FEATURES.get(cpu, "")} if cpu else dict(os.environ)
-    )
+    env = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    if cpu:
+        env |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": FEATURES.get(cpu, "")}
     done = subprocess.run(
         [sys.executable, *command], env=env, capture_output=True, text=True, cwd=TESTS.parents[1], check=False
     )
@@ -45,8 +37,9 @@ def run(cpu: str, *command: str) -> str:
 
 @pytest.mark.parametrize("cpu", CPUS)
 def test_kernels_on_a_lesser_cpu(cpu: str) -> None:
-    assert run(cpu, "-P", "-c", "from rwkv_cli.kernels.cpu import matmul; print(matmul.VNNI)").strip() == "False"
-    assert " passed" in run(cpu, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_kernels.py"))
+    assert run(cpu, "-P", "-c", "from rwkv_cli.kernels.cpu import rounding; print(rounding.VNNI)").strip() == "False"
+    tests = [str(TESTS / name) for name in ("test_kernels.py", "test_contract.py")]
+    assert " passed" in run(cpu, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not cuda", *tests)
 
 
 @pytest.mark.parametrize("cpu", CPUS[-1:])
@@ -58,12 +51,14 @@ def test_the_same_bits_on_every_cpu_with_fused_multiply_add(cpu: str) -> None:
 ARM = """
 import platform, re, numba, llvmlite.binding as llvm
 platform.machine = lambda: "aarch64"
-from rwkv_cli.kernels.cpu import matmul, wkv
+from rwkv_cli.kernels.cpu import matmul, sparse, wkv
+from rwkv_cli.kernels.cpu.llvm.int8_dot import LevelGroup, RowGroup, WeightGroup
+from rwkv_cli.kernels.cpu.llvm.recurrence import DeltaStep
 llvm.initialize_all_targets(); llvm.initialize_all_asmprinters()
-product, rows, delta, f32 = matmul._single, matmul._sum_wide, wkv._delta64, numba.float32
-def tile(x, y): product(x, y, x + 1, y, x + 2, y, x + 3, y, x + 4, y, x + 5, y, f32(1))
-def columns(x, y): rows(x, y, x + 1, x + 2, x + 3, y, y, f32(1), f32(2))
-def recurrence(x, y): delta(x, y, x + 1, x + 2, x + 3, x + 4, x + 5, x + 6, y)
+product, rows, delta, f32 = matmul._single, sparse._sum_wide, wkv._delta64, numba.float32
+def tile(x, y): product(WeightGroup(x, y, x + 1, y), LevelGroup(x + 2, y, x + 3, x + 4, y), x + 5, y, f32(1))
+def columns(x, y): rows(RowGroup(x, y, x + 1, x + 2, y, x + 3, x + 4), f32(1), f32(2))
+def recurrence(x, y): delta(DeltaStep(x, y, x + 1, x + 2, x + 3, x + 4, x + 5, x + 6, y))
 machine = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(cpu="neoverse-n1", opt=3)
 for function in (tile, columns, recurrence):
     code = numba.cfunc("void(int64, int64)", error_model="numpy")(function).inspect_llvm()

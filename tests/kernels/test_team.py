@@ -1,4 +1,4 @@
-"""Programs and the threads that run them: order, inputs that move, sleep, forks, and an end without a hang."""
+"""Steps and the threads that run them: order, inputs that move, sleep, forks, and an end without a hang."""
 
 import os
 import subprocess
@@ -7,39 +7,52 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 import rwkv_cli
-from rwkv_cli.kernels.cpu.args import unpack
+from rwkv_cli.kernels.cpu.args import F64_1, View, unpack
 from rwkv_cli.kernels.cpu.compile import kernel
 from rwkv_cli.kernels.cpu.cores import Cores, usable_cores
-from rwkv_cli.kernels.cpu.team import Program, team
+from rwkv_cli.kernels.cpu.steps import Runnable, Share, Steps
+from rwkv_cli.kernels.cpu.team import team
+from rwkv_cli.kernels.program import Count, Input
 
-TURN = "f64.1 f64.1"
+
+class TurnArgs(NamedTuple):
+    x: F64_1
+    y: F64_1
 
 
-@kernel(TURN)
-def turn(args, part):  # type: ignore[no-untyped-def]
+@kernel(TurnArgs)
+def turn(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     """y[i] = Σ x + i: right only if all of x is there. Uneven work, so that somebody is late."""
-    x, y = unpack(args, TURN)
+    a = unpack(args, TurnArgs)
+    x = a.x
     total = 0.0
     for _ in range(1 + part * 7 % 5 * 40):
         total = 0.0
         for i in range(len(x)):
             total += x[i]
-    y[part] = total + part
+    a.y[part] = total + part
+
+
+def one_turn(x: Any, y: Any, parts: int) -> Runnable:
+    steps = Steps()
+    steps.add(turn, TurnArgs(x, y), Share.fixed(parts))
+    return steps.finish()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("parts", [1, 2, 7])
 def test_a_step_sees_all_that_came_before(threads: int, parts: int) -> None:
     a, b = np.arange(parts, dtype=float), np.zeros(parts)
-    program = Program()
+    steps = Steps()
     for step in range(40):
-        program.add(turn, parts, *((a, b) if step % 2 == 0 else (b, a)))
+        steps.add(turn, TurnArgs(*((a, b) if step % 2 == 0 else (b, a))), Share.fixed(parts))
+    program = steps.finish()
     want = np.arange(parts, dtype=float)
     for _ in range(40):
         want = want.sum() + np.arange(parts)
@@ -51,14 +64,14 @@ def test_a_step_sees_all_that_came_before(threads: int, parts: int) -> None:
 
 def test_steps_without_a_barrier_all_run() -> None:
     x, outputs = np.ones(3), [np.zeros(3) for _ in range(20)]
-    program = Program()
+    steps = Steps()
     for y in outputs:
-        program.add(turn, 3, x, y, then=False)
+        steps.add(turn, TurnArgs(x, y), Share.fixed(3), barrier=False)
     total = np.zeros(20)
-    program.barrier()
+    steps.barrier()
     for y in outputs:
-        program.add(turn, 1, y, total)
-    program.run(3)
+        steps.add(turn, TurnArgs(y, total), Share.fixed(1))
+    steps.finish().run(3)
     for y in outputs:
         np.testing.assert_array_equal(y, [3, 4, 5])
     assert total[0] == 12
@@ -67,27 +80,42 @@ def test_steps_without_a_barrier_all_run() -> None:
 def test_inputs_move() -> None:
     """An argument inside an input is found in the array that takes its place, also one in the middle of it."""
     first, other, out = np.arange(8.0), np.arange(8.0) + 100, np.zeros(1)
-    program = Program([first])
-    program.add(turn, 1, first[2:5], out)
-    program.run(2, [first])
+    given, steps = Input("given", (8,), "F64"), Steps()
+    middle = View(given, (3,), np.dtype(np.float64), offset=16)
+    steps.add(turn, TurnArgs(middle, out), Share.fixed(1))
+    program = steps.finish([given])
+    program.run(2, {"given": first})
     assert out[0] == 9
-    program.run(2, [other])
+    program.run(2, {"given": other})
     assert out[0] == 309
 
 
+def test_the_number_of_rows_is_read_in_each_run() -> None:
+    """As an array's length, and as the number of parts: none, one where there is little to do, else as many as fit."""
+    count, out, steps = Count(50), np.zeros(64), Steps()
+    given = Input("given", (count,), "F64")
+    view = View(given, given.shape, np.dtype(np.float64))
+    steps.add(turn, TurnArgs(view, out), Share(count, columns=1 << 13, per_row=1, most=4))
+    program = steps.finish([given])
+    for n, parts in ((5, 4), (0, 0), (1, 1), (3, 3), (50, 4)):
+        out[:] = -1
+        program.run(2, {"given": np.ones(n)})
+        np.testing.assert_array_equal(out[:parts], n + np.arange(parts))
+        assert (out[parts:] == -1).all()
+
+
 def test_wrong_arguments_are_refused_before_they_are_addresses() -> None:
-    program, x = Program(), np.zeros(4)
+    x = np.zeros(4)
     for wrong in (x.astype(np.float32), x.reshape(2, 2), np.zeros(8)[::2]):
         with pytest.raises(TypeError, match="expected"):
-            program.add(turn, 1, wrong, x)
-    with pytest.raises(ValueError, match="argument"):
-        program.add(turn, 1, x)
+            one_turn(wrong, x, 1)
+    with pytest.raises(TypeError, match="turn takes TurnArgs, not tuple"):
+        Steps().add(turn, (x, x), Share.fixed(1))  # type: ignore[arg-type]
 
 
 def test_threads_that_slept_come_back() -> None:
     x, y = np.ones(4), np.zeros(4)
-    program = Program()
-    program.add(turn, 4, x, y)
+    program = one_turn(x, y, 4)
     for pause in (0, 0.3, 0.001, 0.2):
         time.sleep(pause)
         y[:] = 0
@@ -159,37 +187,14 @@ def test_a_team_is_made_once() -> None:
     assert team(2) is team(2)
 
 
-def test_inputs_that_overlap_are_refused() -> None:
-    x = np.zeros(4)
-    with pytest.raises(ValueError, match="must not overlap"):
-        Program([x[:3], x[1:]])
-
-
-def test_a_program_without_steps_does_nothing() -> None:
+def test_no_steps_do_nothing() -> None:
     x, y = np.ones(4), np.zeros(4)
-    program = Program()
-    program.add(turn, 4, x, y)
+    program, nothing = one_turn(x, y, 4), Steps().finish()
     for _ in range(200):
-        Program().run(2)
+        nothing.run(2)
         y[:] = 0
         program.run(2)
         np.testing.assert_array_equal(y, [4, 5, 6, 7])
-
-
-def test_memory_in_use_is_not_given_out_again() -> None:
-    from rwkv_cli.kernels.cpu.lower import Workspace
-
-    workspace = Workspace()
-    first, second = workspace.empty((4, 3)), workspace.empty((4, 3))
-    assert not np.shares_memory(first, second)
-    assert workspace.owns(first)
-    assert workspace.owns(second[1:, :2])
-    part, place = first[2:], first.ctypes.data
-    del first
-    assert workspace.empty((4, 3)).ctypes.data != place
-    del part
-    assert workspace.empty((4, 3)).ctypes.data == place
-    assert not workspace.owns(np.zeros(12))
 
 
 def test_ids_and_targets_may_share_memory(byte_model: Path) -> None:

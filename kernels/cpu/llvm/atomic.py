@@ -27,24 +27,24 @@ def _external(b: Any, name: str, result: Any, values: list[Any]) -> Any:
     return b.call(get_or_insert_function(b.module, kind, name), values)
 
 
-def _load(typingctx, address):  # type: ignore[no-untyped-def]
+def _load(typingctx, address):
     """The integer at `address`."""
     return types.int64(types.int64), lambda _c, b, _s, a: b.load_atomic(_place(b, a[0]), _ORDER, 8)
 
 
-def _add(typingctx, address, value):  # type: ignore[no-untyped-def]
+def _add(typingctx, address, value):
     """Add to the integer at `address`; what it was."""
     signature = types.int64(types.int64, types.int64)
     return signature, lambda _c, b, _s, a: b.atomic_rmw("add", _place(b, a[0]), a[1], _ORDER)
 
 
-def _exchange(typingctx, address, value):  # type: ignore[no-untyped-def]
+def _exchange(typingctx, address, value):
     """Set the integer at `address`; what it was."""
     signature = types.int64(types.int64, types.int64)
     return signature, lambda _c, b, _s, a: b.atomic_rmw("xchg", _place(b, a[0]), a[1], _ORDER)
 
 
-def _pause(typingctx):  # type: ignore[no-untyped-def]
+def _pause(typingctx):
     """Tell the CPU that this is a loop that waits."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -57,7 +57,7 @@ def _pause(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), generate
 
 
-def _give_way(typingctx):  # type: ignore[no-untyped-def]
+def _give_way(typingctx):
     """Let another thread have this core."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -67,7 +67,7 @@ def _give_way(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), generate
 
 
-def _acquire(typingctx, lock):  # type: ignore[no-untyped-def]
+def _acquire(typingctx, lock):
     """Sleep until the lock is released, and take it (CPython's own locks, which need no interpreter)."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -77,7 +77,7 @@ def _acquire(typingctx, lock):  # type: ignore[no-untyped-def]
     return types.void(types.int64), generate
 
 
-def _release(typingctx, lock):  # type: ignore[no-untyped-def]
+def _release(typingctx, lock):
     """Release the lock."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -87,7 +87,7 @@ def _release(typingctx, lock):  # type: ignore[no-untyped-def]
     return types.void(types.int64), generate
 
 
-def _call(typingctx, address, args, part, parts):  # type: ignore[no-untyped-def]
+def _call(typingctx, address, args, part, parts):
     """Call the kernel at `address`."""
 
     def generate(context: Any, b: Any, signature: Any, values: Any) -> Any:
@@ -98,7 +98,7 @@ def _call(typingctx, address, args, part, parts):  # type: ignore[no-untyped-def
     return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
 
-def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
+def _pointer(typingctx, address):
     """The address as a pointer to int64, for `numba.carray`."""
     return types.CPointer(types.int64)(types.int64), lambda _c, b, _s, a: _place(b, a[0])
 

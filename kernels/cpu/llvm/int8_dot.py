@@ -22,6 +22,8 @@ from numba.extending import intrinsic
 
 from rwkv_cli.kernels.cpu.llvm.emitter import F32, I8, I16, I32, I64, Emitter, vector
 
+STRIP = 16
+"""Outputs that one strip of tiles holds."""
 TILES = 8
 """Tiles of 4 columns in a group of 32."""
 TILE_BYTES = 64
@@ -127,7 +129,7 @@ def _over_tiles(
     return e.loop(tiles, limit, TILE_BYTES, [levels, *sums], body)[1:]
 
 
-def group_step(strips: int, tokens: int, vnni: bool) -> Callable[..., None]:
+def group_step(strips: int, tokens: int, vnni: bool) -> Any:
     """The step for `strips` × `tokens`, callable from a kernel as step(WeightGroup, LevelGroup, y, y_stride, unit).
 
     y is the address of float32; y_stride leads to the next token, and strips are neighbours. The float32 `unit`
@@ -157,7 +159,7 @@ def group_step(strips: int, tokens: int, vnni: bool) -> Callable[..., None]:
 
 
 class RowGroup(NamedTuple):
-    """Some rows of a group of 32, and where they go: int64 addresses, a stride in bytes, and an even count above 0."""
+    """Some rows of a group of 32, and where they go: int64 addresses, and a stride in bytes."""
 
     weights: int
     """The outputs' weights in row 0."""
@@ -167,14 +169,15 @@ class RowGroup(NamedTuple):
     """int64, the rows' numbers."""
     levels: int
     """int16, one a row."""
-    count: int
+    length: int
+    """How many rows: an even number above 0."""
     scales: int
     """float16 bits, one an output."""
     totals: int
     """float32, one an output."""
 
 
-def rows_step(vnni: bool, width: int) -> Callable[..., None]:
+def rows_step(vnni: bool, width: int) -> Any:
     """total[i] += (Σ_n w[rows[n], i] · level[n]) · (scale[i] · unit) · factor for `width` outputs i.
 
     It is callable as step(RowGroup, factor, unit), both float32 (see `group_step`). Bytes of two rows are interleaved,
@@ -204,7 +207,7 @@ def rows_step(vnni: bool, width: int) -> Callable[..., None]:
                         new.append(b.add(total, e.pairs(values, levels)))
                 return new
 
-            sums = e.loop(I64(0), g.count, 2, [ir.Constant(wide, None)] * (width // 16), two_rows)
+            sums = e.loop(I64(0), g.length, 2, [ir.Constant(wide, None)] * (width // 16), two_rows)
             by, by_unit = e.splat(factor, 16), e.splat(unit, 16)
             for i, value in enumerate(sums):
                 scales = b.fmul(e.halves(b.add(g.scales, I64(32 * i))), by_unit)

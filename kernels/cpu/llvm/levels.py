@@ -1,7 +1,6 @@
 """Steps that bring numbers into the form that `int8_dot` multiplies: activations to integers, rows to tiles."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +9,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from rwkv_cli.kernels.cpu.llvm.emitter import F32, I8, I16, I32, I64, Emitter, vector
+
+CACHE_LINE = 64
+"""Bytes."""
 
 
 def _interleave(typingctx, w, stride, tile):  # noqa: ARG001
@@ -61,8 +63,8 @@ class ActivationGroup(NamedTuple):
     """int32: −128 times the sum of the levels."""
 
 
-def quantize_step(vnni: bool, most: int, lerp: bool) -> Callable[[ActivationGroup], None]:
-    """32 activations to integers of at most ±`most`, in the form that `group_step` takes."""
+def quantize_step(vnni: bool, most: int, lerp: bool) -> Any:
+    """The step that rounds an ActivationGroup to integers of at most ±`most`, as `group_step` takes them."""
 
     @intrinsic
     def step(typingctx, group):  # noqa: ARG001

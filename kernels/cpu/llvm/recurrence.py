@@ -110,7 +110,7 @@ def _linear(k: _Keys, at: LinearStep) -> None:
     k.put(k.sum(update, at.state), at.out)
 
 
-def _step(record: type[NamedTuple], emit: Callable[[_Keys, Any], None], width: int) -> Callable[[Any], None]:
+def _step(record: type[NamedTuple], emit: Callable[[_Keys, Any], None], width: int) -> Any:
     """A function of such a record, callable from a kernel."""
 
     @intrinsic
@@ -123,14 +123,14 @@ def _step(record: type[NamedTuple], emit: Callable[[_Keys, Any], None], width: i
 
         return types.void(places), generate
 
-    return step  # type: ignore[no-any-return]
+    return step
 
 
-def delta_step(width: int) -> Callable[[DeltaStep], None]:
-    """RWKV-7's step for `width` columns."""
+def delta_step(width: int) -> Any:
+    """RWKV-7's step for `width` columns, callable from a kernel with a DeltaStep."""
     return _step(DeltaStep, _delta, width)
 
 
-def linear_step(width: int) -> Callable[[LinearStep], None]:
-    """RWKV-5's and 6's step for `width` columns."""
+def linear_step(width: int) -> Any:
+    """RWKV-5's and 6's step for `width` columns, callable from a kernel with a LinearStep."""
     return _step(LinearStep, _linear, width)

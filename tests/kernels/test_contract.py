@@ -1,0 +1,413 @@
+"""What every device owes: each operation against the float64 oracle.
+
+Odd sizes, several blocks, sequences without rows, decay over its real range, and outputs that start as NaN.
+"""
+
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+from lab import RNG, Lab, begins, linear, lone_arrays, normal, outliers, parts, quantize
+from naive import error_ratio, sigmoid
+
+from rwkv_cli.kernels.program import (
+    ACTIVATIONS,
+    AddGated,
+    AddLinear,
+    Columns,
+    CrossEntropy,
+    Divergence,
+    Embed,
+    LayerNorm,
+    Lerp,
+    Norm,
+    Product,
+    RoundTo,
+    TakeRows,
+    TokenShift,
+    ValueResidual,
+    Wkv4,
+    Wkv6,
+    Wkv7,
+)
+from rwkv_cli.quant.tensor import Floats, to_float32
+
+DEVICES = ["cpu"]
+# tokens of each sequence, heads, head size
+HEADS = [
+    ((1,), 1, 8), ((5,), 3, 16), ((33,), 2, 64), ((2, 0, 9), 5, 24), ((1, 1, 1, 1), 2, 16), ((0, 4, 30, 1), 1, 64),
+]  # fmt: skip
+SHAPES = [(1, 5, 7), (2, 16, 32), (7, 40, 70), (13, 300, 192), (1, 96, 512), (6, 33, 64), (25, 17, 100), (1, 512, 96)]
+
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def _bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    lone_arrays(monkeypatch)
+
+
+def check(got: Any, want: Any, limit: float = 2e-6) -> None:
+    assert got.shape == want.shape
+    assert error_ratio(got, want) < limit
+    assert np.abs(got - want).max() < 20 * limit * max(1.0, np.abs(want).max())
+
+
+@pytest.mark.parametrize("room", [0, 5])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layer_norm(device: str, threads: int, room: int) -> None:
+    for T, D in [(1, 3), (4, 40), (7, 129), (130, 129)]:
+        x, w, b = normal(T, D, scale=30) + 5, normal(D), normal(D)
+        lab = Lab(device, threads, room)
+        got = lab.run(lab.ops.add(LayerNorm(lab.matrix(x), Norm(lab.vector(w), lab.vector(b), 1e-5))))
+        check(got, naive.layer_norm(x.astype(float), w, b, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "D"), [((1,), 5), ((6,), 33), ((1, 4, 0, 2), 33), ((1, 300, 2), 70), ((0, 3), 260)]
+)
+@pytest.mark.parametrize("normed", [False, True])
+def test_token_shift(device: str, lengths: tuple[int, ...], D: int, normed: bool) -> None:
+    """Of a matrix, and of a norm that comes just before."""
+    T, lab = sum(lengths), Lab(device)
+    x, last = normal(T, D), normal(len(lengths), D)
+    w, b = normal(D), normal(D)
+    state, node = lab.state(last), lab.matrix(x)
+    if normed:
+        x = naive.layer_norm(x.astype(float), w, b, 1e-5)
+        node = lab.ops.add(LayerNorm(node, Norm(lab.vector(w), lab.vector(b), 1e-5)))
+    outputs = lab.ops.add(TokenShift(node, lab.starts(lengths), state)), node if normed else lab.value(x)
+    delta, same = lab.run(*outputs)
+    want_last = last.copy()
+    for b_, rows in parts(lengths).items():
+        check(delta[rows], np.vstack([last[b_ : b_ + 1], x[rows][:-1]]).astype(float) - x[rows])
+        want_last[b_] = x[rows][-1]
+    check(same, x.astype(float))
+    check(lab.state_after(state), want_last)
+
+
+def activations() -> dict[str, Any]:
+    return {
+        "": lambda a: a,
+        "sigmoid": sigmoid,
+        "silu": lambda a: a * sigmoid(a),
+        "tanh": np.tanh,
+        "relu_squared": lambda a: np.maximum(a, 0) ** 2,
+        "decay": lambda a: np.exp(-np.exp(a)),
+        "soft_decay": lambda a: np.exp(-np.exp(-0.5) * sigmoid(a)),
+    }
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(device: str, name: str) -> None:
+    """Behind an exact product, with a matrix of one 1 a row. Far out for all, then where they bend."""
+    want, one = activations()[name], np.eye(9, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        for x in (normal(3, 9, scale=3), np.float32([[-200, -88, -1, 0, 1, 5, 88, 200, 1e-3]])):
+            check(linear(x, one, name, device=device), want(x.astype(float)))
+    assert np.isnan(linear(np.full((1, 9), np.nan, np.float32), one, name, device=device)).all()
+
+
+def test_add_gated_and_take(device: str) -> None:
+    for T in (1, 3, 90):
+        x, y, gate = normal(T, 300), normal(T, 300), normal(T, 300)
+        lab = Lab(device)
+        onto, rows = lab.value(x), np.array([T - 1, 0])
+        lab.ops.add(AddGated(onto, lab.matrix(y), lab.matrix(gate)))
+        got, taken = lab.run(onto, lab.ops.add(TakeRows(onto, lab.ids(rows))))
+        check(got, x.astype(float) + y.astype(float) * gate)
+        np.testing.assert_array_equal(taken, got[rows])
+
+
+@pytest.mark.parametrize(("lengths", "D"), [((1,), 3), ((9,), 40), ((70,), 65), ((2, 0, 9, 1), 65)])
+def test_wkv4(device: str, lengths: tuple[int, ...], D: int) -> None:
+    T, lab = sum(lengths), Lab(device)
+    k, v, u, r = normal(T, D, scale=2), normal(T, D), normal(D, scale=0.5), normal(T, D)
+    w = -np.exp(RNG.uniform(-6, 2, D)).astype(np.float32)
+    state = lab.state(np.tile(np.float32([[0], [0], [-1e30]]), (len(lengths), 1, D)))
+    op = Wkv4(
+        receptance=lab.matrix(r), key=lab.matrix(k), value=lab.matrix(v), decay=lab.vector(w), bonus=lab.vector(u),
+        starts=lab.starts(lengths), state=state,
+    )  # fmt: skip
+    y = lab.run(lab.ops.add(op))
+    after = lab.state_after(state)
+    for s in set(range(len(lengths))) - set(parts(lengths)):
+        np.testing.assert_array_equal(after[s], np.tile(np.float32([[0], [0], [-1e30]]), D))
+    for s, part in parts(lengths).items():
+        a, b = np.zeros(D), np.zeros(D)
+        want = naive.wkv4(k[part].astype(float), v[part].astype(float), w.astype(float), u, a, b)
+        check(y[part], r[part] * want, 5e-6)
+        check(after[s, 0] * np.exp(after[s, 2].astype(float)), a, 2e-5)
+        check(after[s, 1] * np.exp(after[s, 2].astype(float)), b, 2e-5)
+
+
+def test_wkv4_does_not_overflow(device: str) -> None:
+    lab = Lab(device)
+    k, v = np.float32([[90.0], [-90.0], [300.0]]), np.float32([[1], [2], [3]])
+    state = lab.state(np.float32([[[0], [0], [-1e30]]]))
+    op = Wkv4(
+        receptance=lab.matrix(np.ones((3, 1))), key=lab.matrix(k), value=lab.matrix(v), decay=lab.vector([-1e-3]),
+        bonus=lab.vector([0]), starts=lab.starts((3,)), state=state,
+    )  # fmt: skip
+    y = lab.run(lab.ops.add(op))
+    np.testing.assert_allclose(y[:, 0], [1, 1, 3], rtol=1e-6)
+    assert np.isfinite(lab.state_after(state)).all()
+
+
+def head_norm(D: int) -> Norm:
+    return Norm(normal(D), normal(D), 64e-5)
+
+
+def on_device(lab: Lab, norm: Norm) -> Norm:
+    return Norm(lab.vector(norm.weight), lab.vector(norm.bias), norm.eps)
+
+
+@pytest.mark.parametrize(("lengths", "H", "N"), HEADS)
+@pytest.mark.parametrize("varying", [True, False])
+def test_wkv6(device: str, lengths: tuple[int, ...], H: int, N: int, varying: bool) -> None:
+    T, lab = sum(lengths), Lab(device)
+    r, k, v = (normal(T, H * N) for _ in range(3))
+    w = np.exp(-np.exp(RNG.uniform(-8, 1, (T if varying else 1, H * N)))).astype(np.float32)
+    u, S = normal(H, N, scale=0.3), normal(len(lengths), H, N, N)
+    norm, gate = head_norm(H * N), normal(T, H * N) if varying else None
+    want_S, state = S.astype(float), lab.state(S)
+    each = [a.reshape(-1, H, N).astype(float) for a in (r, k, v, np.broadcast_to(w, (T, H * N)))]
+    want = [naive.wkv6(*(a[i] for a in each), u.astype(float), want_S[b]) for b, i in parts(lengths).items()]
+    normed = naive.group_norm(np.concatenate(want).reshape(T, -1), norm.weight, norm.bias, H, norm.eps)
+    op = Wkv6(
+        receptance=lab.matrix(r), key=lab.matrix(k), value=lab.matrix(v),
+        decay=lab.matrix(w) if varying else lab.vector(w), bonus=lab.vector(u), norm=on_device(lab, norm),
+        gate=None if gate is None else lab.matrix(gate), starts=lab.starts(lengths), state=state,
+    )  # fmt: skip
+    check(lab.run(lab.ops.add(op)), normed if gate is None else normed * gate, 1e-5)
+    check(lab.state_after(state), want_S)
+
+
+@pytest.mark.parametrize(("lengths", "H", "N"), HEADS)
+@pytest.mark.parametrize("residual", [True, False])
+def test_wkv7(device: str, lengths: tuple[int, ...], H: int, N: int, residual: bool) -> None:
+    T, lab = sum(lengths), Lab(device)
+    r, k, v, g, first = (normal(T, H * N) for _ in range(5))
+    w = np.exp(-np.exp(-0.5) * RNG.random((T, H * N))).astype(np.float32)
+    assert w.min() > 0.545
+    a, mix = RNG.random((2, T, H * N)).astype(np.float32)
+    k_k, k_a = RNG.uniform(0.6, 1.1, H * N).astype(np.float32), RNG.uniform(0.8, 1.2, H * N).astype(np.float32)
+    r_k, norm, S = normal(H, N, scale=0.1), head_norm(H * N), normal(len(lengths), H, N, N)
+    state = lab.state(S)
+    want_S = S.astype(float).transpose(0, 1, 3, 2).copy()  # the oracle's is [value, key]
+    value = v + (first.astype(float) - v) * mix if residual else v.astype(float)
+    kk = (k.astype(float) * k_k).reshape(T, H, N)
+    kk /= np.sqrt((kk**2).sum(-1, keepdims=True))
+    key = k * (1 + (a.astype(float) - 1) * k_a)
+    heads = [m.reshape(T, H, N).astype(float) for m in (r, w, key, value)]
+    each = [*heads, kk, kk * a.reshape(T, H, N)]
+    want = [naive.wkv7(*(m[i] for m in each), want_S[b]) for b, i in parts(lengths).items()]
+    normed = naive.group_norm(np.concatenate(want).reshape(T, -1), norm.weight, norm.bias, H, norm.eps)
+    normed += ((heads[0] * heads[2] * r_k).sum(-1, keepdims=True) * heads[3]).reshape(T, -1)
+    op = Wkv7(
+        receptance=lab.matrix(r), decay=lab.matrix(w), key=lab.matrix(k), value=lab.matrix(v), rate=lab.matrix(a),
+        gate=lab.matrix(g), residual=ValueResidual(first=lab.matrix(first), gate=lab.matrix(mix)) if residual else None,
+        key_scale=lab.vector(k_k), key_rate=lab.vector(k_a), bonus=lab.vector(r_k), norm=on_device(lab, norm),
+        starts=lab.starts(lengths), state=state,
+    )  # fmt: skip
+    check(lab.run(lab.ops.add(op)), normed * g, 1e-5)
+    check(lab.state_after(state), want_S.transpose(0, 1, 3, 2), 5e-6)
+
+
+def test_a_zero_key_has_no_direction(device: str) -> None:
+    lab, S = Lab(device), normal(1, 2, 4, 4)
+    zero, one, state = np.zeros((1, 8), np.float32), np.ones(8, np.float32), lab.state(S)
+    nothing = lab.matrix(zero)
+    op = Wkv7(
+        receptance=nothing, decay=lab.matrix(zero + 1), key=nothing, value=nothing, rate=nothing, gate=nothing,
+        residual=None, key_scale=lab.vector(one), key_rate=lab.vector(one), bonus=lab.vector(zero.reshape(2, 4)),
+        norm=on_device(lab, head_norm(8)), starts=lab.starts((1,)), state=state,
+    )  # fmt: skip
+    lab.run(lab.ops.add(op))
+    np.testing.assert_array_equal(lab.state_after(state), S)
+
+
+@pytest.mark.parametrize(("T", "N", "K"), SHAPES)
+@pytest.mark.parametrize("layout", ["tile", "columns"])
+@pytest.mark.parametrize("room", [0, 9])
+def test_int8_linear(device: str, T: int, N: int, K: int, layout: str, room: int) -> None:
+    """Beside the weights' own rounding only the activations' 15 bits remain, outlier or not."""
+    stored = quantize(normal(N, K, scale=0.1), layout)
+    x = outliers(T, K)
+    x[:, 1::3] = 0
+    got = linear(x, stored, device=device, room=room)
+    w = stored.float32().astype(float)
+    assert error_ratio(got, x @ w.T) < 1e-4
+    # against activations rounded just so, the sums are exact
+    groups = -(-K // 32)
+    grouped = np.pad(x, ((0, 0), (0, groups * 32 - K))).reshape(T, groups, 32)
+    scale = np.abs(grouped).max(-1, keepdims=True).astype(float) / 32512
+    levels = np.rint(grouped / np.where(scale > 0, scale, 1))
+    want = np.einsum("tgc,ngc->tn", levels * scale, np.pad(w, ((0, 0), (0, groups * 32 - K))).reshape(N, groups, 32))
+    assert np.isclose(got, want, rtol=1e-5, atol=1e-4 * np.abs(want).max()).all()
+
+
+@pytest.mark.parametrize(("N", "K"), [(40, 70), (48, 64)])
+@pytest.mark.parametrize("layout", ["tile", "columns"])
+@pytest.mark.parametrize("floats", [True, False])
+@pytest.mark.parametrize("T", [1, 7, 14])
+def test_what_a_product_reads_and_adds_to(device: str, N: int, K: int, layout: str, floats: bool, T: int) -> None:
+    """Several at once, of mixes or of ranges of columns, with bias and activation, and onto what is there."""
+    stored = quantize(normal(N, K, scale=0.1), layout)
+    w = stored.float32().astype(float)
+    x, delta, bias = normal(T, K), normal(T, K), normal(1, N)
+    for mix in (normal(1, K), normal(T, K)):
+        lab = Lab(device)
+        weight = lab.weight(stored.float32() if floats else stored)
+        wide, shared, offset = normal(T, 2 * K), len(mix) == 1, lab.vector(bias)
+        mixed = Lerp(lab.matrix(x), lab.matrix(delta), lab.vector(mix) if shared else lab.matrix(mix))
+        both = lab.matrix(wide)
+        outs = lab.ops.linear(
+            Product(mixed, weight, "sigmoid", offset),
+            Product(Columns(both, K, K), weight, bias=offset),
+            Product(mixed, weight),
+            Product(Columns(both, 0, K), weight, "relu_squared"),
+        )
+        exact = x.astype(float) + delta.astype(float) * mix
+        want = [
+            sigmoid(exact @ w.T + bias), wide[:, K:] @ w.T + bias, exact @ w.T, np.maximum(wide[:, :K] @ w.T, 0) ** 2,
+        ]  # fmt: skip
+        for got, right in zip(lab.run(*outs), want, strict=True):
+            check(got, right, 1e-4)
+    lab, onto = Lab(device), normal(T, N)
+    total = lab.value(onto)
+    lab.ops.add(AddLinear(total, lab.matrix(x), lab.weight(stored.float32() if floats else stored)))
+    check(lab.run(total), onto.astype(float) + x.astype(float) @ w.T, 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["tile", "columns"])
+def test_one_token_or_many_are_the_same_numbers(device: str, layout: str) -> None:
+    """On the CPU, and among one or several tokens by the same kernel, the same bits."""
+    stored = quantize(normal(80, 200, scale=0.1), layout)
+    x = outliers(19, 200)
+    x[x < 0] = 0
+    x[:, 64:96] = 0
+    whole = linear(x, stored, device=device)
+    single = np.concatenate([linear(x[t : t + 1], stored, device=device) for t in range(19)])
+    (np.testing.assert_array_equal if device == "cpu" else check)(whole, single)
+
+
+@pytest.mark.parametrize("layout", ["tile", "columns"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_reaches_every_output(device: str, layout: str, bad: float) -> None:
+    stored = quantize(normal(48, 64), layout)
+    for T in (1, 8):
+        x = np.zeros((T, 64), np.float32)
+        x[0, 40] = bad
+        got = linear(x, stored, device=device)
+        assert not np.isfinite(got[0]).any()
+        assert (got[1:] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1.0, 1e6])
+def test_weights_of_any_size(device: str, scale: float) -> None:
+    w = normal(16, 64, scale=scale)
+    w[3] = 0
+    w[5, :40] *= 1e-6
+    stored = quantize(w)
+    x = normal(2, 64)
+    got = linear(x, stored, device=device)
+    assert error_ratio(got / scale, x @ (stored.float32().astype(float).T / scale)) < 1e-4
+
+
+@pytest.mark.parametrize(("T", "N", "K"), SHAPES)
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_float_linear(device: str, T: int, N: int, K: int, dtype: str) -> None:
+    w, x = normal(N, K, scale=0.1), normal(T, K)
+    bits = {"F32": w, "F16": w.astype(np.float16).view(np.uint16), "BF16": (w.view(np.uint32) >> 16).astype(np.uint16)}
+    stored = Floats(dtype, bits[dtype])
+    check(linear(x, stored, "tanh", device=device), np.tanh(x @ stored.float32().astype(float).T), 5e-6)
+    lab, ids = Lab(device), np.array([N - 1, 0, 0])
+    table = lab.run(lab.ops.add(Embed(lab.ids(ids), lab.weight(stored))))
+    np.testing.assert_array_equal(table, to_float32(bits[dtype], dtype)[ids])
+
+
+def test_float16_subnormals(device: str) -> None:
+    bits = np.array([[0x0001, 0x83FF, 0x0000, 0x8000, 0x0400]], np.uint16)
+    got = linear(np.eye(5, dtype=np.float32) * 2**20, Floats("F16", bits), device=device)
+    np.testing.assert_array_equal(got[:, 0], bits.view(np.float16)[0].astype(np.float32) * 2**20)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("F16", 11), ("BF16", 8)])
+def test_round_to(device: str, dtype: str, bits: int) -> None:
+    x = np.concatenate([normal(100), np.float32([1 + 2.0**-bits, 1 + 3 * 2.0**-bits, 0, -1.5])])[None]
+    if dtype == "F16":
+        edges = np.float32([65519, 65520, -7e4, 2.0**-25, 3 * 2.0**-25])
+        x = np.concatenate([x[0], normal(50, scale=1e-5), edges])[None]
+        with np.errstate(over="ignore"):
+            want = x.astype(np.float16).astype(np.float32)
+    else:
+        mantissa, exponent = np.frexp(x.astype(float))
+        want = np.ldexp(np.rint(mantissa * 2.0**bits) / 2.0**bits, exponent)  # ties to even
+    lab = Lab(device)
+    value = lab.value(x)
+    lab.ops.add(RoundTo(value, dtype))
+    np.testing.assert_array_equal(lab.run(value), want)
+
+
+def test_int8_embedding(device: str) -> None:
+    stored, ids, lab = quantize(normal(9, 50), "rows"), np.array([8, 0, 3]), Lab(device)
+    table = lab.run(lab.ops.add(Embed(lab.ids(ids), lab.weight(stored))))
+    np.testing.assert_array_equal(table, stored.float32()[ids])
+
+
+def scores(device: str, p: Any, q: Any, targets: Any) -> Any:
+    lab = Lab(device)
+    left, right = lab.matrix(p), lab.matrix(q)
+    nll = lab.ops.add(CrossEntropy(left, lab.ids(targets)))
+    return [got[:, 0] for got in lab.run(nll, *lab.ops.add(Divergence(left, right)))]
+
+
+def test_scores(device: str) -> None:
+    p, q = normal(5, 3001, scale=6), normal(5, 3001, scale=6)
+    targets = RNG.integers(0, 3001, 5)
+    lp, lq = naive.log_softmax(p.astype(float)), naive.log_softmax(q.astype(float))
+    nll, kl, same = scores(device, p, q, targets)
+    np.testing.assert_allclose(nll, -lp[np.arange(5), targets], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(kl, (np.exp(lp) * (lp - lq)).sum(-1), rtol=1e-5)
+    np.testing.assert_array_equal(same, p.argmax(-1) == q.argmax(-1))
+    nll, kl, same = scores(device, p, p, targets)
+    np.testing.assert_allclose(kl, 0, atol=1e-9)
+    assert same.all()
+    p[2, 7] = np.nan
+    nll, kl, same = scores(device, p, q, targets)
+    assert np.isnan(nll).tolist() == [False, False, True, False, False]
+
+
+def test_one_program_serves_every_number_of_rows(device: str) -> None:
+    """Compiled once with room for 40 rows, then run with 40, 1, none and 7 of them."""
+    stored, w, b = quantize(normal(48, 64, scale=0.1)), normal(64), normal(64)
+    lab = Lab(device, room=30)
+    x = lab.matrix(normal(10, 64))
+    normed = lab.ops.add(LayerNorm(x, Norm(lab.vector(w), lab.vector(b), 1e-5)))
+    (y,) = lab.ops.linear(Product(normed, lab.weight(stored)))
+    executable = lab.compile(y)
+    for T in (40, 1, 0, 7, 40):
+        given = normal(T, 64)
+        executable.run({x.name: given})
+        want = naive.layer_norm(given.astype(float), w, b, 1e-5) @ stored.float32().astype(float).T
+        got = executable.read(y)
+        assert got.shape == (T, 48)
+        if T:
+            check(got, want, 1e-4)
+
+
+def test_starts_are_read_when_the_program_runs(device: str) -> None:
+    """The same program, with the same rows cut into sequences in another way."""
+    lab, x, last = Lab(device), normal(6, 40), normal(3, 40)
+    starts, state = lab.starts((1, 2, 3)), lab.state(last)
+    delta = lab.ops.add(TokenShift(lab.matrix(x), starts, state))
+    executable = lab.compile(delta)
+    for lengths in ((1, 2, 3), (4, 0, 2), (0, 0, 6), (1, 2, 3)):
+        arrays = lab.arrays | {starts.name: begins(lengths)}
+        arrays[state.array.name] = lab.backend.device_array(np.tile(last, (3, 1, 1)))
+        executable.run(arrays)
+        got = executable.read(delta)
+        for b, rows in parts(lengths).items():
+            check(got[rows], np.vstack([last[b : b + 1], x[rows][:-1]]).astype(float) - x[rows])

@@ -1,0 +1,187 @@
+"""Small programs over numpy arrays, run on any device: what a kernel test needs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rwkv_cli.kernels.cpu import backend as cpu
+from rwkv_cli.kernels.cpu import steps
+from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
+from rwkv_cli.kernels.program import Count, Input, InputMatrix, LayerState, Product, Program, TakeRows, Value
+from rwkv_cli.quant.formats.int8 import quantize as quantize_with
+from rwkv_cli.quant.tensor import Floats, Int8
+
+RNG = np.random.default_rng(0)
+BAND = 256
+"""Bytes before and after each array of a program that nobody may write."""
+_PATTERN = 0xA5
+
+
+def backend(device: str) -> Any:
+    """A device by name; "cuda" is numba's simulator where there is no GPU."""
+    if device == "cpu":
+        return cpu
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (rwkv-cli[cuda])")
+    from rwkv_cli.kernels.cuda import backend as cuda
+
+    return cuda
+
+
+class Lab:
+    """Builds a program whose inputs are numpy arrays, and runs it."""
+
+    def __init__(self, device: str = "cpu", threads: int = 2, room: int = 0) -> None:
+        """`room` is how many more rows the program could take than it is given."""
+        self.backend, self.threads, self.room = backend(device), threads, room
+        self.arrays: dict[str, Any] = {}
+        self.inputs: list[Input | InputMatrix] = []
+        self._counts: dict[int, Count] = {}
+        self.ops = Program()
+
+    def rows(self, n: int) -> Count:
+        """The count of rows that will be n."""
+        return self._counts.setdefault(n, Count(n + self.room))
+
+    def _given(self, node: Any, array: Any) -> Any:
+        self.inputs.append(node)
+        self.arrays[node.name] = array
+        return node
+
+    def matrix(self, x: Any) -> InputMatrix:
+        """A float32 matrix as an input."""
+        node = InputMatrix(self.rows(len(x)), x.shape[1], name=f"matrix{len(self.inputs)}")
+        matrix: InputMatrix = self._given(node, np.ascontiguousarray(x, np.float32))
+        return matrix
+
+    def value(self, x: Any) -> Value:
+        """A copy of a matrix that operations may change."""
+        return self.ops.add(TakeRows(self.matrix(x), self.ids(np.arange(len(x)))))
+
+    def ids(self, values: Any) -> Input:
+        """int64, one a row."""
+        node = Input(f"ids{len(self.inputs)}", (self.rows(len(values)),), "I64")
+        ids: Input = self._given(node, np.array(values, np.int64))
+        return ids
+
+    def starts(self, lengths: tuple[int, ...]) -> Input:
+        """Where sequences of these lengths begin."""
+        node = Input(f"starts{len(self.inputs)}", (len(lengths) + 1,), "I64")
+        starts: Input = self._given(node, begins(lengths))
+        return starts
+
+    def state(self, states: Any) -> LayerState:
+        """States [B, …] of the middle of three layers. The others hold 7, which nobody may change."""
+        layers = np.full((3, *states.shape), 7.0, np.float32)
+        layers[1] = states
+        node = Input(f"state{len(self.inputs)}", layers.shape)
+        return LayerState(self._given(node, self.backend.device_array(layers)), 1)
+
+    def state_after(self, state: LayerState) -> Any:
+        """What a run has left in a state."""
+        layers = np.asarray(self.arrays[state.array.name])
+        assert (layers[[0, 2]] == 7).all()
+        return layers[1]
+
+    def vector(self, values: Any) -> Any:
+        return self.backend.vector(np.ascontiguousarray(values, np.float32))
+
+    def weight(self, stored: Any) -> Any:
+        """A stored matrix, or a float32 array as one."""
+        return self.backend.weight(Floats("F32", stored) if isinstance(stored, np.ndarray) else stored)
+
+    def compile(self, *outputs: Value) -> Any:
+        """The program so far."""
+        program = Program(*self.inputs)
+        program.operations = self.ops.operations
+        for value in outputs:
+            program.keep(value)
+        return self.backend.compile(program, self.threads)
+
+    def run(self, *outputs: Value) -> Any:
+        """What the program computes: an array for each output, or the only one."""
+        executable = self.compile(*outputs)
+        with guarded(executable) if self.backend is cpu else unguarded():
+            executable.run(self.arrays)
+        got = [executable.read(value) for value in outputs]
+        return got[0] if len(got) == 1 else got
+
+
+def linear(x: Any, stored: Any, activation: Any = "", bias: Any = None, **options: Any) -> Any:
+    """One matrix product on a device."""
+    lab = Lab(**options)
+    weight = lab.weight(stored)
+    product = Product(lab.matrix(x), weight, activation, None if bias is None else lab.vector(bias))
+    return lab.run(*lab.ops.linear(product))
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def guarded(executable: Any) -> Iterator[None]:
+    """Fill the CPU's workspace with NaN, or the largest integers, so that what is not written is seen.
+
+    Where `lone_arrays` has laid the arrays out, the bands between them must stay what they are.
+    """
+    runnable = executable._runnable
+    workspace = runnable._workspace
+    workspace[:] = _PATTERN if LONE else 0xFF
+    if LONE:
+        for buffer, offset in runnable._offsets.items():
+            workspace[offset : offset + buffer.size] = 0xFF
+    yield
+    if LONE:
+        used = np.zeros(len(workspace), bool)
+        for buffer, offset in runnable._offsets.items():
+            used[offset : offset + buffer.size] = True
+        assert (workspace[~used] == _PATTERN).all(), "a kernel wrote beyond its array"
+
+
+LONE: list[bool] = []
+"""Not empty while every array of a program has memory of its own."""
+
+
+def lone_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every array of a program lie alone, with a band on each side."""
+
+    def plan(buffers: Any) -> Any:
+        offsets, end = {}, BAND
+        for buffer in buffers:
+            if buffer.first is not None:
+                offsets[buffer] = end
+                end += -(-buffer.size // BAND) * BAND + BAND
+        return offsets, end
+
+    monkeypatch.setattr(steps, "plan", plan)
+    monkeypatch.setattr("lab.LONE", [True])
+
+
+def quantize(w: Any, layout: str = "tile") -> Int8:
+    return quantize_with(w, layout, quantize_rows)
+
+
+def normal(*shape: int, scale: float = 1.0) -> Any:
+    return (RNG.standard_normal(shape) * scale).astype(np.float32)
+
+
+def outliers(T: int, K: int) -> Any:
+    """Activations with one channel thousands of times the others, as layer 0's att.output sees."""
+    x = normal(T, K)
+    x[:, K // 3] *= 3000
+    return x
+
+
+def begins(lengths: tuple[int, ...]) -> Any:
+    """Where each sequence begins, and where the last one ends."""
+    return np.cumsum([0, *lengths])
+
+
+def parts(lengths: tuple[int, ...]) -> dict[int, slice]:
+    """The rows of each sequence that has some."""
+    return {b: slice(*ends) for b, ends in enumerate(pairwise(begins(lengths).tolist())) if ends[1] > ends[0]}
