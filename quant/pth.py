@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_cli.errors import FormatError
+from rwkv_cli.quant.dtypes import BITS
 from rwkv_cli.quant.source import SourceTensor, check_name, extent
-from rwkv_cli.quant.tensor import BITS
 
 _DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
 _MAX_PICKLE = 8 << 20

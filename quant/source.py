@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.errors import FormatError
-from rwkv_cli.quant.tensor import BITS, to_float32
+from rwkv_cli.quant.dtypes import BITS, to_float32
 
 
 @dataclass(frozen=True)

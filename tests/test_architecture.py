@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 BELOW = {
-    "kernels": {"errors"},
-    "quant": {"errors"},
-    "models": {"errors", "kernels", "quant"},
-    "rwkv_cli": {"errors", "kernels", "quant", "models"},
+    "kernels": {"errors", "numbers"},
+    "quant": {"errors", "numbers"},
+    "models": {"errors", "numbers", "kernels", "quant"},
+    "rwkv_cli": {"errors", "numbers", "kernels", "quant", "models"},
 }
 SOURCES = [path for folder in BELOW for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -45,7 +45,7 @@ def test_imports_go_down(path: Path) -> None:
         assert parts[0] not in ("kernels", "quant", "models"), f"{name}: write rwkv_cli.{name}"
         assert parts[0] not in ("torch", "rwkv"), f"{name} at run time"
         if parts[0] == "rwkv_cli" and len(parts) > 1:
-            target = parts[1] if parts[1] in (*BELOW, "errors") and here != "rwkv_cli" else "rwkv_cli"
+            target = parts[1] if parts[1] in (*BELOW, "errors", "numbers") and here != "rwkv_cli" else "rwkv_cli"
             assert target == here or target in BELOW[here], f"{path} imports {name}"
 
 

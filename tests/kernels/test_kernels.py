@@ -14,8 +14,9 @@ from rwkv_cli.kernels.cpu import elementwise, matmul
 from rwkv_cli.kernels.cpu import lower as cpu
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
 from rwkv_cli.kernels.cpu.team import Program
+from rwkv_cli.quant.dtypes import to_float32
+from rwkv_cli.quant.formats.int8 import Int8
 from rwkv_cli.quant.formats.int8 import quantize as quantize_with
-from rwkv_cli.quant.tensor import Int8, to_float32
 
 BAND = 256
 
