@@ -16,8 +16,6 @@ Array = NDArray[np.float32]
 Shapes = Mapping[str, Shape]
 """Shapes of a checkpoint's tensors by their official names."""
 
-MAX_LAYERS = 9999
-
 
 @dataclass(frozen=True)
 class Config:
@@ -67,7 +65,7 @@ class Config:
             raise ValueError("a dimension is out of range")
         if config.embedding_dtype not in FLOAT_DTYPES:
             raise ValueError("its embedding_dtype is unknown")
-        if config.layers > MAX_LAYERS:
+        if config.layers > 9999:
             raise ValueError("it has too many layers")
         if config.heads * config.head_size != config.width:
             raise ValueError("heads · head_size is not the width")
@@ -90,7 +88,7 @@ class WkvState(NamedTuple):
 
     shape: Shape
     start: tuple[float, ...]
-    """What the state holds before the first token: one number for all, or one for each item of the first axis."""
+    """The numbers before the first token: one for all of the state, or one for each item of its first axis."""
 
 
 @dataclass(frozen=True)

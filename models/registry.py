@@ -1,4 +1,4 @@
-"""The architectures, and how a checkpoint's own is found."""
+"""The architectures, and the search for the one that a checkpoint has."""
 
 import re
 from collections.abc import Iterable
@@ -8,12 +8,17 @@ from typing import NamedTuple
 
 from rwkv_cli.errors import UnsupportedModelError
 from rwkv_cli.models import naming, rwkv4, rwkv5, rwkv6, rwkv7
-from rwkv_cli.models.config import MAX_LAYERS, Config, Entry, Shapes, matrix, norm
+from rwkv_cli.models.config import Config, Entry, Shapes, matrix, norm
 from rwkv_cli.quant import Source, SourceTensor
 
 MODULES: dict[str, ModuleType] = {
-    "4": rwkv4, "5.0": rwkv5, "5.1": rwkv5, "5.2": rwkv5, "6": rwkv6, "7": rwkv7,
-}  # fmt: skip
+    "4": rwkv4,
+    "5.0": rwkv5,
+    "5.1": rwkv5,
+    "5.2": rwkv5,
+    "6": rwkv6,
+    "7": rwkv7,
+}
 
 _RELATIVES = [
     (r"\.lora_[AB]\b|\.lora\.[01]$", "a LoRA adapter; merge it into its base model first"),
@@ -55,19 +60,8 @@ def recognize(source: Source) -> Recognized:
     return Recognized(config, {name: (entry, tensors[origin]) for name, (entry, origin) in matched})
 
 
-def _module(names: Iterable[str]) -> ModuleType:
-    first = {name.removeprefix("blocks.0.att.") for name in names if name.startswith("blocks.0.att.")}
-    if "r_k" in first or "k_k" in first:
-        return rwkv7
-    if "time_maa_x" in first:
-        return rwkv6
-    if "time_decay" not in first:
-        raise UnsupportedModelError("not an RWKV model in a known naming: it has no time mixing in layer 0")
-    return rwkv5 if "ln_x.weight" in first else rwkv4
-
-
 def detect(shapes: Shapes) -> Config:
-    """The dimensions of a checkpoint with these tensors.
+    """The config of a checkpoint with these tensors.
 
     Raises UnsupportedModelError, naming the variant or the tensor, for anything that is no supported model.
     """
@@ -97,42 +91,46 @@ def detect(shapes: Shapes) -> Config:
             f"{found.heads} heads of {found.head_size} do not make up the width {width} of emb.weight"
         )
     config = Config(
-        version=found.version, layers=len(layers), width=width, vocab=vocab, heads=found.heads,
-        head_size=found.head_size, ffn=ffn, ranks=found.ranks,
-    )  # fmt: skip
+        version=found.version,
+        layers=len(layers),
+        width=width,
+        vocab=vocab,
+        heads=found.heads,
+        head_size=found.head_size,
+        ffn=ffn,
+        ranks=found.ranks,
+    )
     try:
         return Config.from_json(config.as_json())
     except ValueError as error:
         raise UnsupportedModelError(f"{error}: {config}") from None
 
 
-def _unused_in_first(module: ModuleType) -> frozenset[str]:
-    """Names of tensors that layer 0 never uses. A file may hold them or not."""
-    return getattr(module, "UNUSED_IN_FIRST", frozenset())
+def _module(names: Iterable[str]) -> ModuleType:
+    """The version of a checkpoint, told by the names in the time mixing of its layer 0."""
+    first = {name.removeprefix("blocks.0.att.") for name in names if name.startswith("blocks.0.att.")}
+    if "r_k" in first or "k_k" in first:
+        return rwkv7
+    if "time_maa_x" in first:
+        return rwkv6
+    if "time_decay" not in first:
+        raise UnsupportedModelError("not an RWKV model in a known naming: it has no time mixing in layer 0")
+    return rwkv5 if "ln_x.weight" in first else rwkv4
 
 
 def tensors(config: Config) -> dict[str, Entry]:
     """Every tensor of a model by its full name in the converted file, optional ones included."""
     D, V = config.width, config.vocab
     module = MODULES[config.version]
-    table: dict[str, Entry] = {}
-    for entry in [
-        matrix("emb", V, D, "table"),
-        *norm("blocks.0.ln0", D),
-        *norm("ln_out", D),
-        matrix("head", V, D),
-    ]:
-        table[entry.name] = entry
-    skip = _unused_in_first(module)
+    top = [matrix("emb", V, D, "table"), *norm("blocks.0.ln0", D), *norm("ln_out", D), matrix("head", V, D)]
+    table = {entry.name: entry for entry in top}
     try:
         layer = [*norm("ln1", D), *norm("ln2", D), *module.entries(config)]
     except KeyError as error:
         raise UnsupportedModelError(f"its config lacks the low rank {error}; convert the model again") from None
-    if config.layers > MAX_LAYERS:
-        raise UnsupportedModelError(f"{config.layers} layers are more than any model has; convert the model again")
     for i in range(config.layers):
         for entry in layer:
-            if i > 0 or entry.name not in skip:
+            if i > 0 or entry.name not in module.UNUSED_IN_FIRST:
                 table[f"blocks.{i}.{entry.name}"] = entry
     return table
 
@@ -143,8 +141,7 @@ def match(config: Config, shapes: Shapes) -> dict[str, Match]:
     Raises UnsupportedModelError for a tensor that is missing, is of the wrong shape or does not belong to the model.
     """
     matched: dict[str, Match] = {}
-    skip = _unused_in_first(MODULES[config.version])
-    expected = {f"blocks.0.{name}" for name in skip}
+    expected = {f"blocks.0.{name}" for name in MODULES[config.version].UNUSED_IN_FIRST}
     for name, entry in tensors(config).items():
         source = name.removesuffix(entry.name) + entry.origin
         expected.add(source)

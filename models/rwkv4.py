@@ -18,6 +18,9 @@ EMPTY = -1e30
 ROUNDS_EMBEDDING = True
 """The embedding is rounded to the source's dtype after its norm."""
 
+UNUSED_IN_FIRST: frozenset[str] = frozenset()
+"""Layer 0 uses all tensors."""
+
 
 def configure(shapes: Shapes) -> Dimensions:
     """The dimensions of RWKV-4. Each channel is a head of its own, so one head stands for all."""

@@ -24,6 +24,9 @@ from rwkv_cli.models.layers import (
 ROUNDS_EMBEDDING = True
 """The embedding is rounded to the source's dtype after its norm."""
 
+UNUSED_IN_FIRST: frozenset[str] = frozenset()
+"""Layer 0 uses all tensors."""
+
 
 def configure(shapes: Shapes) -> Dimensions:
     """The dimensions of RWKV-5."""

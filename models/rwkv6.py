@@ -23,6 +23,9 @@ MIXES = "wkvrg"
 ROUNDS_EMBEDDING = True
 """The embedding is rounded to the source's dtype after its norm."""
 
+UNUSED_IN_FIRST: frozenset[str] = frozenset()
+"""Layer 0 uses all tensors."""
+
 
 def configure(shapes: Shapes) -> Dimensions:
     """The dimensions of RWKV-6."""

@@ -7,7 +7,7 @@ from rwkv_cli.models.layers import Carry, Layer, lerps, matrix_state, norm_of, t
 ROUNDS_EMBEDDING = False
 """The embedding's norm is computed in float32, whatever the source's dtype."""
 
-UNUSED_IN_FIRST = frozenset({"att.v0", "att.v1", "att.v2"})
+UNUSED_IN_FIRST: frozenset[str] = frozenset({"att.v0", "att.v1", "att.v2"})
 """Tensors that layer 0 does not use, since it has no earlier value to mix in. Some files hold them all the same."""
 
 

@@ -30,7 +30,8 @@ class Checkpoint:
         self.path = path
         self._text: dict[str, str] = {}
         if path.is_dir() or not _starts_header(path):
-            open_source(path)  # refuses with a better reason what is no checkpoint at all
+            # this raises a better reason for a file that is no checkpoint at all
+            open_source(path)
         else:
             self.stored, self._text = read_header(path)
         if self._text.get("format") != "rwkv":

@@ -23,7 +23,7 @@ class Place(NamedTuple):
     dtype: str
     shape: Shape
     start: int
-    """Its first byte, counted from the end of the header."""
+    """The first byte, counted from the end of the header."""
 
     @property
     def stop(self) -> int:
@@ -53,7 +53,7 @@ def _rank(part: Part) -> tuple[int, bool]:
 
 
 class Header(NamedTuple):
-    """All that the header says but for what only the written numbers tell."""
+    """A header before the tensors are written, when it still lacks the facts that only their numbers tell."""
 
     places: Mapping[str, Place]
     tensors: Mapping[str, Mapping[str, Any]]
@@ -84,9 +84,7 @@ class Header(NamedTuple):
             }
         }
         for name, place in self.places.items():
-            header[name] = {
-                "dtype": place.dtype, "shape": place.shape, "data_offsets": [place.start, place.stop],
-            }  # fmt: skip
+            header[name] = {"dtype": place.dtype, "shape": place.shape, "data_offsets": [place.start, place.stop]}
         return _compact(header).encode()
 
 

@@ -41,7 +41,7 @@ def _move(part: Path, path: Path) -> None:
         os.link(part, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links, such as exFAT
+    except OSError:  # some file systems have no hard links, such as exFAT
         if os.path.lexists(path):
             raise FileExistsError from None
         part.replace(path)

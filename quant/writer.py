@@ -24,6 +24,7 @@ from rwkv_cli.quant.replacing import replacing
 from rwkv_cli.quant.source import SourceTensor
 
 _BLOCK_BYTES = 4 << 20
+"""Bytes of the float32 rows that are worked on together. They stay in a cache."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _forget(path: Path) -> None:
 
 
 class _Stream:
-    """Tensors on their way into a file: read, hashed, encoded, and appended to each of their arrays."""
+    """The way of tensors into a file: they are read, hashed, encoded and appended to their arrays."""
 
     def __init__(self, file: IO[bytes], starts: Mapping[str, int], ahead: Ahead, behind: Behind) -> None:
         self._file, self._ends, self._ahead, self._behind = file, dict(starts), ahead, behind
@@ -180,7 +181,8 @@ class _Stream:
         rows = np.empty(0, np.float32)
         for _ in blocks:
             rows = self._ahead.block()
-            low, high = (float(rows.min()), float(rows.max())) if rows.size else (0.0, 0.0)  # NaN if there is one
+            # both are NaN if one number is
+            low, high = (float(rows.min()), float(rows.max())) if rows.size else (0.0, 0.0)
             if not np.isfinite(high - low):
                 raise FormatError(_damaged(planned))
             largest = max(largest, -low, high)
@@ -235,7 +237,7 @@ def _derived(planned: Planned) -> Block:
     """The whole tensor, made from its source."""
     assert planned.derive is not None
     whole = planned.source.float32()
-    if not np.isfinite(whole).all():  # exp would hide an infinity
+    if not np.isfinite(whole).all():  # exp would hide an infinity from later checks
         raise FormatError(_damaged(planned))
     with np.errstate(over="ignore"):
         whole = planned.derive(whole)

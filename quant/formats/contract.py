@@ -1,4 +1,4 @@
-"""What a format must offer: a module of this package for each, held against `Format`.
+"""The contract of a format. Each format is a module of this package that is held against `Format`.
 
 A tensor has a kind, a format has layouts, and a layout says how the numbers of a tensor lie in the arrays of a file.
 The file names only the layout, so no two formats have a layout of the same name.

@@ -104,7 +104,7 @@ def _order(layout: str, shape: Shape) -> _Order:
     if layout == "tile":
         strips = -(-N // _STRIP)
         return _Order(_STRIP, _QUAD, (strips, padded // _QUAD, _STRIP, _QUAD), (strips, groups, _STRIP))
-    # 256 outputs where that divides N, else the largest smaller power of two that does, but at least a strip
+    # the width is the largest of these that divides N, or a strip if none does
     width = next((width for width in (256, 128, 64, 32) if N % width == 0), _STRIP)
     blocks = -(-N // width)
     return _Order(width, 1, (blocks, padded, width), (blocks, groups, width))

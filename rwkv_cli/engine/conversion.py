@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rwkv_cli.engine import templates
 from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
@@ -61,15 +62,18 @@ class Conversion:
 
     def write(self, dst: Path, *, overwrite: bool, bar: Bar = _no_bar) -> list[Written]:
         """Write `dst`. A failure leaves nothing behind."""
-        quantize_rows(np.zeros((1, 32), np.float32), 0)  # compiled before there is a bar
+        # the kernel is compiled here, before there is a bar
+        quantize_rows(np.zeros((1, 32), np.float32), 0)
         with bar(self.contents.source_bytes) as progress:
             return write(dst, self.contents, quantize_rows, overwrite=overwrite, progress=progress)
 
 
 def _planned(name: str, entry: Entry, source: SourceTensor, quantization: str) -> Planned:
-    derive = entry.derive
-    if derive is None and entry.kind == "vector":  # an official vector may have more dimensions of 1
-        derive = lambda a: a.reshape(entry.shape)  # noqa: E731
+    def reshaped(a: NDArray[np.float32]) -> NDArray[np.float32]:
+        """An official vector may have more dimensions of 1."""
+        return a.reshape(entry.shape)
+
+    derive = entry.derive or (reshaped if entry.kind == "vector" else None)
     return Planned(name, source, layout_for(entry.kind, quantization), entry.shape, derive)
 
 
@@ -108,7 +112,7 @@ def find_tokenizer(choice: str, src: Path, vocab: int) -> Tokenizer | None:
         for name in (f"{full_path(src).stem}.tokenizer.json", "tokenizer.json", "20B_tokenizer.json"):
             if (folder / name).is_file():
                 tokenizer = read_tokenizer_file(folder / name)
-                # vocabularies are padded by a few hundred rows at most: another one lies here by chance
+                # a vocabulary is padded by a few hundred rows at most, so any other file lies here by chance
                 if tokenizer.size <= vocab < tokenizer.size + 512:
                     return tokenizer
         if vocab == 65536:
