@@ -96,7 +96,8 @@ def vector(version: str, name: str, shape: tuple[int, ...]) -> Any:
 def write_model(path: Path, config: Any) -> int:
     """A converted file with random weights; how many bytes of matrices a token reads."""
     from rwkv_cli.models.registry import tensors
-    from rwkv_cli.quant.tensor import stored_shapes
+    from rwkv_cli.quant.formats import int8
+    from rwkv_cli.quant.formats.contract import Spec
 
     layouts: dict[str, Any] = {}
     pieces: list[tuple[str, str, tuple[int, ...], Any]] = []  # name, dtype, shape, values or None for noise
@@ -108,8 +109,8 @@ def write_model(path: Path, config: Any) -> int:
             pieces.append((name, "F32", entry.shape, vector(config.version, entry.name, entry.shape).astype("<f4")))
             layouts[name] = {"layout": "vector", "shape": list(entry.shape)}
             continue
-        layout = {"matrix": "tile", "sparse": "columns", "table": "rows"}[entry.kind]
-        stored, scales = stored_shapes(layout, (entry.shape[0], entry.shape[1]))
+        layout = int8.LAYOUTS[entry.kind]
+        stored, scales = (part.shape for part in int8.parts(Spec(layout, entry.shape)))
         # int8 noise has a deviation of 73
         scale = 1 / 146 if layout == "rows" else 1 / (73 * math.sqrt(entry.shape[1]))
         unit = math.floor(math.log2(scale)) - 14

@@ -32,7 +32,7 @@ from rwkv_cli.models.config import Config
 from rwkv_cli.models.layers import Carry, TimeMixing, norm_of
 from rwkv_cli.models.registry import MODULES, tensors
 from rwkv_cli.models.state import State
-from rwkv_cli.quant import Checkpoint, Floats
+from rwkv_cli.quant import Checkpoint
 
 CHUNK = 252
 """Tokens that go through the layers together: what bounds the memory of a long prompt. A multiple of 4 and of 6, the
@@ -114,8 +114,7 @@ class Model:
                 loaded += 4 * math.prod(entry.shape)
             else:
                 stored = checkpoint.tensor(name, entry.shape)
-                layouts = ("rows",) if entry.kind == "table" else ("tile", "columns")
-                if not isinstance(stored, Floats) and stored.layout not in layouts:
+                if stored.layout not in ("float", *(("rows",) if entry.kind == "table" else ("tile", "columns"))):
                     raise FormatError(f"{checkpoint.path}: tensor {name} is stored as {stored.layout}")
                 weight = self.backend.weight(stored)
                 loaded += weight.nbytes
@@ -221,7 +220,7 @@ class Model:
         count = Count(1 if kind.single else CHUNK)
         ids, starts = Input("ids", (count,), "I64"), Input("starts", (B + 1,), "I64")
         att_shift, ffn_shift = (Input(name, (c.layers, B, c.width)) for name in ("att_shift", "ffn_shift"))
-        wkv = Input("wkv", (c.layers, B, *self._arch.wkv_state(c)[0]))
+        wkv = Input("wkv", (c.layers, B, *self._arch.wkv_state(c).shape))
         ends = Input("ends", (Count(min(count.most, B)),), "I64")
         targets = Input("targets", (count,), "I64")
         at_the_end = {"last": (ends,), "every": (), "losses": (targets,)}[kind.head]
@@ -251,7 +250,7 @@ class Model:
         c = self.config
         of = "this model and this many sequences" if batch else "this model"
         shift = (c.layers, *batch, c.width)
-        shapes = shift, shift, (c.layers, *batch, *self._arch.wkv_state(c)[0])
+        shapes = shift, shift, (c.layers, *batch, *self._arch.wkv_state(c).shape)
         for (name, array), shape in zip(state.arrays().items(), shapes, strict=True):
             if getattr(array, "shape", None) != shape or array.dtype != np.float32:
                 raise ValueError(f"the state's {name} must be float32 {list(shape)}: it is not of {of}")

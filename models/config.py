@@ -1,30 +1,31 @@
-"""What a model is, as data: its dimensions, and the tensors it is made of."""
+"""A model as data: its dimensions, and the tensors that it is made of."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import prod
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.quant.tensor import FLOATS
+from rwkv_cli.numbers import FLOAT_DTYPES
+from rwkv_cli.quant.formats.contract import Kind
+from rwkv_cli.quant.formats.contract import Shape as Shape
 
 Array = NDArray[np.float32]
-Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 """Shapes of a checkpoint's tensors by their official names."""
-
-Kind = Literal["matrix", "sparse", "table", "vector"]
-"""matrix: multiplies a dense input; sparse: one that is mostly zero; table: read by row; vector: stays float."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Dimensions of a model, all found from names and shapes."""
+    """Dimensions of a model.
+
+    Converted files hold them. A field that is added later has a default, so that older files still load.
+    """
 
     version: str
-    """4, 5.0, 5.1, 5.2, 6 or 7."""
+    """One of 4, 5.0, 5.1, 5.2, 6 and 7."""
     layers: int
     width: int
     vocab: int
@@ -32,29 +33,37 @@ class Config:
     head_size: int
     ffn: int
     ranks: dict[str, int] = field(default_factory=dict)
-    """Of the low-rank pairs (v6, v7), by their letter."""
+    """Ranks of the low-rank pairs of v6 and v7, by their letter."""
     embedding_dtype: str = "F32"
-    """F32, F16 or BF16: what the embedding is rounded to after its norm. The reference does that norm in the file's own
-    dtype before v7 (rwkv package 0.8.32, model.py, "precompute embedding")."""
+    """The dtype that the embedding is rounded to after its norm. Before v7, the reference does that norm in the file's
+    own dtype (rwkv package 0.8.32, model.py, "precompute embedding")."""
     norm_eps: float = 1e-5
     group_norm_eps: float = 64e-5
-    """1e-5 · 8², since training divides by head_size_divisor 8 before the norm (rwkv package, model.py)."""
+    """The default is 1e-5 · 8²: training divides by head_size_divisor 8 before the norm (rwkv package, model.py)."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Config":
-        """Raises ValueError where a field is missing, unknown or out of range."""
-        if set(value) != {f.name for f in fields(cls)}:
-            raise ValueError("the fields are not those of this version")
+        """The config in a converted file. A field that the file lacks gets its default.
+
+        Raises ValueError where a field has no default and is missing, is unknown or is out of range.
+        """
+        known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
+        for name in value:
+            if name not in known:
+                raise ValueError(f"this version of rwkv-cli does not know the field {name!r:.80}")
+        for name, required in known.items():
+            if required and name not in value:
+                raise ValueError(f"the field {name!r} is missing")
         config = cls(**value)
         sizes = [config.layers, config.width, config.vocab, config.heads, config.head_size, config.ffn]
         if not isinstance(config.ranks, dict):
             raise ValueError("ranks must be a table")
         if any(type(n) is not int or not 0 < n < 1 << 24 for n in [*sizes, *config.ranks.values()]):
             raise ValueError("a dimension is out of range")
-        if config.embedding_dtype not in FLOATS:
+        if config.embedding_dtype not in FLOAT_DTYPES:
             raise ValueError("its embedding_dtype is unknown")
         if config.layers > 9999:
             raise ValueError("it has too many layers")
@@ -65,28 +74,47 @@ class Config:
         return config
 
 
+class Dimensions(NamedTuple):
+    """The part of a config that each version finds in its own tensors."""
+
+    version: str
+    heads: int
+    head_size: int
+    ranks: dict[str, int]
+
+
+class WkvState(NamedTuple):
+    """The state that one layer's recurrence keeps of a sequence."""
+
+    shape: Shape
+    start: tuple[float, ...]
+    """The numbers before the first token: one for all of the state, or one for each item of its first axis."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a model: where it comes from and what it becomes."""
+    """One tensor of a model: its origin and what it becomes."""
 
     name: str
-    """In the converted file, and the key its layer finds it by: the official name without `blocks.i.`, mostly."""
+    """The name in the converted file, without `blocks.i.`. It is the official one, but for a few."""
     kind: Kind
     shape: Shape
     """[out, in] for a matrix."""
     source: str = ""
     """The official name if it differs from `name`."""
     source_shape: Shape = ()
-    """The official shape if it differs; dimensions of 1 do not count, but for matrices."""
+    """The official shape if it differs. Dimensions of 1 count only in matrices."""
     derive: Callable[[Array], Array] | None = None
+    """A function that makes this tensor of the official one; None leaves the values as they are."""
     optional: bool = False
 
     @property
     def origin(self) -> str:
+        """The official name."""
         return self.source or self.name
 
     def fits(self, shape: Shape) -> bool:
-        """Whether a source tensor of this shape can become this one."""
+        """Return true if a source tensor of this shape can become this one."""
         expected = self.source_shape or self.shape
         if len(expected) == 2 and self.kind != "vector":
             return shape == expected
@@ -94,19 +122,20 @@ class Entry:
 
 
 def squeezed(shape: Shape) -> Shape:
+    """The shape without its dimensions of 1."""
     return tuple(n for n in shape if n != 1)
 
 
 def norm(name: str, width: int) -> list[Entry]:
-    """Weight and bias of a layer or group norm."""
+    """Weight and bias of a layer norm or group norm."""
     return [Entry(f"{name}.{part}", "vector", (width,)) for part in ("weight", "bias")]
 
 
 def matrix(name: str, out: int, inputs: int, kind: Kind = "matrix") -> Entry:
-    """A linear layer, official orientation [out, in]."""
+    """A linear layer, [out, in] as officially."""
     return Entry(f"{name}.weight", kind, (out, inputs))
 
 
 def low_rank(name: str, out: int, inputs: int) -> Entry:
-    """A low-rank factor, stored [in, out] officially and applied as x @ W: turned to [out, in]."""
+    """A low-rank factor. Official files have it as [in, out], applied as x @ W; here it is turned to [out, in]."""
     return Entry(name, "matrix", (out, inputs), source_shape=(inputs, out), derive=np.transpose)

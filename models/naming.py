@@ -1,16 +1,16 @@
-"""Other namings of the same tensors, brought to the official one (RWKV-LM's .pth). Values are never touched here.
+"""Names of tensors. Other namings are brought to the official one (RWKV-LM's .pth), and no value is touched.
 
 Sources: transformers, models/rwkv/convert_rwkv_checkpoint_to_hf.py (v4); the remote code of RWKV/rwkv-5-world and
 RWKV/rwkv-6-world as listed in llama.cpp's tensor_mapping.py; flash-linear-attention, utils/convert_from_rwkv7.py.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant import Source, SourceTensor
-from rwkv_cli.quant.tensor import BITS
+from rwkv_cli.quant.dtypes import BITS
 
 _PREFIX = "_forward_module."
 
@@ -46,17 +46,26 @@ _FLA = [
 ]
 
 
-def from_fla(source: Source) -> bool:
-    """Whether the names are flash-linear-attention's, whose group norm has eps = 1e-5 · head size (layers/rwkv7.py)."""
-    return any(name.removeprefix(_PREFIX).startswith("model.layers.") for name in source)
+FLA_EPS = 1e-5
+"""The eps of flash-linear-attention's group norm, divided by the head size (layers/rwkv7.py)."""
+
+
+def is_fla(names: Iterable[str]) -> bool:
+    """Return true for the names of flash-linear-attention."""
+    return any(name.removeprefix(_PREFIX).startswith("model.layers.") for name in names)
+
+
+def kind_of(name: str) -> str:
+    """A tensor's name without its layer and ending, such as att.key, ffn.value or emb."""
+    return re.sub(r"^blocks\.[^.]*\.", "", name.removesuffix(".weight"))
 
 
 def official(source: Source) -> dict[str, SourceTensor]:
-    """The tensors of a checkpoint under their official names, whatever known naming they came in."""
+    """The tensors of a checkpoint under their official names. Unknown names stay as they are."""
     named = [(name.removeprefix(_PREFIX), tensor) for name, tensor in source.items()]
     if any(name.startswith(("rwkv.blocks.", "rwkv.embeddings.")) for name, _ in named):
         named = [(_rename(name, _WORLD), tensor) for name, tensor in named]
-    elif any(name.startswith("model.layers.") for name, _ in named):
+    elif is_fla(source):
         named = [pair for name, tensor in named for pair in _from_fla(name, tensor)]
     tensors: dict[str, SourceTensor] = {}
     for name, tensor in named:
@@ -73,7 +82,10 @@ def _rename(name: str, rules: list[tuple[str, str]]) -> str:
 
 
 def _from_fla(name: str, tensor: SourceTensor) -> Iterator[tuple[str, SourceTensor]]:
-    """fla keeps low-rank factors as [out, in] linears, and older files all six mixes stacked in `x_x`."""
+    """The official tensors that one of flash-linear-attention stands for.
+
+    There, low-rank factors are linears [out, in], and older files have all six mixes stacked in `x_x`.
+    """
     new = _rename(name, _FLA)
     if ".lora." in name and name.endswith(".weight") and len(tensor.shape) == 2:
         yield new, replace(tensor, shape=tensor.shape[::-1], strides=tensor.strides[::-1])

@@ -1,29 +1,113 @@
-"""Which architectures there are, and which one a checkpoint is."""
+"""The architectures, and the search for the one that a checkpoint has."""
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from types import ModuleType
+from typing import NamedTuple
 
 from rwkv_cli.errors import UnsupportedModelError
-from rwkv_cli.models import rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_cli.models import naming, rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_cli.models.config import Config, Entry, Shapes, matrix, norm
+from rwkv_cli.quant import Source, SourceTensor
 
 MODULES: dict[str, ModuleType] = {
-    "4": rwkv4, "5.0": rwkv5, "5.1": rwkv5, "5.2": rwkv5, "6": rwkv6, "7": rwkv7,
-}  # fmt: skip
+    "4": rwkv4,
+    "5.0": rwkv5,
+    "5.1": rwkv5,
+    "5.2": rwkv5,
+    "6": rwkv6,
+    "7": rwkv7,
+}
 
-_MAX_LAYERS = 9999
-
-# newest first; each pattern is looked for among the tensor names
-_REFUSED = [
+_RELATIVES = [
     (r"\.lora_[AB]\b|\.lora\.[01]$", "a LoRA adapter; merge it into its base model first"),
     (r"\.ffn\.enn\b", "RWKV-8, which is not supported yet; RWKV-4 to RWKV-7 are"),
     (r"\.qkv\.", "RWKV-7b (DeepEmbedAttention), which is not supported; plain RWKV-7 is"),
     (r"\.ffn\.s_emb", "RWKV-7a (DeepEmbed), which is not supported; plain RWKV-7 is"),
 ]
+"""Patterns of tensor names that only unsupported models have, newest first, and the names of those models."""
+
+
+class Match(NamedTuple):
+    """A tensor to convert: what the model says of it and its official name."""
+
+    entry: Entry
+    origin: str
+
+
+class Recognized(NamedTuple):
+    """A checkpoint that is a supported model."""
+
+    config: Config
+    tensors: dict[str, tuple[Entry, SourceTensor]]
+    """Each tensor to convert, by its name in the converted file."""
+
+
+def recognize(source: Source) -> Recognized:
+    """The model that a checkpoint holds, in whatever naming.
+
+    Raises UnsupportedModelError, naming the variant or the tensor, for anything else.
+    """
+    tensors = naming.official(source)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    config = detect(shapes)
+    if naming.is_fla(source):
+        config = replace(config, group_norm_eps=naming.FLA_EPS * config.head_size)
+    if MODULES[config.version].ROUNDS_EMBEDDING:
+        config = replace(config, embedding_dtype=tensors["emb.weight"].dtype)
+    matched = match(config, shapes).items()
+    return Recognized(config, {name: (entry, tensors[origin]) for name, (entry, origin) in matched})
+
+
+def detect(shapes: Shapes) -> Config:
+    """The config of a checkpoint with these tensors.
+
+    Raises UnsupportedModelError, naming the variant or the tensor, for anything that is no supported model.
+    """
+    for pattern, what in _RELATIVES:
+        telling = next((name for name in shapes if re.search(pattern, name)), None)
+        if telling:
+            raise UnsupportedModelError(f"this is {what} (found {telling})")
+    if shapes and all(name.endswith(".time_state") for name in shapes):
+        raise UnsupportedModelError("these are tuned initial states only, without a model")
+    module = _module(shapes)
+    layers = {int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d{1,4})\.", name))}
+    if layers != set(range(len(layers))):
+        missing = min(set(range(max(layers))) - layers)
+        raise UnsupportedModelError(f"layer {missing} is missing: there is no tensor blocks.{missing}.*")
+    try:
+        vocab, width = shapes["emb.weight"]
+        ffn, *_ = shapes["blocks.0.ffn.key.weight"]
+        found = module.configure(shapes)
+    except KeyError as error:
+        raise UnsupportedModelError(f"tensor {error.args[0]} is missing") from None
+    except (ValueError, IndexError):
+        raise UnsupportedModelError(
+            "emb.weight or the time mixing of layer 0 has the wrong number of dimensions"
+        ) from None
+    if found.heads * found.head_size != width:
+        raise UnsupportedModelError(
+            f"{found.heads} heads of {found.head_size} do not make up the width {width} of emb.weight"
+        )
+    config = Config(
+        version=found.version,
+        layers=len(layers),
+        width=width,
+        vocab=vocab,
+        heads=found.heads,
+        head_size=found.head_size,
+        ffn=ffn,
+        ranks=found.ranks,
+    )
+    try:
+        return Config.from_json(config.as_json())
+    except ValueError as error:
+        raise UnsupportedModelError(f"{error}: {config}") from None
 
 
 def _module(names: Iterable[str]) -> ModuleType:
+    """The version of a checkpoint, told by the names in the time mixing of its layer 0."""
     first = {name.removeprefix("blocks.0.att.") for name in names if name.startswith("blocks.0.att.")}
     if "r_k" in first or "k_k" in first:
         return rwkv7
@@ -34,77 +118,30 @@ def _module(names: Iterable[str]) -> ModuleType:
     return rwkv5 if "ln_x.weight" in first else rwkv4
 
 
-def detect(shapes: Shapes) -> Config:
-    """The architecture and dimensions of a checkpoint in official naming.
-
-    Raises UnsupportedModelError, naming the variant or the tensor, for anything that is not exactly one of them.
-    """
-    for pattern, what in _REFUSED:
-        found = next((name for name in shapes if re.search(pattern, name)), None)
-        if found:
-            raise UnsupportedModelError(f"this is {what} (found {found})")
-    if shapes and all(name.endswith(".time_state") for name in shapes):
-        raise UnsupportedModelError("these are tuned initial states only, without a model")
-    module = _module(shapes)
-    layers = {int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d{1,4})\.", name))}
-    if layers != set(range(len(layers))):
-        missing = min(set(range(max(layers))) - layers)
-        raise UnsupportedModelError(f"layer {missing} is missing: there is no tensor blocks.{missing}.*")
-    try:
-        vocab, width = shapes["emb.weight"]
-        ffn = shapes["blocks.0.ffn.key.weight"][0]
-        version, heads, head_size, ranks = module.configure(shapes)
-    except KeyError as error:
-        raise UnsupportedModelError(f"tensor {error.args[0]} is missing") from None
-    except (ValueError, IndexError):
-        raise UnsupportedModelError(
-            "emb.weight or the time mixing of layer 0 has the wrong number of dimensions"
-        ) from None
-    if heads * head_size != width:
-        raise UnsupportedModelError(f"{heads} heads of {head_size} do not make up the width {width} of emb.weight")
-    config = Config(version, len(layers), width, vocab, heads, head_size, ffn, ranks)
-    try:
-        return Config.from_json(config.as_json())
-    except ValueError as error:
-        raise UnsupportedModelError(f"{error}: {config}") from None
-
-
-def _unused_in_first(module: ModuleType) -> frozenset[str]:
-    """Tensors that layer 0 never uses, whether a file holds them or not."""
-    return getattr(module, "UNUSED_IN_FIRST", frozenset())
-
-
 def tensors(config: Config) -> dict[str, Entry]:
-    """Every tensor of a model of this shape by its full name in the converted file, optional ones included."""
+    """Every tensor of a model by its full name in the converted file, optional ones included."""
     D, V = config.width, config.vocab
     module = MODULES[config.version]
-    table: dict[str, Entry] = {}
-    for entry in [
-        matrix("emb", V, D, "table"),
-        *norm("blocks.0.ln0", D),
-        *norm("ln_out", D),
-        matrix("head", V, D),
-    ]:
-        table[entry.name] = entry
-    skip = _unused_in_first(module)
+    top = [matrix("emb", V, D, "table"), *norm("blocks.0.ln0", D), *norm("ln_out", D), matrix("head", V, D)]
+    table = {entry.name: entry for entry in top}
     try:
         layer = [*norm("ln1", D), *norm("ln2", D), *module.entries(config)]
     except KeyError as error:
         raise UnsupportedModelError(f"its config lacks the low rank {error}; convert the model again") from None
-    if config.layers > _MAX_LAYERS:
-        raise UnsupportedModelError(f"{config.layers} layers are more than any model has; convert the model again")
     for i in range(config.layers):
         for entry in layer:
-            if i > 0 or entry.name not in skip:
+            if i > 0 or entry.name not in module.UNUSED_IN_FIRST:
                 table[f"blocks.{i}.{entry.name}"] = entry
     return table
 
 
-def match(config: Config, shapes: Shapes) -> dict[str, tuple[Entry, str]]:
-    """Entry and source name for each tensor to convert, checked: nothing missing, extra or of the wrong shape."""
-    plan: dict[str, tuple[Entry, str]] = {}
-    skip = _unused_in_first(MODULES[config.version])
-    expected = {f"blocks.0.{name}" for name in skip}
+def match(config: Config, shapes: Shapes) -> dict[str, Match]:
+    """Each tensor to convert, by its name in the converted file.
+
+    Raises UnsupportedModelError for a tensor that is missing, is of the wrong shape or does not belong to the model.
+    """
+    matched: dict[str, Match] = {}
+    expected = {f"blocks.0.{name}" for name in MODULES[config.version].UNUSED_IN_FIRST}
     for name, entry in tensors(config).items():
         source = name.removesuffix(entry.name) + entry.origin
         expected.add(source)
@@ -116,9 +153,10 @@ def match(config: Config, shapes: Shapes) -> dict[str, tuple[Entry, str]]:
             want, have = list(entry.source_shape or entry.shape), list(shapes[source])
             hint = ", so it is transposed" if have == want[::-1] else ""
             raise UnsupportedModelError(f"tensor {source} has shape {have}, expected {want}{hint}")
-        plan[name] = (entry, source)
+        matched[name] = Match(entry, source)
     extra = sorted(set(shapes) - expected)
     if extra:
-        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise UnsupportedModelError(f"tensor {extra[0]}{more} is not part of RWKV-{config.version}; a variant of it?")
-    return plan
+        first, *others = extra
+        more = f" (and {len(others)} more)" if others else ""
+        raise UnsupportedModelError(f"tensor {first}{more} is not part of RWKV-{config.version}; a variant of it?")
+    return matched

@@ -1,7 +1,7 @@
 """RWKV-4 (arXiv 2305.13048; rwkv package 0.8.32, model.py, `att_one`)."""
 
 from rwkv_cli.kernels.program import AddLinear, Product, Program, Value, Wkv4
-from rwkv_cli.models.config import Config, Entry, Shape, Shapes, matrix
+from rwkv_cli.models.config import Config, Dimensions, Entry, Shapes, WkvState, matrix
 from rwkv_cli.models.layers import (
     Layer,
     TimeMixing,
@@ -13,15 +13,23 @@ from rwkv_cli.models.layers import (
 )
 
 EMPTY = -1e30
-"""The running maximum before the first token; zero would be wrong."""
+"""The running maximum before the first token, where zero would be wrong."""
+
+ROUNDS_EMBEDDING = True
+"""The embedding is rounded to the source's dtype after its norm."""
+
+UNUSED_IN_FIRST: frozenset[str] = frozenset()
+"""Layer 0 uses all tensors."""
 
 
-def configure(shapes: Shapes) -> tuple[str, int, int, dict[str, int]]:
-    """Version, heads, head size and low ranks. A channel is a head of its own: one head stands for all."""
-    return "4", 1, shapes["emb.weight"][1], {}
+def configure(shapes: Shapes) -> Dimensions:
+    """The dimensions of RWKV-4. Each channel is a head of its own, so one head stands for all."""
+    _, width = shapes["emb.weight"]
+    return Dimensions("4", heads=1, head_size=width, ranks={})
 
 
 def entries(c: Config) -> list[Entry]:
+    """The tensors of a layer, its two norms left out."""
     D = c.width
     return [
         Entry("att.time_decay", "vector", (D,), derive=lambda a: -exp(a)),
@@ -33,9 +41,9 @@ def entries(c: Config) -> list[Entry]:
     ]
 
 
-def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
-    """Numerator, denominator and maximum of each channel, and what each starts with."""
-    return (3, c.width), (0.0, 0.0, EMPTY)
+def wkv_state(c: Config) -> WkvState:
+    """Numerator, denominator and maximum of each channel."""
+    return WkvState((3, c.width), (0.0, 0.0, EMPTY))
 
 
 def time_mix(m: TimeMixing) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels.program import AddLinear, Product, Program, Value, Wkv6
-from rwkv_cli.models.config import Config, Entry, Shape, Shapes, matrix, norm
+from rwkv_cli.models.config import Config, Dimensions, Entry, Shapes, WkvState, matrix, norm
 from rwkv_cli.models.layers import (
     Layer,
     TimeMixing,
@@ -21,15 +21,22 @@ from rwkv_cli.models.layers import (
     tuned_state,
 )
 
+ROUNDS_EMBEDDING = True
+"""The embedding is rounded to the source's dtype after its norm."""
 
-def configure(shapes: Shapes) -> tuple[str, int, int, dict[str, int]]:
-    """Version, heads, head size and low ranks."""
-    decay = shapes["blocks.0.att.time_decay"]
+UNUSED_IN_FIRST: frozenset[str] = frozenset()
+"""Layer 0 uses all tensors."""
+
+
+def configure(shapes: Shapes) -> Dimensions:
+    """The dimensions of RWKV-5."""
+    heads, *channels = shapes["blocks.0.att.time_decay"]
+    _, width = shapes["emb.weight"]
     if "blocks.0.att.gate.weight" not in shapes:
         version = "5.0"
     else:
-        version = "5.2" if len(decay) == 2 and decay[1] > 1 else "5.1"
-    return version, decay[0], shapes["emb.weight"][1] // max(decay[0], 1), {}
+        version = "5.2" if len(channels) == 1 and max(channels) > 1 else "5.1"
+    return Dimensions(version, heads, head_size=width // max(heads, 1), ranks={})
 
 
 def _gated(c: Config) -> bool:
@@ -37,11 +44,12 @@ def _gated(c: Config) -> bool:
 
 
 def entries(c: Config) -> list[Entry]:
+    """The tensors of a layer, its two norms left out."""
     D, H, N = c.width, c.heads, c.head_size
     shared = (H, N) if c.version == "5.2" else (H,)
 
     def spread(a: NDArray[np.float32]) -> NDArray[np.float32]:
-        """One value a head, or one a channel, to [H, N]."""
+        """[H, N] of one value a head or of one value a channel."""
         return np.array(np.broadcast_to(a.reshape(H, -1), (H, N)))
 
     first = (
@@ -65,8 +73,9 @@ def entries(c: Config) -> list[Entry]:
     ]  # fmt: skip
 
 
-def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
-    return matrix_state(c), (0.0,)
+def wkv_state(c: Config) -> WkvState:
+    """One matrix a head."""
+    return WkvState(matrix_state(c), (0.0,))
 
 
 def time_mix(m: TimeMixing) -> None:

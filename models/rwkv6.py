@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels.program import AddLinear, Columns, Lerp, Product, Program, Value, Wkv6
-from rwkv_cli.models.config import Config, Entry, Shape, Shapes, low_rank, matrix, norm
+from rwkv_cli.models.config import Config, Dimensions, Entry, Shapes, WkvState, low_rank, matrix, norm
 from rwkv_cli.models.layers import (
     Layer,
     TimeMixing,
@@ -21,12 +21,19 @@ from rwkv_cli.models.layers import (
 MIXES = "wkvrg"
 """The order of the five mixes inside time_maa_w1 and time_maa_w2."""
 
+ROUNDS_EMBEDDING = True
+"""The embedding is rounded to the source's dtype after its norm."""
 
-def configure(shapes: Shapes) -> tuple[str, int, int, dict[str, int]]:
-    """Version, heads, head size and low ranks."""
+UNUSED_IN_FIRST: frozenset[str] = frozenset()
+"""Layer 0 uses all tensors."""
+
+
+def configure(shapes: Shapes) -> Dimensions:
+    """The dimensions of RWKV-6."""
     H, N = shapes["blocks.0.att.time_faaaa"]
-    mix = shapes["blocks.0.att.time_maa_w1"][1] // len(MIXES)
-    return "6", H, N, {"mix": mix, "decay": shapes["blocks.0.att.time_decay_w1"][1]}
+    _, mixes, *_ = shapes["blocks.0.att.time_maa_w1"]
+    _, decay, *_ = shapes["blocks.0.att.time_decay_w1"]
+    return Dimensions("6", H, N, {"mix": mixes // len(MIXES), "decay": decay})
 
 
 def _slice(index: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
@@ -34,6 +41,7 @@ def _slice(index: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
 
 
 def entries(c: Config) -> list[Entry]:
+    """The tensors of a layer, its two norms left out."""
     D, H, N = c.width, c.heads, c.head_size
     mix, decay = c.ranks["mix"], c.ranks["decay"]
     return [
@@ -55,8 +63,9 @@ def entries(c: Config) -> list[Entry]:
     ]
 
 
-def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
-    return matrix_state(c), (0.0,)
+def wkv_state(c: Config) -> WkvState:
+    """One matrix a head."""
+    return WkvState(matrix_state(c), (0.0,))
 
 
 def time_mix(m: TimeMixing) -> None:

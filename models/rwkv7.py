@@ -1,20 +1,26 @@
 """RWKV-7 "Goose" (arXiv 2503.14456; RWKV-LM, RWKV-v7/rwkv_v7_numpy.py)."""
 
 from rwkv_cli.kernels.program import AddLinear, Lerp, Product, Program, Value, ValueResidual, Wkv7
-from rwkv_cli.models.config import Config, Entry, Shape, Shapes, low_rank, matrix, norm
+from rwkv_cli.models.config import Config, Dimensions, Entry, Shapes, WkvState, low_rank, matrix, norm
 from rwkv_cli.models.layers import Layer, TimeMixing, lerps, matrix_state, norm_of, tuned_state
 
+ROUNDS_EMBEDDING = False
+"""The embedding's norm is computed in float32, whatever the source's dtype."""
 
-def configure(shapes: Shapes) -> tuple[str, int, int, dict[str, int]]:
-    """Version, heads, head size and low ranks (decay w, in-context rate a, value residual v, gate g)."""
+UNUSED_IN_FIRST: frozenset[str] = frozenset({"att.v0", "att.v1", "att.v2"})
+"""Tensors that layer 0 does not use, since it has no earlier value to mix in. Some files hold them all the same."""
+
+
+def configure(shapes: Shapes) -> Dimensions:
+    """The dimensions of RWKV-7. The low ranks are of decay w, in-context rate a, value residual v and gate g."""
     H, N = shapes["blocks.0.att.r_k"]
-    ranks = {x: shapes[f"blocks.0.att.{x}1"][1] for x in "wag"}
-    # layer 0 has no value residual, a one-layer model none at all
-    ranks["v"] = shapes.get("blocks.1.att.v1", (0, 1))[1]
-    return "7", H, N, ranks
+    # layer 0 has no value residual, and a one-layer model none at all
+    factors = {x: shapes[f"blocks.0.att.{x}1"] for x in "wag"} | {"v": shapes.get("blocks.1.att.v1", (0, 1))}
+    return Dimensions("7", H, N, {x: rank for x, (_, rank, *_) in factors.items()})
 
 
 def entries(c: Config) -> list[Entry]:
+    """The tensors of a layer, its two norms left out."""
     D, H, N = c.width, c.heads, c.head_size
     pairs = [
         entry for x in "wavg" for entry in (low_rank(f"att.{x}1", c.ranks[x], D), low_rank(f"att.{x}2", D, c.ranks[x]))
@@ -34,12 +40,9 @@ def entries(c: Config) -> list[Entry]:
     ]
 
 
-UNUSED_IN_FIRST = frozenset({"att.v0", "att.v1", "att.v2"})
-"""Layer 0 has no earlier value to mix in; some files hold these tensors for it all the same."""
-
-
-def wkv_state(c: Config) -> tuple[Shape, tuple[float, ...]]:
-    return matrix_state(c), (0.0,)
+def wkv_state(c: Config) -> WkvState:
+    """One matrix a head."""
+    return WkvState(matrix_state(c), (0.0,))
 
 
 def time_mix(m: TimeMixing) -> None:

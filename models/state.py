@@ -1,4 +1,4 @@
-"""The recurrent state: all a model remembers, of constant size, owned by the caller."""
+"""The recurrent state: all that a model remembers of a text. Its size is constant, and the caller owns it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,28 +13,28 @@ from rwkv_cli.quant import SourceTensor, open_source, replacing
 from rwkv_cli.quant.safetensors import read_header
 
 _ORDER = "key, value"
-"""Of the axes of a saved matrix state."""
+"""The order of the axes of a saved matrix state."""
 
 
 @dataclass
 class State:
-    """Per layer: the last inputs of both token shifts, and what the recurrence holds. float32.
+    """The last inputs of both token shifts and the numbers of the recurrence, for each layer, in float32.
 
-    The arrays are numpy's, or stay where the model's device has them: np.asarray gives a copy then.
+    The arrays are NumPy's, or they stay where the model's device has them. np.asarray then gives a copy.
 
-    A batch, made by `stack`, has the states of B sequences in one: each array with an axis B after the layers'.
+    A batch, made by `stack`, has the states of B sequences in one. Each array has an axis B after the layers' axis.
     """
 
     version: str
-    """Of the model: what `wkv` means depends on it."""
+    """The model's version, on which the meaning of `wkv` depends."""
     att_shift: Array
     """[L, D]"""
     ffn_shift: Array
     """[L, D]"""
     wkv: Array
-    """v4 [L, 3, D]; v5 to v7 [L, H, N, N] as [key, value]."""
+    """[L, 3, D] in v4, [L, H, N, N] as [key, value] in v5 to v7."""
     digest: str = field(default="", kw_only=True)
-    """Of the model's source, which all conversions of one checkpoint share; "" where it is not known."""
+    """The digest of the model's source, the same for all conversions of a checkpoint; "" if it is not known."""
 
     def clone(self) -> "State":
         """A copy that shares nothing."""
@@ -47,18 +47,18 @@ class State:
 
     @classmethod
     def stack(cls, states: "Sequence[State]") -> "State":
-        """A batch that holds copies of these, in order. Raises ValueError for none, or states of different models."""
+        """A batch with copies of these, in order. Raises ValueError for no states or states of different models."""
         if len({(state.version, state.att_shift.shape, state.wkv.shape) for state in states}) != 1:
             raise ValueError("a batch is made of one state or more, all of one model")
         parts = zip(*(state.arrays().values() for state in states), strict=True)
         return cls(states[0].version, *(np.stack(arrays, axis=1) for arrays in parts), digest=states[0].digest)
 
     def row(self, b: int) -> "State":
-        """Sequence `b` of a batch: a view, which changes with it. `clone` it to keep it or to run it alone."""
+        """A view of sequence `b` of a batch, which changes with the batch. `clone` it to keep it or to run it alone."""
         return State(self.version, *(array[:, b] for array in self.arrays().values()), digest=self.digest)
 
     def save(self, path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
-        """Write a safetensors file in one step: until it is whole and on disk, what was there before stays.
+        """Write a safetensors file. An older file of that name stays until the new one is whole and on disk.
 
         `metadata` is kept beside the numbers, for `read_metadata`.
         """
@@ -69,12 +69,13 @@ class State:
 
     @staticmethod
     def read_metadata(path: Path | str) -> dict[str, str]:
-        """What was saved beside a state. Raises FormatError if the file is no saved state."""
-        return _opened(Path(path))[1]
+        """The metadata that was saved beside a state. Raises FormatError if the file is no saved state."""
+        _, metadata = _opened(Path(path))
+        return metadata
 
     @classmethod
     def load(cls, path: Path | str, like: "State") -> "State":
-        """Read what `save` wrote, for the model that `like` belongs to.
+        """Read a saved state for the model that `like` belongs to.
 
         Raises FormatError (a ValueError) for a state of another version, size or source, and for a damaged one.
         """
@@ -99,18 +100,18 @@ class State:
 
 
 def _opened(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
-    """Tensors and metadata of a saved state."""
+    """The tensors and the metadata of a saved state."""
     try:
         tensors, metadata = read_header(path)
     except FormatError:
         tensors, metadata = {}, {}
     if "rwkv" not in metadata or not {"att_shift", "ffn_shift", "wkv"} <= set(tensors):
-        raise FormatError(f"{path}: {_what_else(path)}")
+        raise FormatError(f"{path}: {_other_file(path)}")
     return tensors, metadata
 
 
-def _what_else(path: Path) -> str:
-    """What a file is that is no saved state."""
+def _other_file(path: Path) -> str:
+    """A description of a file that is no saved state."""
     try:
         names = open_source(path)
     except FormatError:

@@ -1,7 +1,7 @@
-"""Tuned initial states: files of state tuning, which hold where a text starts and nothing else.
+"""Reads tuned initial states: files of state tuning, which hold the state before a text and nothing else.
 
 A file has `blocks.{i}.att.time_state` [H, N, N] for every layer, as [value, key] (RWKV-LM, RWKV-v6/RWKV-v7 state
-tuning); both token shifts start at zero.
+tuning). Both token shifts start at zero.
 """
 
 from pathlib import Path

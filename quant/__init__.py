@@ -1,9 +1,9 @@
-"""Files: foreign checkpoints in, one quantized safetensors out, and that file mapped back."""
+"""Files: foreign checkpoints are read, one quantized safetensors is written, and that file is mapped again."""
 
 from rwkv_cli.quant.checkpoint import Checkpoint
+from rwkv_cli.quant.formats import Floats, Int8
 from rwkv_cli.quant.opening import open_source
+from rwkv_cli.quant.replacing import replacing
 from rwkv_cli.quant.source import Source, SourceTensor
-from rwkv_cli.quant.tensor import Floats, Int8
-from rwkv_cli.quant.writer import replacing
 
 __all__ = ["Checkpoint", "Floats", "Int8", "Source", "SourceTensor", "open_source", "replacing"]

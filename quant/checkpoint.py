@@ -1,4 +1,4 @@
-"""A converted file, mapped and checked: what `rwkv convert` wrote and every other command reads."""
+"""Opens a converted file, the one that `rwkv convert` writes and every other command reads."""
 
 import contextlib
 import json
@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.errors import FormatError
+from rwkv_cli.quant.dtypes import BITS
+from rwkv_cli.quant.formats import Floats, StoredTensor, format_of
+from rwkv_cli.quant.formats.contract import Shape, Spec, StoredArray
+from rwkv_cli.quant.header import FORMAT_VERSION
 from rwkv_cli.quant.opening import open_source
 from rwkv_cli.quant.safetensors import read_header
-from rwkv_cli.quant.tensor import BITS, FLOATS, Floats, Int8, stored_shapes
-
-FORMAT_VERSION = 1
-"""Raised when a reader of the old format could misread the new one."""
 
 
 class Checkpoint:
-    """Read-only view of a converted file (docs/format.md). Tensors are views of one memory map.
+    """A read-only view of a converted file (docs/format.md). Tensors are views of one memory map.
 
     Raises FormatError where the file is not a whole, consistent converted model of a version this program knows.
     """
@@ -30,7 +30,8 @@ class Checkpoint:
         self.path = path
         self._text: dict[str, str] = {}
         if path.is_dir() or not _starts_header(path):
-            open_source(path)  # says what else the file is, if it is nothing at all
+            # this raises a better reason for a file that is no checkpoint at all
+            open_source(path)
         else:
             self.stored, self._text = read_header(path)
         if self._text.get("format") != "rwkv":
@@ -54,7 +55,7 @@ class Checkpoint:
             raise FormatError(f"{self.path}: metadata {key!r} is missing or damaged; convert the model again")
         return value
 
-    def _of(self, name: str) -> str:
+    def _where(self, name: str) -> str:
         return f"{self.path}: tensor {name}"
 
     def names(self) -> list[str]:
@@ -62,25 +63,25 @@ class Checkpoint:
         return list(self._layouts)
 
     def layout(self, name: str) -> dict[str, Any]:
-        """How `name` is stored: at least its `layout` and its logical `shape`."""
+        """The description of a tensor in the metadata: its `layout`, its logical `shape` and what its format adds."""
         entry: Any = self._layouts.get(name)
         shape = entry.get("shape") if isinstance(entry, dict) else None
         sizes = shape if isinstance(shape, list) and len(shape) <= 4 else [None]
         if any(type(n) is not int or not 0 <= n < 1 << 32 for n in sizes):
-            raise FormatError(f"{self._of(name)} is missing or described wrongly; convert the model again")
+            raise FormatError(f"{self._where(name)} is missing or described wrongly; convert the model again")
         return {"layout": "", **entry}
 
     def error(self, name: str) -> float | None:
-        """What int8 cost `name`, ‖stored − source‖ / ‖source‖; None for a float tensor or where the file lacks it."""
+        """The relative error ‖stored − source‖ / ‖source‖, or None for a float tensor and for a file that lacks it."""
         value = self.layout(name).get("error")
         if value is not None and (type(value) is not float or not 0 <= value < math.inf):
-            raise FormatError(f"{self._of(name)} is described wrongly; convert the model again")
+            raise FormatError(f"{self._where(name)} is described wrongly; convert the model again")
         return value
 
     def array(self, name: str) -> NDArray[Any]:
         """A stored array as its bits, read-only."""
         if name not in self.stored:
-            raise FormatError(f"{self._of(name)} is missing; convert the model again")
+            raise FormatError(f"{self._where(name)} is missing; convert the model again")
         tensor = self.stored[name]
         kind = BITS[tensor.dtype]
         size = int(np.prod(tensor.shape, dtype=np.int64)) * kind.itemsize
@@ -90,44 +91,36 @@ class Checkpoint:
             raw.flags.writeable = False
         return raw.view(kind).reshape(tensor.shape)
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Floats | Int8:
+    def tensor(self, name: str, shape: Shape) -> StoredTensor:
         """The tensor `name`, whose logical shape must be `shape`."""
         entry = self.layout(name)
         layout, found = entry["layout"], entry["shape"]
         if found != list(shape):
-            raise FormatError(f"{self._of(name)} has shape {found}, not {list(shape)}; convert the model again")
-        if layout in ("vector", "float"):
-            return self._floats(name, shape)
-        unit = entry.get("unit")
-        known = layout in ("rows", "tile", "columns") and len(shape) == 2
-        if not known or type(unit) is not int or not -100 <= unit <= 14:
-            raise FormatError(f"{self._of(name)} is described wrongly; convert the model again")
-        values, scales = self.array(name), self.array(name + ".scale")
-        expected = stored_shapes(layout, (shape[0], shape[1]))
-        dtypes = (self.stored[name].dtype, self.stored[name + ".scale"].dtype)
-        if (values.shape, scales.shape) != expected or dtypes != ("I8", "F16"):
-            found = f"{dtypes} {values.shape}, {scales.shape}"
-            raise FormatError(f"{self._of(name)} is stored as {found}; convert the model again")
-        return Int8(layout, (shape[0], shape[1]), values, scales, unit)
+            raise FormatError(f"{self._where(name)} has shape {found}, not {list(shape)}; convert the model again")
+        format, spec = format_of(layout), Spec(layout, shape)
+        if format is None or not format.accepts(spec, entry):
+            raise FormatError(f"{self._where(name)} is described wrongly; convert the model again")
+        bits = {name + ending: self.array(name + ending) for ending in format.SUFFIXES}
+        arrays = [StoredArray(self.stored[part].dtype, array) for part, array in bits.items()]
+        try:
+            tensor: StoredTensor = format.read(spec, entry, arrays)
+        except FormatError as error:
+            raise FormatError(f"{self._where(name)} {error}; convert the model again") from None
+        return tensor
 
-    def _floats(self, name: str, shape: tuple[int, ...]) -> Floats:
-        bits = self.array(name)
-        dtype = self.stored[name].dtype
-        if bits.shape != shape or dtype not in FLOATS:
-            raise FormatError(f"{self._of(name)} is stored as {dtype} {bits.shape}; convert the model again")
-        return Floats(dtype, bits)
-
-    def vector(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def vector(self, name: str, shape: Shape) -> NDArray[np.float32]:
         """The float32 tensor `name` of shape `shape`."""
         tensor = self.tensor(name, shape)
         if not isinstance(tensor, Floats) or tensor.dtype != "F32":
-            raise FormatError(f"{self._of(name)} must be float32; convert the model again")
+            raise FormatError(f"{self._where(name)} must be float32; convert the model again")
         return tensor.bits
 
 
 def _mapped(path: Path) -> NDArray[np.uint8]:
-    """The file, read-only, in huge pages where the system has them for files: a weight is read once a token, and with
-    small pages the CPU looks up an address every 4 KB."""
+    """The file as a read-only map, in huge pages where the system has them for files.
+
+    Each token reads all weights. With small pages the CPU would look up an address every 4 KB.
+    """
     with path.open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with contextlib.suppress(AttributeError, OSError):

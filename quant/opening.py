@@ -1,4 +1,4 @@
-"""Opens a foreign checkpoint, whatever it is: a `.pth`, a safetensors file, or a folder of either."""
+"""Opens a foreign checkpoint: a `.pth`, a safetensors file, or a folder of either."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from rwkv_cli.quant.source import SourceTensor
 
 
 def open_source(path: Path) -> dict[str, SourceTensor]:
-    """Every tensor of a checkpoint by the name it has there.
+    """Every tensor of a checkpoint by its name there.
 
     Raises FormatError for anything that is not a readable checkpoint, OSError where the system refuses.
     """
@@ -23,7 +23,7 @@ def open_source(path: Path) -> dict[str, SourceTensor]:
 
 
 def _open_folder(folder: Path) -> dict[str, SourceTensor]:
-    """A Hugging Face folder: all its *.safetensors, or else all its pytorch_model*.bin."""
+    """The tensors of a folder: those of all *.safetensors, else of all pytorch_model*.bin, else of the one *.pth."""
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pth"):
         files = sorted(folder.glob(pattern))
         if pattern == "*.pth" and len(files) > 1:
@@ -41,7 +41,7 @@ def _open_folder(folder: Path) -> dict[str, SourceTensor]:
 
 
 def _check_shards(folder: Path, pattern: str, tensors: Mapping[str, SourceTensor]) -> None:
-    """Refuse a folder whose index, a file named by `pattern`, lists a shard that is not there."""
+    """Refuse a folder if an index in it lists a shard that is not there. `pattern` matches the names of indices."""
     for index in sorted(folder.glob(pattern)):
         try:
             listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -53,7 +53,10 @@ def _check_shards(folder: Path, pattern: str, tensors: Mapping[str, SourceTensor
 
 
 def _reader(path: Path, head: bytes) -> Callable[[Path], dict[str, SourceTensor]]:
-    """Tell the format from the first bytes, never from the name; refuse what is known not to be a checkpoint."""
+    """The function that reads the file, told by its first bytes and never by its name.
+
+    Raises FormatError, with the reason where it is known, for a file that is no checkpoint.
+    """
     text = head.lstrip().lower()
     if not head:
         raise FormatError(f"{path}: the file is empty; download it again")

@@ -1,7 +1,7 @@
-"""torch `.pth` files without torch: a zip of raw storages and a pickle that says which tensor lies where.
+"""Reads torch `.pth` files without torch: a zip of raw storages and a pickle that says which tensor lies where.
 
-The pickle is never loaded: a loop reads its opcodes, knows only those that torch.save writes and only the names that
-tensors need, and builds descriptions (`SourceTensor`), not tensors. Nothing in the file is executed.
+The pickle is never loaded. A loop reads its opcodes and knows only those that torch.save writes, and only the names
+that tensors need. The results are descriptions (`SourceTensor`), not tensors. Nothing in the file is executed.
 """
 
 import pickletools
@@ -9,11 +9,11 @@ import zipfile
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from rwkv_cli.errors import FormatError
+from rwkv_cli.quant.dtypes import BITS
 from rwkv_cli.quant.source import SourceTensor, check_name, extent
-from rwkv_cli.quant.tensor import BITS
 
 _DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
 _MAX_PICKLE = 8 << 20
@@ -22,7 +22,7 @@ _DAMAGED = "broken or truncated torch file"
 
 
 class _RefusedError(Exception):
-    """What a pickle asks for and does not get."""
+    """A pickle asks for something that it does not get."""
 
 
 class _StorageType(NamedTuple):
@@ -48,7 +48,8 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) ->
         raise _RefusedError("a tensor is described wrongly")
     if any(type(n) is not int or not 0 <= n < 1 << 48 for n in (offset, *shape, *strides)):
         raise _RefusedError("a size, stride or offset of a tensor is out of range")
-    if more[2:] and more[2]:  # after requires_grad and hooks: bits such as "negative", which change the values
+    # requires_grad and hooks come first, then bits such as "negative" that change the values
+    if any(more[2:]):
         raise _RefusedError("a tensor carries metadata that is not supported; save a plain copy of it (.clone())")
     return _View(storage, offset, shape, strides)
 
@@ -91,20 +92,7 @@ def open_pth(path: Path) -> dict[str, SourceTensor]:
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            entries = {info.filename: info for info in archive.infolist()}
-            found = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
-            if len(found) != 1:
-                raise FormatError(f"{path}: a zip without torch's data.pkl, so not a checkpoint; give the .pth itself")
-            prefix = found[0].removesuffix("data.pkl")
-            order = entries.get(prefix + "byteorder")
-            if order is not None and _content(path, archive, order).strip() != b"little":
-                raise FormatError(f"{path}: saved on a big-endian machine, which is not supported; save it on another")
-            tree = _unpickled(path, _content(path, archive, entries[found[0]]))
-            size = path.stat().st_size
-            return {
-                name: _locate(path, file, size, entries.get(f"{prefix}data/{view.storage.key}"), name, view)
-                for name, view in _flat(path, tree).items()
-            }
+            return _Archive(path, archive, file).tensors()
     except (
         zipfile.BadZipFile,
         EOFError,
@@ -114,24 +102,78 @@ def open_pth(path: Path) -> dict[str, SourceTensor]:
         RuntimeError,
         ValueError,
     ) as error:
-        # an OSError without a name comes from an offset that cannot be
+        # an OSError without a file name comes from an impossible offset
         if isinstance(error, FormatError) or getattr(error, "filename", None) is not None:
             raise
         raise FormatError(f"{path}: {_DAMAGED} ({error}); download it again") from None
 
 
-def _stored(path: Path, entry: zipfile.ZipInfo) -> None:
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise FormatError(
-            f"{path}: {entry.filename!r} in it is compressed; unpack and zip again without compression (zip -0)"
-        )
+class _Archive:
+    """The zip file of a checkpoint, open as a zip and as plain bytes."""
 
+    def __init__(self, path: Path, archive: zipfile.ZipFile, file: IO[bytes]) -> None:
+        self._path, self._archive, self._file = path, archive, file
+        self._size = path.stat().st_size
+        self._entries = {info.filename: info for info in archive.infolist()}
 
-def _content(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    _stored(path, entry)
-    if entry.file_size > _MAX_PICKLE:
-        raise FormatError(f"{path}: {entry.filename!r} in it is larger than any checkpoint's; download it again")
-    return archive.read(entry)
+    def tensors(self) -> dict[str, SourceTensor]:
+        """Every tensor by its name."""
+        found = [name for name in self._entries if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(found) != 1:
+            raise FormatError(
+                f"{self._path}: a zip without torch's data.pkl, so not a checkpoint; give the .pth itself"
+            )
+        (pickle,) = found
+        prefix = pickle.removesuffix("data.pkl")
+        order = self._entries.get(prefix + "byteorder")
+        if order is not None and self._content(order).strip() != b"little":
+            raise FormatError(
+                f"{self._path}: saved on a big-endian machine, which is not supported; save it on another"
+            )
+        tree = _unpickled(self._path, self._content(self._entries[pickle]))
+        return {
+            name: self._locate(self._entries.get(f"{prefix}data/{view.storage.key}"), name, view)
+            for name, view in _flat(self._path, tree).items()
+        }
+
+    def _content(self, entry: zipfile.ZipInfo) -> bytes:
+        self._check_stored(entry)
+        if entry.file_size > _MAX_PICKLE:
+            raise FormatError(
+                f"{self._path}: {entry.filename!r} in it is larger than any checkpoint's; download it again"
+            )
+        return self._archive.read(entry)
+
+    def _check_stored(self, entry: zipfile.ZipInfo) -> None:
+        """Refuse an entry that is compressed."""
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise FormatError(
+                f"{self._path}: {entry.filename!r} in it is compressed; "
+                "unpack and zip again without compression (zip -0)"
+            )
+
+    def _locate(self, entry: zipfile.ZipInfo | None, name: str, view: _View) -> SourceTensor:
+        """The place of a tensor in the file."""
+        storage, where = view.storage, f"{self._path}: tensor {name}"
+        if entry is None:
+            raise FormatError(f"{where}: its data (storage {storage.key!r}) is missing; download it again")
+        self._check_stored(entry)
+        item = BITS[storage.dtype].itemsize
+        if entry.file_size != storage.numel * item or entry.compress_size != entry.file_size:
+            raise FormatError(f"{where}: storage {storage.key!r} has the wrong size; download the file again")
+        if prod(view.shape) and view.offset + extent(view.shape, view.strides) > storage.numel:
+            raise FormatError(f"{where} reaches past the end of its storage; download the file again")
+        header = b""
+        if entry.header_offset < self._size:
+            self._file.seek(entry.header_offset)
+            header = self._file.read(_LOCAL_HEADER)
+        if len(header) != _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
+            raise FormatError(f"{where}: no data where the file says; download it again")
+        skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        start = entry.header_offset + _LOCAL_HEADER + skip
+        if start + entry.file_size > self._size:
+            raise FormatError(f"{where} reaches past the end of the file; download it again")
+        return SourceTensor(self._path, storage.dtype, view.shape, start + view.offset * item, view.strides)
 
 
 def _unpickled(path: Path, data: bytes) -> Any:
@@ -139,12 +181,15 @@ def _unpickled(path: Path, data: bytes) -> Any:
         return _interpret(data)
     except _RefusedError as error:
         raise FormatError(f"{path}: its pickle is refused, and nothing in it was run: {error}") from None
-    except Exception:  # hostile bytes raise whatever they like; none of it came from a call they chose
+    except Exception:  # hostile bytes may raise anything, though never by a call of their choice
         raise FormatError(f"{path}: {_DAMAGED} (data.pkl in it makes no sense); download it again") from None
 
 
 def _interpret(data: bytes) -> Any:
-    """What a pickle of protocol 2 to 5 describes. Keys are strings or integers: hashing a deep tuple would crash."""
+    """The value that a pickle of protocol 2 to 5 describes.
+
+    Keys must be strings or integers, since hashing a deep tuple would crash.
+    """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}
@@ -198,7 +243,7 @@ def _interpret(data: bytes) -> Any:
                 function, arguments = popped(len(stack) - 2)
                 stack.append(function(*arguments))
             case "BUILD":
-                stack.pop()  # the _metadata of a state_dict
+                stack.pop()  # a state_dict has its _metadata here
             case "STOP":
                 return stack.pop()
             case _:
@@ -215,26 +260,3 @@ def _flat(path: Path, tree: Any) -> dict[str, _View]:
             raise FormatError(f"{path}: entry {name!r:.80} is not a tensor; expected a flat dictionary of tensors")
         check_name(path, name)
     return tree
-
-
-def _locate(path: Path, file: Any, size: int, entry: zipfile.ZipInfo | None, name: str, view: _View) -> SourceTensor:
-    storage = view.storage
-    if entry is None:
-        raise FormatError(f"{path}: tensor {name}: its data (storage {storage.key!r}) is missing; download it again")
-    _stored(path, entry)
-    item = BITS[storage.dtype].itemsize
-    if entry.file_size != storage.numel * item or entry.compress_size != entry.file_size:
-        raise FormatError(f"{path}: tensor {name}: storage {storage.key!r} has the wrong size; download the file again")
-    if prod(view.shape) and view.offset + extent(view.shape, view.strides) > storage.numel:
-        raise FormatError(f"{path}: tensor {name} reaches past the end of its storage; download the file again")
-    header = b""
-    if entry.header_offset < size:
-        file.seek(entry.header_offset)
-        header = file.read(_LOCAL_HEADER)
-    if len(header) != _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
-        raise FormatError(f"{path}: tensor {name}: no data where the file says; download it again")
-    skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    start = entry.header_offset + _LOCAL_HEADER + skip
-    if start + entry.file_size > size:
-        raise FormatError(f"{path}: tensor {name} reaches past the end of the file; download it again")
-    return SourceTensor(path, storage.dtype, view.shape, start + view.offset * item, view.strides)

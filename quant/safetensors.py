@@ -1,4 +1,4 @@
-"""safetensors files, mapped. The library checks the header; this adds where each tensor lies."""
+"""Reads safetensors files. The library checks the header; this module adds where each tensor lies."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rwkv_cli.errors import FormatError
+from rwkv_cli.numbers import FLOAT_DTYPES
+from rwkv_cli.quant.dtypes import BITS
 from rwkv_cli.quant.source import SourceTensor, check_name, contiguous
-from rwkv_cli.quant.tensor import BITS, FLOATS
 
 
 def open_safetensors(path: Path) -> dict[str, SourceTensor]:
@@ -16,13 +17,13 @@ def open_safetensors(path: Path) -> dict[str, SourceTensor]:
     if text.get("format") == "rwkv":
         raise FormatError(f"{path}: already converted; run it with -m, or convert from the original")
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{path}: tensor {name} is {tensor.dtype}; save it again as F32, F16 or BF16")
     return tensors
 
 
 def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
-    """Tensors and metadata. Raises FormatError where the header does not describe the file exactly.
+    """The tensors and the metadata of a file. Raises FormatError where the header does not describe the file exactly.
 
     The format has no gaps (safetensors README, "Format"; enforced by `safe_open`), so offsets follow from the order.
     """

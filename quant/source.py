@@ -1,4 +1,4 @@
-"""A tensor of a foreign checkpoint: where it lies in its file. Nothing is read before it is asked for."""
+"""Tensors of checkpoints as places in their files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,24 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.errors import FormatError
-from rwkv_cli.quant.tensor import BITS, to_float32
+from rwkv_cli.quant.dtypes import BITS, to_float32
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where a tensor lies in a file. Nothing is read before `bits` or `float32` is called."""
+    """A tensor in a file. Nothing is read before `bits` or `float32` is called."""
 
     path: Path
     dtype: str
     """A key of BITS."""
     shape: tuple[int, ...]
     start: int
-    """Byte offset of the first element in the file."""
+    """The first byte of the first element, counted from the start of the file."""
     strides: tuple[int, ...]
-    """In elements, none negative."""
+    """Distances between neighbours along each axis, in elements. None is negative."""
 
     def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows [start, stop) of the first axis, mapped; the map goes away with the array."""
+        """Rows [start, stop) of the first axis, as a map that goes away with the array."""
         kind = BITS[self.dtype]
         shape = self.shape
         offset = self.start
@@ -42,7 +42,7 @@ class SourceTensor:
         return np.lib.stride_tricks.as_strided(flat, shape, [s * kind.itemsize for s in self.strides], writeable=False)
 
     def float32(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """The same rows as float32, C-contiguous; read-only where they are the mapped ones."""
+        """The same rows as float32, C-contiguous. They are read-only if they are the map itself."""
         return np.ascontiguousarray(to_float32(self.bits(start, stop), self.dtype))
 
 
@@ -55,13 +55,13 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the first to the last that a strided view touches, both included; 0 for an empty one."""
+    """The number of elements from the first to the last that a strided view touches, both included."""
     if prod(shape) == 0:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 def check_name(path: Path, name: str) -> None:
-    """Refuse a tensor's name that would break a message into lines."""
+    """Refuse a name that would break a message into lines."""
     if not name.isprintable():
         raise FormatError(f"{path}: a tensor has the name {name!a:.80}; download the file again")

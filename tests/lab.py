@@ -12,8 +12,8 @@ from rwkv_cli.kernels.cpu import backend as cpu
 from rwkv_cli.kernels.cpu import steps
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
 from rwkv_cli.kernels.program import Count, Input, InputMatrix, LayerState, Product, Program, TakeRows, Value
+from rwkv_cli.quant.formats import Floats, Int8
 from rwkv_cli.quant.formats.int8 import quantize as quantize_with
-from rwkv_cli.quant.tensor import Floats, Int8
 
 RNG = np.random.default_rng(0)
 BAND = 256
@@ -91,7 +91,7 @@ class Lab:
 
     def weight(self, stored: Any) -> Any:
         """A stored matrix, or a float32 array as one."""
-        return self.backend.weight(Floats("F32", stored) if isinstance(stored, np.ndarray) else stored)
+        return self.backend.weight(Floats("float", "F32", stored) if isinstance(stored, np.ndarray) else stored)
 
     def compile(self, *outputs: Value) -> Any:
         """The program so far."""

@@ -67,6 +67,7 @@ def state_option(command: Command) -> Command:
 
 def named_model(path: Path | None) -> Path:
     """The model that is named here or by $RWKV_MODEL, else the bundled one, which is announced on stderr."""
+    from rwkv_cli.terminal.converting import converting_bar
     from rwkv_cli.terminal.output import note
 
     named = os.environ.get("RWKV_MODEL")
@@ -74,7 +75,8 @@ def named_model(path: Path | None) -> Path:
         return path or Path(str(named))
     from rwkv_cli.engine.storyteller import storyteller
 
-    found = storyteller()
+    announce_compilation()
+    found = storyteller(converting_bar)
     note("No model named: this is the bundled storyteller. Name another with -m or $RWKV_MODEL.")
     return found
 

@@ -3,22 +3,21 @@
 import hashlib
 from pathlib import Path
 
+from rwkv_cli.engine.conversion import Bar, Conversion
 from rwkv_cli.kernels.cache import cache_folder
-from rwkv_cli.quant.checkpoint import FORMAT_VERSION
+from rwkv_cli.quant.header import FORMAT_VERSION
 
 SOURCE = Path(__file__).parent.parent / "storyteller.pth"
 TOKENIZER = SOURCE.with_name("storyteller.tokenizer.json")
 
 
-def storyteller() -> Path:
-    """The converted file in the user's cache folder, beside the kernels that it was quantized with."""
-    from rwkv_cli.commands.convert import Conversion
-
+def storyteller(bar: Bar) -> Path:
+    """The converted file. It lies in the user's cache folder, beside the kernels that it was quantized with."""
     digest = hashlib.sha256(f"{FORMAT_VERSION}".encode())
     for file in (SOURCE, TOKENIZER):
         digest.update(file.read_bytes())
     path = cache_folder() / digest.hexdigest()[:16] / "storyteller.int8.safetensors"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        Conversion.of(SOURCE, "int8").write(path, overwrite=True)
+        Conversion.of(SOURCE, "int8").write(path, overwrite=True, bar=bar)
     return path

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rwkv_cli.commands.convert import kind_name
 from rwkv_cli.terminal.output import harmless, note
 
 if TYPE_CHECKING:
@@ -116,9 +115,11 @@ def plot_errors(path: Path, errors: Mapping[str, float], facts: Sequence[str]) -
     """
     import numpy as np
 
+    from rwkv_cli.models.naming import kind_of
+
     rows: dict[str, dict[int, float]] = {}
     for name in sorted(errors, key=_layer, reverse=True):  # layer 0 may lack kinds, so the last one gives their order
-        rows.setdefault(kind_name(name), {})[_layer(name)] = 100 * errors[name]
+        rows.setdefault(kind_of(name), {})[_layer(name)] = 100 * errors[name]
     inside = {kind: row for kind, row in rows.items() if -1 not in row}
     apart = {kind: row for kind, row in rows.items() if -1 in row}
     layers = sorted({layer for row in inside.values() for layer in row})

@@ -139,7 +139,7 @@ def broken(number: int, *_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("what", "number"),
     [
-        ("rwkv_cli.quant.writer._TensorWriter.append", errno.ENOSPC),
+        ("rwkv_cli.quant.writer._Stream.append", errno.ENOSPC),
         ("os.fsync", errno.EIO),
         ("os.fsync", errno.ENOSPC),
         ("pathlib.Path.replace", errno.EACCES),

@@ -11,7 +11,7 @@ import make_docs  # noqa: E402
 
 from rwkv_cli.main import COMMANDS  # noqa: E402
 from rwkv_cli.models.registry import MODULES  # noqa: E402
-from rwkv_cli.quant.checkpoint import FORMAT_VERSION  # noqa: E402
+from rwkv_cli.quant.header import FORMAT_VERSION  # noqa: E402
 
 
 def read(name: str) -> str:

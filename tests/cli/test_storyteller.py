@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 
 from rwkv_cli.engine import storyteller
+from rwkv_cli.engine.conversion import Conversion
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,19 +22,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_is_small_and_plain() -> None:
-    from rwkv_cli.commands.convert import Conversion
-
     assert storyteller.SOURCE.stat().st_size <= 12_000_000
-    job = Conversion.of(storyteller.SOURCE, "int8")
-    assert (job.config.version, job.config.head_size) == ("7", 64)
-    assert 3e6 < sum(p.weights for p in job.plan) < 6e6
-    assert (job.metadata["tokenizer"], job.metadata["template"]) == ("json", "plain")
+    conversion = Conversion.of(storyteller.SOURCE, "int8")
+    assert (conversion.config.version, conversion.config.head_size) == ("7", 64)
+    assert 3e6 < conversion.contents.weights < 6e6
+    metadata = conversion.contents.metadata
+    assert (metadata["tokenizer"], metadata["template"]) == ("json", "plain")
 
 
 def test_it_is_converted_once(cache: Path) -> None:
-    path = storyteller.storyteller()
+    done: list[int] = []
+    path = storyteller.storyteller(lambda _: nullcontext(done.append))
+    assert sum(done) == Conversion.of(storyteller.SOURCE, "int8").contents.source_bytes
     before = path.stat().st_mtime_ns
-    assert storyteller.storyteller() == path
+    assert storyteller.storyteller(lambda _: pytest.fail("converted again")) == path
     assert path.stat().st_mtime_ns == before
     assert [file for file in cache.rglob("*") if file.is_file()] == [path]
 

@@ -31,7 +31,8 @@ from rwkv_cli.kernels.program import (
     Wkv6,
     Wkv7,
 )
-from rwkv_cli.quant.tensor import Floats, to_float32
+from rwkv_cli.quant.dtypes import to_float32
+from rwkv_cli.quant.formats import Floats
 
 DEVICES = ["cpu"]
 # tokens of each sequence, heads, head size
@@ -321,7 +322,7 @@ def test_weights_of_any_size(device: str, scale: float) -> None:
 def test_float_linear(device: str, T: int, N: int, K: int, dtype: str) -> None:
     w, x = normal(N, K, scale=0.1), normal(T, K)
     bits = {"F32": w, "F16": w.astype(np.float16).view(np.uint16), "BF16": (w.view(np.uint32) >> 16).astype(np.uint16)}
-    stored = Floats(dtype, bits[dtype])
+    stored = Floats("float", dtype, bits[dtype])
     check(linear(x, stored, "tanh", device=device), np.tanh(x @ stored.float32().astype(float).T), 5e-6)
     lab, ids = Lab(device), np.array([N - 1, 0, 0])
     table = lab.run(lab.ops.add(Embed(lab.ids(ids), lab.weight(stored))))
@@ -330,7 +331,7 @@ def test_float_linear(device: str, T: int, N: int, K: int, dtype: str) -> None:
 
 def test_float16_subnormals(device: str) -> None:
     bits = np.array([[0x0001, 0x83FF, 0x0000, 0x8000, 0x0400]], np.uint16)
-    got = linear(np.eye(5, dtype=np.float32) * 2**20, Floats("F16", bits), device=device)
+    got = linear(np.eye(5, dtype=np.float32) * 2**20, Floats("float", "F16", bits), device=device)
     np.testing.assert_array_equal(got[:, 0], bits.view(np.float16)[0].astype(np.float32) * 2**20)
 
 

@@ -11,7 +11,8 @@ from rwkv_cli.kernels.cpu import elementwise, rounding
 from rwkv_cli.kernels.cpu.lower import Lowering, _round
 from rwkv_cli.kernels.cpu.steps import Share, Steps
 from rwkv_cli.kernels.program import AddLinear, Count, InputMatrix
-from rwkv_cli.quant.tensor import Int8, to_float32
+from rwkv_cli.quant.dtypes import to_float32
+from rwkv_cli.quant.formats.int8 import Int8
 
 
 @pytest.mark.parametrize(("N", "K"), [(16, 32), (40, 70), (256, 64), (320, 33), (5, 5)])

@@ -20,7 +20,7 @@ from rwkv_cli.kernels.program import (
     Program,
     RoundTo,
 )
-from rwkv_cli.quant.tensor import Floats
+from rwkv_cli.quant.formats import Floats
 
 
 def lowered(program: Program) -> tuple[list[str], list[bool], Lowering]:
@@ -96,7 +96,7 @@ def test_columns_of_a_matrix_are_read_where_they_lie() -> None:
     assert names == ["quantize", "tiles"]
     assert (low.steps.records[0].x.offset, low.steps.records[0].stride) == (4 * 32, 4 * 96)
     program = Program()
-    program.linear(Product(Columns(x, 32, 64), Lab().weight(Floats("F32", normal(8, 64)))))
+    program.linear(Product(Columns(x, 32, 64), Lab().weight(Floats("float", "F32", normal(8, 64)))))
     assert lowered(program)[0] == ["take_columns", "floats"]
 
 

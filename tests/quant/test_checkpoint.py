@@ -19,7 +19,7 @@ import rwkv_cli
 from rwkv_cli.errors import FormatError, UnsupportedModelError
 from rwkv_cli.models import registry
 from rwkv_cli.quant import Checkpoint, Floats, Int8
-from rwkv_cli.quant.tensor import BITS
+from rwkv_cli.quant.dtypes import BITS
 
 Run = Callable[..., Result]
 Convert = Callable[..., Path]

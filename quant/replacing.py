@@ -1,0 +1,47 @@
+"""Files that appear under their name only when they are whole and on disk."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
+    """A file beside `path` that becomes `path` if the block succeeds and vanishes if it does not."""
+    taken = FileExistsError(f"{path} exists; give --force to replace it, or another DST")
+    if os.path.lexists(path) and not overwrite:
+        raise taken
+    part = path.with_name(f".rwkv-{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            part.replace(path)
+        else:
+            _move(part, path)
+    except FileExistsError:
+        raise taken from None
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(part)):
+            raise
+        raise OSError(error.errno, f"{error.strerror}; nothing was written", str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _move(part: Path, path: Path) -> None:
+    """Give `part` the name `path`, but replace nothing that has appeared there meanwhile."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # some file systems have no hard links, such as exFAT
+        if os.path.lexists(path):
+            raise FileExistsError from None
+        part.replace(path)

@@ -1,0 +1,145 @@
+"""Conversion of a released checkpoint into one file that everything else runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_cli.engine import templates
+from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
+from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
+from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
+from rwkv_cli.models import Config, registry
+from rwkv_cli.models.config import Entry
+from rwkv_cli.quant import SourceTensor, open_source
+from rwkv_cli.quant.formats import FORMATS, layout_for
+from rwkv_cli.quant.writer import Contents, Planned, Written, write
+
+Bar = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+"""A function of the source's bytes. Its block wraps the work and gets a function to call with bytes just done."""
+
+
+def _no_bar(_: int) -> AbstractContextManager[Callable[[int], object]]:
+    return nullcontext(lambda _: None)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint that was checked, and what is to become of it."""
+
+    config: Config
+    contents: Contents
+
+    @classmethod
+    def of(cls, src: Path, quantization: str, tokenizer: str = "auto", template: str = "auto") -> Conversion:
+        """Plan a conversion, without reading a weight.
+
+        `quantization` is a key of FORMATS, `tokenizer` is auto, world or a file, and `template` is auto or a template's
+        name. Raises an RwkvError where the checkpoint or the tokenizer does not do, and OSError.
+        """
+        source = open_source(src)
+        try:
+            config, tensors = registry.recognize(source)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{src}: {error}") from None
+        plan = [_planned(name, *matched, quantization) for name, matched in tensors.items()]
+        kind, arrays = _stored_tokenizer(find_tokenizer(tokenizer, src, config.vocab))
+        name = full_path(src).name
+        metadata = {
+            "config": config.as_json(),
+            "quantization": quantization,
+            "tokenizer": kind,
+            "template": templates.guess(name, kind, config.vocab) if template == "auto" else template,
+            "source": name,
+        }
+        return cls(config, Contents(plan, metadata, arrays))
+
+    def write(self, dst: Path, *, overwrite: bool, bar: Bar = _no_bar) -> list[Written]:
+        """Write `dst`. A failure leaves nothing behind."""
+        # the kernel is compiled here, before there is a bar
+        quantize_rows(np.zeros((1, 32), np.float32), 0)
+        with bar(self.contents.source_bytes) as progress:
+            return write(dst, self.contents, quantize_rows, overwrite=overwrite, progress=progress)
+
+
+def _planned(name: str, entry: Entry, source: SourceTensor, quantization: str) -> Planned:
+    def reshaped(a: NDArray[np.float32]) -> NDArray[np.float32]:
+        """An official vector may have more dimensions of 1."""
+        return a.reshape(entry.shape)
+
+    derive = entry.derive or (reshaped if entry.kind == "vector" else None)
+    return Planned(name, source, layout_for(entry.kind, quantization), entry.shape, derive)
+
+
+def default_destination(src: Path, quantization: str) -> Path:
+    """The name of `src` with the format's ending, beside `src`."""
+    src = full_path(src)
+    stem = src.name if src.is_dir() else src.stem
+    return src.parent / f"{stem}.{FORMATS[quantization].NAME}.safetensors"
+
+
+def full_path(src: Path) -> Path:
+    """The path with a name and a parent. Links are not followed, since download caches link to files named by hash."""
+    return src.absolute() if src.name not in ("", "..") else src.resolve()
+
+
+def check_destination(dst: Path, conversion: Conversion, *, overwrite: bool) -> None:
+    """Raise FormatError for a file that cannot be written, or that is one of the source's own, before any work."""
+    if dst.is_dir():
+        raise FormatError(f"{dst} is a folder; give the name of a file as DST")
+    if not dst.parent.is_dir():
+        raise FormatError(f"{dst.parent} is not a folder; make it first, or give another DST")
+    if dst.exists() and any(dst.samefile(file) for file in {p.source.path for p in conversion.contents.plan}):
+        raise FormatError(f"{dst} is the source itself; give another DST")
+    if dst.exists() and not overwrite:
+        raise FormatError(f"{dst} exists; give --force to replace it, or another DST")
+
+
+def find_tokenizer(choice: str, src: Path, vocab: int) -> Tokenizer | None:
+    """The tokenizer that was chosen. With `auto`, the vocabulary's size or a file beside `src` tells which one fits.
+
+    Raises TokenizerError if the one asked for does not fit.
+    """
+    tokenizer: Tokenizer
+    if choice == "auto":
+        folder = src if src.is_dir() else full_path(src).parent
+        for name in (f"{full_path(src).stem}.tokenizer.json", "tokenizer.json", "20B_tokenizer.json"):
+            if (folder / name).is_file():
+                tokenizer = read_tokenizer_file(folder / name)
+                # a vocabulary is padded by a few hundred rows at most, so any other file lies here by chance
+                if tokenizer.size <= vocab < tokenizer.size + 512:
+                    return tokenizer
+        if vocab == 65536:
+            return WorldTokenizer.from_vocabulary(official_vocabulary())
+        return ByteTokenizer() if vocab == 256 else None
+    path = official_vocabulary() if choice == "world" else Path(choice)
+    tokenizer = read_tokenizer_file(path)
+    if tokenizer.size > vocab:
+        raise TokenizerError(f"{path}: has ids up to {tokenizer.size - 1}, but the model's vocabulary is {vocab}")
+    return tokenizer
+
+
+def read_tokenizer_file(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, or in a World vocabulary as text."""
+    data = path.read_bytes()
+    try:
+        if data.lstrip()[:1] == b"{":
+            return JsonTokenizer(data, str(path))
+        return WorldTokenizer.from_vocabulary(path)
+    except TokenizerError as error:
+        raise TokenizerError(f"{error}; give a sound one with --tokenizer") from None
+
+
+def _stored_tokenizer(tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:
+    """The kind and the arrays that a converted file holds of a tokenizer."""
+    if isinstance(tokenizer, WorldTokenizer):
+        return tokenizer.kind, tokenizer.arrays()
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.kind, {"tokenizer.json": np.frombuffer(tokenizer.text, np.uint8)}
+    return ("none" if tokenizer is None else tokenizer.kind), {}

@@ -1,0 +1,39 @@
+"""The bar that a person sees while a checkpoint is converted."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rwkv_cli.terminal.output import progress_bar
+
+
+@contextmanager
+def converting_bar(size: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar over `size` bytes of a source. Its block gets a function to call with the bytes just done.
+
+    A signal that would end the process becomes an exception here, so that no half file stays behind.
+    """
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    parts = "Converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with _signals_as_exceptions(), progress_bar(*parts) as progress:
+        task = progress.add_task("", total=size)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit, where their usual effect is the process's end."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [number for number in signals if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)

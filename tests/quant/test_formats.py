@@ -1,0 +1,130 @@
+"""Formats of weights, each against the naive reading of docs/format.md, whatever the shape and the blocks."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from rwkv_cli.commands.convert import command
+from rwkv_cli.errors import FormatError
+from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
+from rwkv_cli.numbers import FLOAT_DTYPES, GROUP
+from rwkv_cli.quant.formats import FORMATS, Floats, Int8, format_of, int8, layout_for
+from rwkv_cli.quant.formats import float as float_
+from rwkv_cli.quant.formats.contract import Format, Spec, StoredArray
+
+KINDS = ("matrix", "sparse", "table", "vector")
+few = settings(max_examples=60, deadline=None)
+sizes = st.integers(1, 600)
+
+
+def stored(format: Format, w: NDArray[np.float32], spec: Spec, blocks: int) -> Any:
+    """The matrix written in about so many blocks and read again."""
+    facts = format.facts_of(float(np.abs(w).max()))
+    together = format.rows_together(spec)
+    step = -(-len(w) // (blocks * together)) * together
+    encoded = [format.encode(w[n : n + step], spec, facts, quantize_rows).parts for n in range(0, len(w), step)]
+    arrays = [np.concatenate(pieces) for pieces in zip(*encoded, strict=True)]
+    parts = format.parts(spec)
+    assert [array.shape for array in arrays] == [part.shape for part in parts]
+    assert len(parts) == len(format.SUFFIXES)
+    assert format.accepts(spec, facts)
+    return format.read(
+        Spec(spec.layout, spec.shape),
+        facts,
+        [StoredArray(part.dtype, array) for part, array in zip(parts, arrays, strict=True)],
+    )
+
+
+def at(tensor: Int8, n: int, k: int) -> float:
+    """w[n, k] as docs/format.md has it."""
+    N, _ = tensor.shape
+    S = next((S for S in (256, 128, 64, 32) if N % S == 0), 16)
+    value, scale = {
+        "rows": lambda: (tensor.values[n, k], tensor.scales[n, k // 32]),
+        "tile": lambda: (tensor.values[n // 16, k // 4, n % 16, k % 4], tensor.scales[n // 16, k // 32, n % 16]),
+        "columns": lambda: (tensor.values[n // S, k, n % S], tensor.scales[n // S, k // 32, n % S]),
+    }[tensor.layout]()
+    return float(value) * float(np.uint16(scale).view(np.float16)) * 2.0**tensor.unit
+
+
+@few
+@given(N=sizes, K=sizes, layout=st.sampled_from(sorted(int8.LAYOUTS.values())), blocks=st.integers(1, 4))
+def test_int8_is_read_as_the_document_says(N: int, K: int, layout: str, blocks: int) -> None:
+    rng = np.random.default_rng(N * 1000 + K)
+    w = rng.standard_normal((N, K)).astype(np.float32)
+    tensor = stored(int8, w, Spec(layout, (N, K), "F32"), blocks)
+    whole = int8.quantize(w, layout, quantize_rows)
+    np.testing.assert_array_equal(tensor.values, whole.values)
+    np.testing.assert_array_equal(tensor.scales, whole.scales)
+    got = tensor.float32()
+    assert (got.shape, tensor.format) == ((N, K), "int8")
+    for n, k in zip(rng.integers(0, N, 20), rng.integers(0, K, 20), strict=True):
+        assert got[n, k] == np.float32(at(tensor, n, k))
+    assert np.abs(got - w).max() <= np.abs(w).max() / 100
+    # padding is zeros, which products may read
+    assert np.count_nonzero(tensor.values) == np.count_nonzero(got)
+
+
+@few
+@given(N=sizes, K=st.integers(1, 40), dtype=st.sampled_from(FLOAT_DTYPES), blocks=st.integers(1, 4))
+def test_floats_keep_their_bits(N: int, K: int, dtype: str, blocks: int) -> None:
+    kind = np.uint32 if dtype == "F32" else np.uint16
+    bits = np.random.default_rng(N).integers(0, 1 << (8 * np.dtype(kind).itemsize - 1), (N, K)).astype(kind)
+    bits = bits.view(np.float32) if dtype == "F32" else bits
+    source = Floats("float", dtype, bits)
+    w = source.float32()
+    finite = np.where(np.isfinite(w), w, np.float32(-0.0))
+    tensor = stored(float_, finite, Spec("float", (N, K), dtype), blocks)
+    assert (tensor.dtype, tensor.format, tensor.shape) == (dtype, "float", (N, K))
+    assert tensor.float32().tobytes() == finite.tobytes()
+
+
+def test_a_vector_is_float32_whatever_it_comes_from() -> None:
+    w = np.array([[1.5], [-0.0], [2.0**-30]], np.float32)
+    for dtype in FLOAT_DTYPES:
+        tensor = stored(float_, w, Spec("vector", (3, 1), dtype), 2)
+        assert (tensor.dtype, tensor.bits.tobytes()) == ("F32", w.tobytes())
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-38, 1e-6, 0.1, 127.0, 128.0, 1e4, 1e10])
+def test_the_largest_scale_is_far_from_subnormal(largest: float) -> None:
+    facts = int8.facts_of(largest)
+    scale = largest / 128 / 2.0 ** facts["unit"]
+    assert int8.accepts(Spec("tile", (16, 32)), facts)
+    assert largest in (0.0, 1e-38) or 2**14 <= scale < 2**15
+    assert scale < 2**15
+
+
+def test_the_table_is_complete() -> None:
+    option = next(option for option in command.params if option.name == "quant")
+    assert list(option.type.choices) == list(FORMATS)  # type: ignore[attr-defined]
+    layouts = [layout for format in FORMATS.values() for layout in set(format.LAYOUTS.values())]
+    assert len(layouts) == len(set(layouts))
+    assert [layout_for(kind, "int8") for kind in KINDS] == ["tile", "columns", "rows", "vector"]  # type: ignore[arg-type]
+    assert [layout_for(kind, "none") for kind in KINDS] == ["float", "float", "float", "vector"]  # type: ignore[arg-type]
+    assert all(format_of(layout) is format for format in FORMATS.values() for layout in format.LAYOUTS.values())
+    assert [format_of(odd) for odd in (None, "", "tiles", [], {}, 1)] == [None] * 6
+
+
+@pytest.mark.parametrize("layout", sorted(int8.LAYOUTS.values()))
+def test_arrays_of_another_shape_or_dtype_are_refused(layout: str) -> None:
+    tensor = int8.quantize(np.ones((40, 70), np.float32), layout, quantize_rows)
+    spec, facts = Spec(layout, (40, 70)), {"unit": tensor.unit}
+    values, scales = StoredArray("I8", tensor.values), StoredArray("F16", tensor.scales)
+    int8.read(spec, facts, [values, scales])
+    for damaged in (
+        [values._replace(dtype="U8"), scales],
+        [values, scales._replace(dtype="BF16")],
+        [values._replace(bits=tensor.values[:-1]), scales],
+        [values, scales._replace(bits=tensor.scales[:, :-1])],
+    ):
+        with pytest.raises(FormatError, match=r"^is stored as "):
+            int8.read(spec, facts, damaged)
+    for unit in (None, 15, -101, 1.0, True, "1"):
+        assert not int8.accepts(spec, {"unit": unit})
+    assert not int8.accepts(Spec(layout, (40,)), facts)
+    assert tensor.scales.size * GROUP == tensor.values.size
