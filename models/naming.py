@@ -66,6 +66,12 @@ def official(source: Source) -> dict[str, SourceTensor]:
     return tensors
 
 
+def kind_of(name: str) -> str:
+    """Return a tensor's official name without its layer and ending: att.key, ffn.value, emb."""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join(parts[2:] if parts[0] == "blocks" else parts)
+
+
 def _rename(name: str, rules: list[tuple[str, str]]) -> str:
     for pattern, to in rules:
         name = re.sub(pattern, to, name)

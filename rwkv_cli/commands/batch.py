@@ -17,7 +17,8 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from rwkv_cli.commands.options import SAMPLING, open_model
+from rwkv_cli.commands.options import open_model
+from rwkv_cli.terminal.settings import SAMPLING
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.completion import Completion

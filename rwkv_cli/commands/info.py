@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from rwkv_cli.terminal.plot import plot_errors, plot_option
+from rwkv_cli.commands.options import named_model, plot_option
+from rwkv_cli.terminal.output import columns
+from rwkv_cli.terminal.plot import plot_errors
 
 
 @click.command("info")
@@ -32,7 +34,6 @@ def command(model: Path | None, devices: bool, tensors: bool, plot: Path | None,
             raise click.UsageError("--devices is about this machine: give it no model, --tensors or --plot")
         _devices(as_json)
         return
-    from rwkv_cli.commands.options import named_model
     from rwkv_cli.quant import Checkpoint
 
     facts = describe(Checkpoint(named_model(model)))
@@ -47,12 +48,11 @@ def command(model: Path | None, devices: bool, tensors: bool, plot: Path | None,
 
 
 def _devices(as_json: bool) -> None:
-    """The CPU and the GPUs."""
+    """Print the CPU and the GPUs."""
     from rwkv_cli.errors import DeviceError
     from rwkv_cli.kernels.cpu.compile import has_vnni
     from rwkv_cli.kernels.cpu.cores import usable_cores
     from rwkv_cli.kernels.cuda.gpus import found
-    from rwkv_cli.terminal.output import columns
 
     cores, instructions = usable_cores(), "AVX-512 VNNI" if has_vnni() else "portable"
     gpus, reason = [], None
@@ -77,17 +77,15 @@ def _devices(as_json: bool) -> None:
 
 
 def describe(checkpoint: Any) -> dict[str, Any]:
-    """Everything there is to know of a converted file without reading its weights."""
+    """Collect everything that a converted file tells without its weights."""
     rows = []
     for name in checkpoint.names():
         scale = [name + ".scale"] if name + ".scale" in checkpoint.stored else []
         stored = [checkpoint.array(part) for part in (name, *scale)]
         entry = checkpoint.layout(name)
-        rows.append({
-            "name": name, "layout": entry["layout"], "shape": entry["shape"],
-            "dtype": checkpoint.stored[name].dtype, "bytes": sum(array.nbytes for array in stored),
-            "error": checkpoint.error(name),
-        })  # fmt: skip
+        row = {"name": name, "layout": entry["layout"], "shape": entry["shape"]}
+        row |= {"dtype": checkpoint.stored[name].dtype, "bytes": sum(array.nbytes for array in stored)}
+        rows.append(row | {"error": checkpoint.error(name)})
     parameters = sum(prod(row["shape"]) for row in rows)
     return {
         "path": str(checkpoint.path),
@@ -112,8 +110,6 @@ def _plot(plot: Path, facts: dict[str, Any]) -> None:
 
 
 def _show(facts: dict[str, Any], tensors: bool) -> None:
-    from rwkv_cli.terminal.output import columns
-
     config = facts["config"]
     ranks = config.get("ranks")
     ranks = ", ".join(f"{name} {rank}" for name, rank in ranks.items()) if isinstance(ranks, dict) else ""

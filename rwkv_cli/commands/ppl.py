@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_cli.commands.options import model_options, open_model
-from rwkv_cli.terminal.plot import plot_nll, plot_option
+from rwkv_cli.commands.options import model_options, open_model, plot_option
+from rwkv_cli.terminal.output import columns, progress_bar
+from rwkv_cli.terminal.plot import plot_nll
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
@@ -54,6 +55,7 @@ def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> in
     help="One JSON object a file; by_position lists [first, last, tokens, NLL, its standard error].",
 )
 def command(
+    *,
     files: tuple[Path, ...],
     model: Path | None,
     threads: int | None,
@@ -89,7 +91,7 @@ def command(
     scores = []
     for file in files:
         scorer = Scorer(lm, other, context, start_token, limit)
-        score = _with_progress(file, scorer)
+        score = _score(file, scorer)
         scores.append((file, score))
         if as_json:
             click.echo(json.dumps({"model": str(lm.path), "file": str(file), **score.as_json()}))
@@ -106,10 +108,9 @@ def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:
         raise click.ClickException(f"{lm.path} and {other.path} have different tokenizers; their tokens do not compare")
 
 
-def _with_progress(file: Path, scorer: Scorer) -> Score:
+def _score(file: Path, scorer: Scorer) -> Score:
+    """Score a file behind a progress bar."""
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-
-    from rwkv_cli.terminal.output import progress_bar
 
     text = "{task.percentage:.0f} %  {task.fields[rate]}"
     with progress_bar(
@@ -124,9 +125,7 @@ def _with_progress(file: Path, scorer: Scorer) -> Score:
 
 
 def report(file: Path, s: Score, compare: Path | None) -> str:
-    """A score as a table."""
-    from rwkv_cli.terminal.output import columns
-
+    """Write a score as a table."""
     start = "none" if s.start_token is None else s.start_token
     context = "whole file" if s.context is None else f"{s.context} tokens"
     rows = [

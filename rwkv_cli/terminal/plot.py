@@ -8,14 +8,11 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
-
-from rwkv_cli.commands.convert import kind_name
 from rwkv_cli.terminal.output import harmless, note
 
 if TYPE_CHECKING:
@@ -25,8 +22,9 @@ if TYPE_CHECKING:
     from rwkv_cli.engine.scoring import Score
 
 SUFFIXES = (".png", ".svg", ".pdf")
+"""Endings of the files that pictures can be drawn into."""
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's, which the colour-blind tell apart."""
+"""The colours of Okabe and Ito, which the colour-blind tell apart."""
 _GREY = "#666666"
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched and copied
@@ -42,36 +40,11 @@ _STYLE = {
 }
 
 
-def plot_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """--plot, refused before any work where it could not be drawn; the command gets `plot: Path | None`."""
-    return click.option(
-        "--plot",
-        type=click.Path(path_type=Path, dir_okay=False),
-        callback=_drawable,
-        metavar="OUT",
-        help=f"Draw {what}, into a .png, .svg or .pdf file.",
-    )
-
-
-def _drawable(_ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
-    if path is None:
-        return None
-    if path.suffix.lower() not in SUFFIXES:
-        raise click.BadParameter(f"{path} does not end in .png, .svg or .pdf")
-    if not path.parent.is_dir():
-        raise click.BadParameter(f"{path.parent} is not a folder; make it first, or name another file")
-    try:
-        import matplotlib  # noqa: F401 - only whether it is there
-    except ModuleNotFoundError:
-        raise click.ClickException('--plot needs matplotlib; install it with: pip install "rwkv-cli[plot]"') from None
-    return path
-
-
 def plot_nll(path: Path, scores: Sequence[tuple[Path, Score]], models: Sequence[Path]) -> None:
     """Draw NLL by position into `path`: a line for each text of `scores` and each of its one or two `models`.
 
-    Bins are drawn as they are, with a band of one standard error where they have two tokens or more; what all lines
-    share stands in the title.
+    A bin is drawn as it is, with a band of one standard error where it has two tokens or more. The title has the facts
+    that all lines share.
     """
     import numpy as np
     from matplotlib.ticker import LogLocator
@@ -110,15 +83,18 @@ def plot_nll(path: Path, scores: Sequence[tuple[Path, Score]], models: Sequence[
 
 
 def plot_errors(path: Path, errors: Mapping[str, float], facts: Sequence[str]) -> None:
-    """Draw relative errors of tensors into `path` as a heat map of kinds by layers, those of no layer below.
+    """Draw relative errors of tensors into `path` as a heat map of kinds by layers. Tensors of no layer stand below.
 
-    `errors` has at least one tensor; `facts` stand in the title.
+    `errors` has at least one tensor. The title has the `facts`.
     """
     import numpy as np
 
+    from rwkv_cli.models.naming import kind_of
+
     rows: dict[str, dict[int, float]] = {}
-    for name in sorted(errors, key=_layer, reverse=True):  # layer 0 may lack kinds, so the last one gives their order
-        rows.setdefault(kind_name(name), {})[_layer(name)] = 100 * errors[name]
+    # Layer 0 may lack kinds, so the last layer gives their order.
+    for name in sorted(errors, key=_layer, reverse=True):
+        rows.setdefault(kind_of(name), {})[_layer(name)] = 100 * errors[name]
     inside = {kind: row for kind, row in rows.items() if -1 not in row}
     apart = {kind: row for kind, row in rows.items() if -1 in row}
     layers = sorted({layer for row in inside.values() for layer in row})
@@ -151,14 +127,14 @@ def plot_errors(path: Path, errors: Mapping[str, float], facts: Sequence[str]) -
 
 
 def _layer(name: str) -> int:
-    """A tensor's layer; -1 outside of any."""
+    """Return a tensor's layer, -1 outside of any."""
     found = re.match(r"blocks\.(\d{1,9})\.", name)
     return int(found[1]) if found else -1
 
 
 @contextmanager
 def _figure(size: tuple[float, float], path: Path) -> Iterator[Figure]:
-    """A figure of `size` inches, which the block draws and which is written to `path` as a whole or not at all."""
+    """Make a figure of `size` inches for the block to draw. It is written to `path` as a whole or not at all."""
     import matplotlib.figure
     import matplotlib.style
 
@@ -183,17 +159,17 @@ def _title(axes: Axes, title: str, facts: Sequence[str]) -> None:
 
 
 def _joined(facts: Sequence[str]) -> str:
-    """On lines that fit the picture."""
+    """Join facts to lines that fit the picture."""
     return textwrap.fill(" · ".join(map(_plain, facts)), 90, break_on_hyphens=False)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Their last parts, or all of them where those do not tell them apart."""
+    """Return the paths' last parts, or whole paths where the last parts do not tell them apart."""
     short = len({path.name for path in paths}) == len(set(paths))
     return [path.name if short else str(path) for path in paths]
 
 
 def _plain(text: str) -> str:
-    """What fits the picture and any XML: a path may be long, be no Unicode, and hold control characters."""
+    """Make a text fit the picture and any XML. A path may be long, no Unicode, and hold control characters."""
     text = harmless(os.fsencode(text).decode(errors="replace"))
     return text if len(text) <= 48 else f"{text[:23]}…{text[-24:]}"

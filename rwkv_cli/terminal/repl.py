@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from rwkv_cli.commands.options import SAMPLING
 from rwkv_cli.engine import sessions
 from rwkv_cli.engine.conversation import Conversation, Reply, markdown
 from rwkv_cli.engine.sessions import Session
@@ -19,10 +18,12 @@ from rwkv_cli.errors import ConversationError, SessionError, TokenizerError
 from rwkv_cli.quant import replacing
 from rwkv_cli.terminal.output import columns, note, reading_bar, write
 from rwkv_cli.terminal.reader import is_terminal, no_echo, reader
+from rwkv_cli.terminal.settings import MAX_TOKENS, SAMPLING
 from rwkv_cli.terminal.wrap import Wrapped
 
 _KEYS = "Ctrl-C ends an answer, Ctrl-D leaves, Alt-Enter begins a new line; a line that begins with // is text."
-_SETTINGS = SAMPLING | {"max_tokens": (click.IntRange(min=1), "N", "End an answer after N tokens.")}
+_SETTINGS = {name: setting.kind for name, setting in SAMPLING.items()} | {"max_tokens": MAX_TOKENS}
+"""The names that /set takes, and their values."""
 
 
 class Repl:
@@ -186,7 +187,7 @@ class Repl:
         name = name.replace("-", "_")
         if name not in _SETTINGS or not text.strip():
             raise ConversationError(f"/set NAME VALUE, where NAME is one of {', '.join(_SETTINGS)}")
-        value = _SETTINGS[name][0].convert(text.strip(), None, None)
+        value = _SETTINGS[name].convert(text.strip(), None, None)
         if name == "max_tokens":
             self.talk.max_tokens = value
         elif name == "seed":
