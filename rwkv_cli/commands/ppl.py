@@ -90,7 +90,7 @@ def command(
         raise click.BadParameter(f"{plot} is one of the texts; name another file", param_hint="--plot")
     scores = []
     for file in files:
-        scorer = Scorer(lm, other, context, start_token, limit)
+        scorer = Scorer(lm, other, context=context, start_token=start_token, limit=limit)
         score = _score(file, scorer)
         scores.append((file, score))
         if as_json:
@@ -121,7 +121,7 @@ def _score(file: Path, scorer: Scorer) -> Score:
         def show(share: float, score: Score) -> None:
             progress.update(task, completed=share, rate=f"{score.tokens_per_second:.0f} tok/s  ppl {score.ppl:.4g}")
 
-        return scorer.run(file, show)
+        return scorer.score(file, show)
 
 
 def report(file: Path, s: Score, compare: Path | None) -> str:
