@@ -186,7 +186,7 @@ def _restored(path: Path, data: dict[str, Any], model: LanguageModel) -> Convers
         Sampling(**data["sampling"]),
         data["seed"],
         data["max_tokens"],
-        data["system"],
+        system=data["system"],
         start=State.load(path / _START, like=model.new_state()) if data["start"] else None,
     )
     talk.set_think(data["think"])

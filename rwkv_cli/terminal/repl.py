@@ -1,16 +1,17 @@
-"""The chat program: reads turns and commands, shows answers as they come, keeps the session."""
+"""The chat program. It reads turns and commands, shows answers as they come, and keeps the session."""
 
 import difflib
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from rwkv_cli.engine import sessions
+from rwkv_cli.engine.completion import Result
 from rwkv_cli.engine.conversation import Conversation, Reply, markdown
 from rwkv_cli.engine.sessions import Session
 from rwkv_cli.engine.templates import THINK
@@ -26,45 +27,59 @@ _SETTINGS = {name: setting.kind for name, setting in SAMPLING.items()} | {"max_t
 """The names that /set takes, and their values."""
 
 
+def _no_words() -> Iterable[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A line that begins with a slash. `act` is called with the rest of the line."""
+
+    usage: str
+    help: str
+    act: Callable[[str], None]
+    words: Callable[[], Iterable[str]] = _no_words
+    """The words that may come after the name."""
+
+    def takes(self, rest: str) -> bool:
+        """Return whether a line may go on like this: usage in brackets may be left out, other usage may not."""
+        return bool(self.usage) if rest else self.usage == "" or self.usage.startswith("[")
+
+
 class Repl:
     """One chat at a terminal or in a pipe."""
 
     def __init__(self, conversation: Conversation, session: Session | None = None) -> None:
         self.talk, self.session = conversation, session
         self.terminal = is_terminal()
-        self.read_tokens = self.made_tokens = 0
-        self.read_seconds = self.made_seconds = 0.0
+        self.total = Result()
+        """The figures of all answers so far."""
         self.edited = ""
-        """The last turn's text, while it is being changed."""
+        """The last turn's text, while the person changes it."""
         self.over = False
-        nothing: Callable[[], Iterable[str]] = tuple
-        self.commands: dict[str, tuple[str, str, Callable[[str], None], Callable[[], Iterable[str]]]] = {
-            "/undo": ("", "take the last turn back", self.undo, nothing),
-            "/retry": ("", "another answer to the last turn", self.retry, nothing),
-            "/edit": ("[TEXT]", "change the last turn and answer it anew", self.edit, nothing),
-            "/reset": ("", "forget the conversation", self.reset, nothing),
-            "/system": ("[TEXT|off]", "show the system text, or begin anew with another", self.system, nothing),
-            "/think": ("[MODE]", "show or set how long the model reasons", self.think, lambda: THINK),
-            "/set": ("NAME VALUE", "change a setting from the next answer on", self.set, lambda: _SETTINGS),
-            "/params": ("", "the settings", self.params, nothing),
-            "/history": ("", "all that was said", self.history, nothing),
-            "/save": (
-                "NAME",
-                "keep the conversation as a session; without one, go on in it",
-                self.save,
-                sessions.names,
-            ),
-            "/load": ("NAME", "go on with a session", self.load, sessions.names),
-            "/fork": ("NAME", "go on in a new session, the old one stays as it is", self.fork, nothing),
-            "/stats": ("", "tokens, speed and memory so far", self.stats, nothing),
-            "/copy": ("FILE", "write the conversation as Markdown", self.copy, nothing),
-            "/help": ("", "this list", self.help, nothing),
-            "/exit": ("", "leave", self.exit, nothing),
+        keep_as = "keep the conversation as a session; without one, go on in it"
+        self.commands = {
+            "/undo": _Command("", "take the last turn back", self.undo),
+            "/retry": _Command("", "another answer to the last turn", self.retry),
+            "/edit": _Command("[TEXT]", "change the last turn and answer it anew", self.edit),
+            "/reset": _Command("", "forget the conversation", self.reset),
+            "/system": _Command("[TEXT|off]", "show the system text, or begin anew with another", self.system),
+            "/think": _Command("[MODE]", "show or set how long the model reasons", self.think, lambda: THINK),
+            "/set": _Command("NAME VALUE", "change a setting from the next answer on", self.set, lambda: _SETTINGS),
+            "/params": _Command("", "the settings", self.params),
+            "/history": _Command("", "all that was said", self.history),
+            "/save": _Command("NAME", keep_as, self.save, sessions.names),
+            "/load": _Command("NAME", "go on with a session", self.load, sessions.names),
+            "/fork": _Command("NAME", "go on in a new session, the old one stays as it is", self.fork),
+            "/stats": _Command("", "tokens, speed and memory so far", self.stats),
+            "/copy": _Command("FILE", "write the conversation as Markdown", self.copy),
+            "/help": _Command("", "this list", self.help),
+            "/exit": _Command("", "leave", self.exit),
         }
 
-    def run(self) -> None:
+    def converse(self) -> None:
         """Read turns and answer them until the input ends."""
-        read = reader({name: command[3] for name, command in self.commands.items()})
+        read = reader({name: command.words for name, command in self.commands.items()})
         if self.terminal:
             config = self.talk.model.config
             note(f"{self.talk.model.path.name} · RWKV-{config.version} · /help lists commands", faint=True)
@@ -74,7 +89,7 @@ class Repl:
             try:
                 line = read(editing).strip()
                 if line.startswith("/") and not line.startswith("//"):
-                    self._command(line)
+                    self._obey(line)
                 elif line:
                     self._say(self.talk.reply(_unescaped(line), again=bool(editing)))
             except EOFError:
@@ -86,54 +101,53 @@ class Repl:
             except (ConversationError, SessionError, TokenizerError) as error:
                 note(str(error))
 
-    def _command(self, line: str) -> None:
+    def _obey(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         if name not in self.commands:
             near = difflib.get_close_matches(name, self.commands, 1)
             note(f"{name} is not a command; " + (f"did you mean {near[0]}?" if near else "/help lists them"))
             return
-        usage, _, run, _ = self.commands[name]
-        if bool(rest.strip()) < (usage != "" and not usage.startswith("[")) or (rest.strip() and not usage):
-            note(f"it is {name} {usage}".strip())
+        command = self.commands[name]
+        if not command.takes(rest.strip()):
+            note(f"it is {name} {command.usage}".strip())
             return
         try:
-            run(rest.strip())
+            command.act(rest.strip())
         except click.BadParameter as error:
             note(error.message)
         except OSError as error:
             note(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
     def _say(self, reply: Reply) -> None:
-        done, thought = reply.completion, False
+        completion, thought = reply.completion, False
         show = Wrapped().write if self.terminal else write
-        with _on_interrupt(lambda: setattr(done, "cancelled", True)), no_echo():
-            with reading_bar(len(reply.prompt)) as done.on_read:
-                for thinking, piece in reply:
+        with _on_interrupt(completion.cancel), no_echo():
+            with reading_bar(len(completion.request.prompt)) as on_read:
+                for thinking, piece in reply.stream(on_read):
                     if thinking and not self.terminal:
                         continue
                     if thought and not thinking:
                         show("\n\n")
                     thought = thinking
                     show(piece, faint=thinking)
-            self._figures(reply)
+            self._count(completion.result)
             self._keep()
-        if done.cancelled and not self.terminal:
+        if completion.cancelled and not self.terminal:
             raise KeyboardInterrupt
 
-    def _figures(self, reply: Reply) -> None:
-        """Count what was read and made, and show it."""
-        done = reply.completion
+    def _count(self, result: Result) -> None:
+        """Add an answer's figures to those of this run, and show them."""
         click.echo("\n" if self.terminal else "")
-        self.read_tokens += done.prompt_tokens
-        self.read_seconds += done.prompt_seconds
-        self.made_tokens += done.tokens
-        self.made_seconds += done.seconds
+        self.total.prompt_tokens += result.prompt_tokens
+        self.total.prompt_seconds += result.prompt_seconds
+        self.total.tokens += result.tokens
+        self.total.seconds += result.seconds
         if self.terminal:
-            text = _figures(done.tokens, done.seconds, done.prompt_tokens, done.prompt_seconds, done.stop)
-            note(text + "\n", faint=True)
+            ended = {"length": " · cut short: /set max_tokens N allows more", "interrupted": " · interrupted"}
+            note(f"{_figures(result)}{ended.get(result.stop, '')}\n", faint=True)
 
     def _keep(self) -> None:
-        """Save the session, if there is one. A chat goes on even where that fails."""
+        """Save the session, if there is one. The chat goes on even where that fails."""
         if self.session is not None:
             try:
                 self.session.save(self.talk)
@@ -141,7 +155,7 @@ class Repl:
                 note(f"not saved: {error}")
 
     def _resumed(self) -> None:
-        """Where a resumed conversation was."""
+        """Show how far a resumed conversation had come."""
         if self.session is not None and self.talk.turns:
             last = self.talk.turns[-1]
             note(f"session {self.session.name}, {len(self.talk.turns)} turns; the last one:", faint=True)
@@ -193,7 +207,7 @@ class Repl:
         elif name == "seed":
             self.talk.set_seed(value)
         else:
-            self.talk.settings = replace(self.talk.settings, **{name: value})
+            self.talk.settings = self.talk.settings.changed(**{name: value})
         self._keep()
         note(f"{name} {value}")
 
@@ -236,7 +250,7 @@ class Repl:
         kept = sum(turn.before is not None for turn in self.talk.turns)
         note(columns([
             ("turns", len(self.talk.turns)),
-            ("this run", _figures(self.made_tokens, self.made_seconds, self.read_tokens, self.read_seconds)),
+            ("this run", _figures(self.total)),
             ("state", f"{size / 1e6:.1f} MB, whatever the length; {kept} kept for /undo"),
             ("session", self.session.name if self.session else "none; /save NAME keeps this conversation"),
         ]))  # fmt: skip
@@ -250,7 +264,7 @@ class Repl:
         note(f"Wrote {path}")
 
     def help(self, _rest: str) -> None:
-        rows = [(f"{name} {usage}".strip(), text) for name, (usage, text, _, _) in self.commands.items()]
+        rows = [(f"{name} {command.usage}".strip(), command.help) for name, command in self.commands.items()]
         note(columns(rows) + "\n" + _KEYS)
 
     def exit(self, _rest: str) -> None:
@@ -258,7 +272,7 @@ class Repl:
 
 
 def _unescaped(line: str) -> str:
-    """A line that is text; one that begins with a slash is typed with two."""
+    """Return the text of a line. A text that begins with a slash is typed with two."""
     return line[1:] if line.startswith("//") else line
 
 
@@ -267,17 +281,17 @@ def _short(text: str) -> str:
     return line if line == text and len(line) <= 60 else line[:60] + " …"
 
 
-def _figures(tokens: int, seconds: float, read: int, read_seconds: float, stop: str = "") -> str:
-    """How much was made and read, and how fast; and why an answer ended, if not by itself."""
-    made = f"{tokens} tokens" + (f", {tokens / seconds:.1f} tok/s" if seconds else "")
-    taken = f"prompt {read} tokens" + (f", {read / read_seconds:.0f} tok/s" if read_seconds else "")
-    ended = {"length": " · cut short: /set max_tokens N allows more", "interrupted": " · interrupted"}
-    return f"{made} · {taken}{ended.get(stop, '')}"
+def _figures(r: Result) -> str:
+    """Say how many tokens were made and read, and how fast."""
+    made = f"{r.tokens} tokens" + (f", {r.tokens / r.seconds:.1f} tok/s" if r.seconds else "")
+    read = f"prompt {r.prompt_tokens} tokens"
+    read += f", {r.prompt_tokens / r.prompt_seconds:.0f} tok/s" if r.prompt_seconds else ""
+    return f"{made} · {read}"
 
 
 @contextmanager
-def _on_interrupt(react: Any) -> Iterator[None]:
-    """Ctrl-C calls `react` instead of raising, so that no kernel is ever torn out of a token."""
+def _on_interrupt(react: Callable[[], object]) -> Iterator[None]:
+    """Call `react` on Ctrl-C instead of raising, so that no kernel is ever torn out of a token."""
     before = signal.signal(signal.SIGINT, lambda *_: react())
     try:
         yield
