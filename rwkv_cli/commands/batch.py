@@ -1,4 +1,4 @@
-"""rwkv generate --batch: the prompts of a file, several in one forward pass, an answer a line."""
+"""The command `rwkv generate --batch`: the prompts of a file, several in one forward pass, an answer a line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rwkv_cli.terminal.output import note, progress_bar
 from rwkv_cli.terminal.settings import SAMPLING
 
 if TYPE_CHECKING:
-    from rwkv_cli.engine.jobs import Limits
+    from rwkv_cli.engine.jobs import JobSettings
     from rwkv_cli.engine.model import LanguageModel
     from rwkv_cli.engine.sampling import Sampling
 
@@ -46,7 +46,7 @@ def answer_file(
     *,
     size: int,
     load: Callable[[], LanguageModel],
-    default: Limits,
+    default: JobSettings,
     sampling: Sampling,
     ignore_eos: bool,
     state: Path | None,
@@ -65,7 +65,7 @@ def answer_file(
     shared = Shared(read_tuned_state(state, model) if state else model.new_state(), sampling, ignore_eos)
     tasks = prepare(model, name, jobs, shared)
     stdout = sys.stdout  # a progress bar puts another stream in its place
-    hidden = output is None and stdout.isatty()  # the answers themselves show how far it is
+    hidden = output is None and stdout.isatty()  # the answers themselves show the progress
     with nullcontext() if output is None else open_answers(output, tasks) as file:
         answered = set() if file is None else file.answered
         todo = [task for task in tasks if task.job.id not in answered]
@@ -73,15 +73,15 @@ def answer_file(
         tokens, began = 0, time.perf_counter()
         try:
             with _progress(len(jobs), hidden) as show:
-                for progress in answer(model, todo, shared, size):
-                    for task, completion in progress.ended:
+                for done in answer(model, todo, shared, size):
+                    for task, completion in done.ended:
                         line = answer_line(task, completion)
                         if file is None:
                             click.echo(line.decode(), nl=False, file=stdout)
                         else:
                             file.add(line)
                         count, tokens = count + 1, tokens + completion.result.tokens
-                    making = [(one.result.tokens, one.request.max_tokens) for one in progress.running]
+                    making = [(one.result.tokens, one.request.max_tokens) for one in done.running]
                     part = sum(made / most for made, most in making)
                     made = tokens + sum(made for made, _ in making)
                     show(count, part, made / (time.perf_counter() - began))

@@ -1,4 +1,4 @@
-"""rwkv bench"""
+"""The command `rwkv bench`."""
 
 from __future__ import annotations
 
@@ -62,15 +62,19 @@ def command(
 
     \b
     rwkv bench -m RWKV-x070-World-0.1B.int8.safetensors
-    """  # fmt: skip
+    """
     from rwkv_cli.engine.measuring import measure
 
     with progress_bar("Measuring", "{task.description}") as progress:
         task = progress.add_task("")
         report = measure(
             lambda: open_model(model, device, threads),
-            prompt, generate, repetitions, depth, lambda what: progress.update(task, description=what),
-        )  # fmt: skip
+            prompt,
+            generate,
+            repetitions,
+            depth,
+            lambda what: progress.update(task, description=what),
+        )
     click.echo(json.dumps(asdict(report)) if as_json else table(report))
 
 

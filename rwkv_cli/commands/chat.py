@@ -1,4 +1,4 @@
-"""rwkv chat"""
+"""The command `rwkv chat`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def command(
     \b
     rwkv chat -m RWKV-x070-World-0.1B.int8.safetensors
     rwkv chat --session diary
-    """  # fmt: skip
+    """
     from rwkv_cli.engine import sessions
     from rwkv_cli.engine.conversation import Conversation
     from rwkv_cli.engine.sessions import Session

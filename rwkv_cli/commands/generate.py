@@ -1,4 +1,4 @@
-"""rwkv generate"""
+"""The command `rwkv generate`."""
 
 from __future__ import annotations
 
@@ -108,13 +108,13 @@ def command(
     rwkv generate "Once upon a time" -m stories.safetensors
     cat letter.txt | rwkv generate --max-tokens 100 --temperature 0 > answer.txt
     rwkv generate --batch prompts.jsonl --output answers.jsonl --seed 1
-    """  # fmt: skip
+    """
+    check_options(click.get_current_context())
     from rwkv_cli.engine.completion import Completion, Request, new_sampler
-    from rwkv_cli.engine.jobs import Limits
+    from rwkv_cli.engine.jobs import JobSettings
     from rwkv_cli.engine.sampling import Sampling
     from rwkv_cli.engine.saved import CACHE, STATE, PromptCache, check_target, save_end
 
-    check_options(click.get_current_context())
     if state and load_state:
         raise click.UsageError("--state and --load-state exclude each other: a saved state had its beginning")
     if any(not stop for stop in stops):
@@ -126,7 +126,7 @@ def command(
             output,
             size=batch_size,
             load=functools.partial(open_model, model, device, threads),
-            default=Limits(max_tokens=max_tokens, seed=seed, stops=stops),
+            default=JobSettings(max_tokens=max_tokens, seed=seed, stops=stops),
             sampling=settings,
             ignore_eos=ignore_eos,
             state=state,

@@ -1,4 +1,4 @@
-"""rwkv info"""
+"""The command `rwkv info`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(model: Path | None, devices: bool, tensors: bool, plot: Path | None,
     rwkv info RWKV-x070-World-0.1B.int8.safetensors --tensors
     rwkv info RWKV-x070-World-0.1B.int8.safetensors --plot error.svg
     rwkv info --devices
-    """  # fmt: skip
+    """
     if devices:
         if model is not None or tensors or plot is not None:
             raise click.UsageError("--devices is about this machine: give it no model, --tensors or --plot")
@@ -69,10 +69,9 @@ def _devices(as_json: bool) -> None:
         click.echo(json.dumps({"cpu": cpu, "cuda": listed, "no_cuda": reason}))
         return
     rows = [("cpu", f"{cores.physical} cores, {cores.logical} threads, {instructions} kernels")]
-    rows += [
-        ("cuda", f"{gpu.name}, {gpu.memory / 1e9:.1f} GB, compute capability {gpu.capability[0]}.{gpu.capability[1]}")
-        for gpu in gpus
-    ]
+    for gpu in gpus:
+        capability = "{}.{}".format(*gpu.capability)
+        rows.append(("cuda", f"{gpu.name}, {gpu.memory / 1e9:.1f} GB, compute capability {capability}"))
     click.echo(columns(rows if gpus else [*rows, ("cuda", f"none: {reason}")]))
 
 
@@ -127,9 +126,13 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
     ]))  # fmt: skip
     if tensors:
         rows = [
-            (row["name"], row["layout"], row["dtype"], " × ".join(map(str, row["shape"])), f"{row['bytes']:,}",
-             "" if row["error"] is None else f"{row['error']:.3%}")
+            (
+                *(row[key] for key in ("name", "layout", "dtype")),
+                " × ".join(map(str, row["shape"])),
+                f"{row['bytes']:,}",
+                "" if row["error"] is None else f"{row['error']:.3%}",
+            )
             for row in facts["tensors"]
-        ]  # fmt: skip
+        ]
         header = "tensor", "layout", "dtype", "shape", "bytes", "error"
         click.echo("\n" + columns([header, *rows], right=[4, 5]))

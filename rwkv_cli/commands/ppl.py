@@ -1,4 +1,4 @@
-"""rwkv ppl"""
+"""The command `rwkv ppl`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def command(
     rwkv ppl wiki.test.raw -m model.int8.safetensors
     rwkv ppl wiki.test.raw -m model.int8.safetensors --compare model.float.safetensors
     rwkv ppl wiki.test.raw -m model.int8.safetensors --context 1024 --plot context.svg
-    """  # fmt: skip
+    """
     from rwkv_cli.engine.scoring import Scorer
 
     lm = open_model(model, device, threads)

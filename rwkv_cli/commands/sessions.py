@@ -1,4 +1,4 @@
-"""rwkv sessions"""
+"""The command `rwkv sessions`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def command() -> None:
     \b
     rwkv sessions list
     rwkv sessions show diary > diary.md
-    """  # fmt: skip
+    """
 
 
 @command.command("list")

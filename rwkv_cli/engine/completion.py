@@ -43,7 +43,7 @@ class Request:
     stops: Sequence[str] = ()
     """Texts that end the text before them."""
     ignore_eos: bool = False
-    """Whether the text goes on where the model would end it."""
+    """True if the text goes on where the model would end it."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Result:
 
 
 class Completion:
-    """One text in the making. `stream` makes it; `result` is right at every moment, also when the text is cut short.
+    """One text in the making. `stream` makes it, and `result` is right even when the text is cut short.
 
     Afterwards `state` has read the prompt and all of the text but its unread end. It has read nothing of a stop text.
     """
@@ -138,11 +138,11 @@ class Completion:
         request, result = self.request, self.result
         stream = self.model.text_tokenizer.stream()
         made, ids = "", list[int]()
-        # the state before the first token that may belong to a stop text or to an unfinished character
+        # This is the state before the first token that may belong to a stop text or to an unfinished character.
         clean: tuple[State, int, int] | None = None
         end: int | None = None
         while True:
-            before, read, torn = len(made), len(ids), stream.unfinished  # what the state has read
+            before, read, torn = len(made), len(ids), stream.unfinished  # as far as the state has read
             if self.cancelled:
                 break
             token = self._sample(logits)

@@ -14,12 +14,12 @@ from rwkv_cli.errors import ConversationError
 from rwkv_cli.models import State
 
 _SNAPSHOT_BYTES = 1 << 29
-"""Most memory for states to go back to. The oldest are given up first."""
+"""Bytes of memory for states to go back to. The oldest are given up first."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that the next answer depends on, but for the settings. Nothing in it changes."""
+    """The facts that the next answer depends on, but for the settings. Nothing in a snapshot changes."""
 
     state: State
     unread: str
@@ -79,7 +79,7 @@ class Conversation:
         before = self._before_last() if again else self.now
         self.sampler.settings = self.settings
         self.sampler.random = random or before.random
-        self.sampler.forget()  # penalties are for repetition within an answer
+        self.sampler.forget()  # an answer is penalized for its own repetitions only
         prompt = self.encode(before.unread + self.template.prompt(text, self.think))
         request = Request(prompt, self.limit, self.template.stops)
         return Reply(
@@ -87,7 +87,7 @@ class Conversation:
             user=text,
             before=before,
             again=again,
-            start=THINK[self.think][1],
+            start=THINK[self.think].start,
             completion=Completion(self.model, before.state.clone(), self.sampler, request),
         )
 
@@ -131,7 +131,7 @@ class Conversation:
 
     @property
     def limit(self) -> int:
-        """Most tokens of an answer. Reasoning needs more room."""
+        """The most tokens of an answer. Reasoning needs more room."""
         return self.max_tokens or (4096 if self.think in ("on", "short", "long") else 1024)
 
     def encode(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Many prompts from one file: a JSON object a line is a job, and each job gets the text that it would get alone."""
+"""Many prompts from one file. Each line is a job, and each job gets the text that it would get alone."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from rwkv_cli.models import State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class JobSettings:
     """The settings that a line of the file may give. A line without one takes the default."""
 
     max_tokens: int
@@ -30,7 +30,7 @@ class Job:
     line: int
     id: str | int
     prompt: str
-    limits: Limits
+    settings: JobSettings
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """The state of a run after one pass."""
+class Pass:
+    """The answers of a run after one pass through the model."""
 
     ended: list[tuple[Task, Completion]]
     """The answers that ended with this pass."""
@@ -63,7 +63,7 @@ class Progress:
     """The answers in the making."""
 
 
-def read_jobs(name: str, data: bytes, default: Limits) -> list[Job]:
+def read_jobs(name: str, data: bytes, default: JobSettings) -> list[Job]:
     """Read the jobs in a file's bytes. Raises JobError, which names the line, for a line that is wrong."""
     jobs: dict[str | int, Job] = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -91,7 +91,7 @@ def _whole_number(digits: str) -> int:
         raise ValueError(f"a number in it has {len(digits)} digits, which is too long") from None
 
 
-def _job(value: Any, number: int, default: Limits) -> Job:
+def _job(value: Any, number: int, default: JobSettings) -> Job:
     """Read one line. Raises ValueError, which says what is wrong."""
     if not isinstance(value, dict):
         raise ValueError('not an object like {"prompt": "Once upon a time"}')
@@ -110,17 +110,17 @@ def _job(value: Any, number: int, default: Limits) -> Job:
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError('its "stop" must be a text or a list of texts, none of them empty')
     common = {field.name for field in fields(Sampling)} | {"ignore_eos"}
-    if settings := sorted(common & value.keys()):
-        raise ValueError(f'"{settings[0]}" is the same for all prompts: give it as an option')
-    return Job(number, id_, prompt, Limits(max_tokens=max_tokens, seed=seed, stops=tuple(stops)))
+    if misplaced := sorted(common & value.keys()):
+        raise ValueError(f'"{misplaced[0]}" is the same for all prompts: give it as an option')
+    return Job(number, id_, prompt, JobSettings(max_tokens=max_tokens, seed=seed, stops=tuple(stops)))
 
 
 def prepare(model: LanguageModel, name: str, jobs: list[Job], shared: Shared) -> list[Task]:
     """Make the jobs of the file `name` ready. Raises JobError for a prompt that the tokenizer does not take."""
-    settings = asdict(shared.sampling)
+    sampling = asdict(shared.sampling)
     bits = hashlib.sha256(b"".join(array.tobytes() for array in shared.start.arrays().values())).hexdigest()
     kind = model.text_tokenizer.kind
-    common = _digest(model.digest, model.quantization, kind, bits, settings, shared.ignore_eos)
+    common = _digest(model.digest, model.quantization, kind, bits, sampling, shared.ignore_eos)
     tasks = []
     for job in jobs:
         try:
@@ -129,8 +129,8 @@ def prepare(model: LanguageModel, name: str, jobs: list[Job], shared: Shared) ->
             raise JobError(f"{name} line {job.line}: its prompt is not a text: {error}") from None
         if not ids:
             raise JobError(f"{name} line {job.line}: its prompt has no tokens")
-        limits = job.limits
-        tasks.append(Task(job, ids, _digest(common, limits.max_tokens, limits.seed, limits.stops)))
+        settings = job.settings
+        tasks.append(Task(job, ids, _digest(common, settings.max_tokens, settings.seed, settings.stops)))
     return tasks
 
 
@@ -139,17 +139,17 @@ def _digest(*facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def answer(model: LanguageModel, tasks: list[Task], shared: Shared, size: int) -> Iterator[Progress]:
+def answer(model: LanguageModel, tasks: list[Task], shared: Shared, size: int) -> Iterator[Pass]:
     """Make the answers, up to `size` at a time. Yields after each pass."""
     task_of: dict[Completion, Task] = {}
 
     def begin() -> Iterator[Completion]:
         for task in tasks:
-            limits = task.job.limits
-            request = Request(task.ids, limits.max_tokens, limits.stops, shared.ignore_eos)
-            completion = Completion(model, shared.start, new_sampler(model, shared.sampling, limits.seed), request)
+            settings = task.job.settings
+            request = Request(task.ids, settings.max_tokens, settings.stops, shared.ignore_eos)
+            completion = Completion(model, shared.start, new_sampler(model, shared.sampling, settings.seed), request)
             task_of[completion] = task
             yield completion
 
     for ended, running in complete_together(model, begin(), size):
-        yield Progress([(task_of.pop(completion), completion) for completion in ended], running)
+        yield Pass([(task_of.pop(completion), completion) for completion in ended], running)

@@ -21,9 +21,12 @@ class LanguageModel(Model):
     tokenizer: Tokenizer | None
 
     def __init__(
-        self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None,
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        threads: int | None = None,
         on_load: Callable[[int], object] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(checkpoint, device, threads, on_load)
         self.path = checkpoint.path
         self.tokenizer = read_tokenizer(checkpoint)

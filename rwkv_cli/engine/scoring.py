@@ -18,7 +18,7 @@ _BLOCK = 1 << 16
 """Bytes of the file that are encoded together."""
 
 _LOGITS = 16 << 20
-"""Most logits held at once, in numbers."""
+"""The most logits that are held at once."""
 
 
 @dataclass
@@ -149,11 +149,18 @@ class Score:
     def as_json(self) -> dict[str, Any]:
         """Return every figure. A `Bin` is a list of its fields, and NaN is null, as JSON lacks it."""
         values: dict[str, Any] = {
-            "tokens": self.tokens, "bytes": self.bytes, "nll": self.nll, "nll_stderr": self.nll_stderr,
-            "ppl": self.ppl, "ppl_stderr": self.ppl_stderr, "bits_per_byte": self.bits_per_byte,
-            "context": self.context, "start_token": self.start_token, "tokens_per_second": self.tokens_per_second,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "nll": self.nll,
+            "nll_stderr": self.nll_stderr,
+            "ppl": self.ppl,
+            "ppl_stderr": self.ppl_stderr,
+            "bits_per_byte": self.bits_per_byte,
+            "context": self.context,
+            "start_token": self.start_token,
+            "tokens_per_second": self.tokens_per_second,
             "by_position": self.by_position,
-        }  # fmt: skip
+        }
         if self.comparison is not None:
             values |= vars(self.comparison)
         return {key: _without_nan(value) for key, value in values.items()}
@@ -181,6 +188,7 @@ class Scorer:
 
         Without a start token the first token of a context is only read.
         """
+        self.model, self.other = model, other
         self.models = [model] if other is None else [model, other]
         self.context, self.start_token, self.limit = context, start_token, limit
         self.nll, self.other_nll, self.difference, self.same = Mean(), Mean(), Mean(), Mean()
@@ -232,7 +240,7 @@ class Scorer:
         for ids, widths in self._pieces(file):
             while len(ids):
                 count = len(ids) if left is None else min(left, len(ids))
-                for part in chunks(count, _LOGITS // self.models[0].config.vocab):
+                for part in chunks(count, _LOGITS // self.model.config.vocab):
                     yield ids[part], widths[part]
                 ids, widths = ids[count:], widths[count:]
                 left = None if left is None else left - count or self.context
@@ -242,7 +250,7 @@ class Scorer:
         left = self.limit
         with file.open("rb") as stream:
             blocks = iter(lambda: stream.read(_BLOCK), b"")
-            for piece in self.models[0].text_tokenizer.encode_blocks(blocks):
+            for piece in self.model.text_tokenizer.encode_blocks(blocks):
                 ids, widths = np.array(piece.ids, np.int64), np.diff(piece.ends, prepend=0)
                 if left is not None:
                     ids, widths = ids[:left], widths[:left]
@@ -253,18 +261,18 @@ class Scorer:
 
     def _add(self, inputs: NDArray[np.int64], targets: NDArray[np.int64], states: list[State], position: int) -> None:
         """Score `targets`, the first of them at `position` of its context, and add them to the figures."""
-        if len(self.models) == 1:
-            nll = self.models[0].losses(inputs, targets, states[0])
+        if self.other is None:
+            nll = self.model.losses(inputs, targets, *states)
         else:
             nll, other, kl, same = compare(self.models, inputs, targets, states)
-            check_finite(self.models[1], other)
+            check_finite(self.other, other)
             self.other_nll.add(other)
             self.other_by_position.add(position, other)
             self.difference.add(nll - other)
             self.kl.add(kl)
             self.kl_high.add(kl)
             self.same.add(same.astype(np.float64))
-        check_finite(self.models[0], nll)
+        check_finite(self.model, nll)
         self.nll.add(nll)
         self.by_position.add(position, nll)
 

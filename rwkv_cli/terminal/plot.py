@@ -1,4 +1,4 @@
-"""Pictures of what `rwkv ppl` and `rwkv info` measure, drawn by matplotlib without a display."""
+"""Pictures of the figures of `rwkv ppl` and `rwkv info`, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 """The colours of Okabe and Ito, which the colour-blind tell apart."""
 _GREY = "#666666"
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: it can be searched and copied
+    "svg.fonttype": "none",  # text stays text, to be searched and copied
     "font.size": 9.5,
     "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -141,7 +141,7 @@ def _figure(size: tuple[float, float], path: Path) -> Iterator[Figure]:
     from rwkv_cli.quant import replacing
 
     with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a name in a script that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the font may lack a name's script
         figure = matplotlib.figure.Figure(size, layout="constrained")
         yield figure
         drawn = io.BytesIO()
@@ -154,8 +154,9 @@ def _figure(size: tuple[float, float], path: Path) -> Iterator[Figure]:
 def _title(axes: Axes, title: str, facts: Sequence[str]) -> None:
     text = _joined(facts)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=11 + 12 * len(text.splitlines()))
-    axes.annotate(text, (0, 1), (0, 8), "axes fraction", "offset points", color=_GREY, parse_math=False,
-                  in_layout=False)  # fmt: skip
+    axes.annotate(
+        text, (0, 1), (0, 8), "axes fraction", "offset points", color=_GREY, parse_math=False, in_layout=False
+    )
 
 
 def _joined(facts: Sequence[str]) -> str:

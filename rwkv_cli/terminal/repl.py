@@ -248,12 +248,13 @@ class Repl:
     def stats(self, _rest: str) -> None:
         size = sum(array.nbytes for array in self.talk.now.state.arrays().values())
         kept = sum(turn.before is not None for turn in self.talk.turns)
-        note(columns([
+        rows: list[tuple[str, object]] = [
             ("turns", len(self.talk.turns)),
             ("this run", _figures(self.total)),
             ("state", f"{size / 1e6:.1f} MB, whatever the length; {kept} kept for /undo"),
             ("session", self.session.name if self.session else "none; /save NAME keeps this conversation"),
-        ]))  # fmt: skip
+        ]
+        note(columns(rows))
 
     def copy(self, rest: str) -> None:
         path = Path(rest).expanduser()

@@ -1,4 +1,4 @@
-"""The settings of an answer as a person gives them, as options of a command or with /set in a chat."""
+"""The settings of an answer as a person gives them: options of a command, or /set in a chat."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import click
 
 
 class _Finite(click.FloatRange):
-    """A range of numbers that does not let nan pass, which compares with no border."""
+    """A range of finite numbers. The plain range lets nan pass, as nan compares with no border."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
@@ -39,4 +39,4 @@ SAMPLING = {
 """The sampler's settings, and its seed."""
 
 MAX_TOKENS = click.IntRange(min=1)
-"""The values of the most tokens of a text."""
+"""The values that the most tokens of a text may have."""

@@ -58,7 +58,7 @@ def batch(rwkv: Run, byte_model: Path) -> Run:
 
 @pytest.fixture
 def alone(rwkv: Run, byte_model: Path) -> Callable[..., Any]:
-    """What rwkv generate says of one prompt."""
+    """Run rwkv generate --json on one prompt."""
 
     def run(prompt: str, *args: object, seed: int = 3) -> Any:
         common = ["-m", byte_model, "--ignore-eos", "--seed", seed]

@@ -96,7 +96,7 @@ def talk(model: Any, template: Template, settings: Sampling, n: int, *turns: str
 
 
 def said(reply: Reply) -> str:
-    """All of an answer but its reasoning."""
+    """Make an answer, and return it without its reasoning."""
     return "".join(piece for thinking, piece in reply.stream() if not thinking)
 
 

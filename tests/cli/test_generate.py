@@ -27,7 +27,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RWK
 
 
 def quiet(stderr: str) -> str:
-    """What is on standard error, but for the note that kernels are compiled."""
+    """Return standard error without the note that kernels are compiled."""
     return "\n".join(line for line in stderr.splitlines() if not line.startswith("Compiling kernels"))
 
 

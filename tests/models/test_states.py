@@ -434,7 +434,7 @@ def test_files_of_another_kind_are_sent_to_their_option(generate: Run, byte_mode
 @pytest.mark.parametrize("version", tiny.VERSIONS)
 @pytest.mark.parametrize("quant", ["int8", "none"])
 def test_a_token_gets_the_same_bits_wherever_a_prompt_is_cut(converted: Convert, version: str, quant: str) -> None:
-    """What prompt caches and resumed texts rely on."""
+    """Prompt caches and resumed texts rely on this."""
     model = rwkv_cli.load(converted(version, quant))
     ids = np.random.default_rng(3).integers(0, 300, 290)
     want, end = model.forward(ids)
@@ -447,7 +447,7 @@ def test_a_token_gets_the_same_bits_wherever_a_prompt_is_cut(converted: Convert,
 
 
 def facts(result: Result) -> dict[str, Any]:
-    """What --json printed."""
+    """Return the object that --json printed."""
     assert result.exit_code == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
     return found

@@ -111,7 +111,7 @@ def test_a_line_for_each_text_and_model(
 
 
 def test_names_tell_lines_apart(rwkv: Run, byte_model: Path, tmp_path: Path, figures: list[Any]) -> None:
-    """Also where they are the same in two folders, long, of no Unicode, or hold an escape sequence."""
+    """Names may be the same in two folders, long, of no Unicode, or hold an escape sequence."""
     paths = [tmp_path / "b" / "n", tmp_path / "c" / "n", tmp_path / ("x" * 200), tmp_path / "e\x1b[2J\n",
              tmp_path / os.fsdecode(b"f\xff")]  # fmt: skip
     for path in paths:
