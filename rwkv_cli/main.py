@@ -25,6 +25,8 @@ COMMANDS = {
 
 
 class _Commands(click.Group):
+    """The group of all commands, each loaded when it is called."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - the library's interface
         return list(COMMANDS)
 
@@ -39,6 +41,7 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Name the nearest command where there is none of this name."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -46,6 +49,7 @@ class _Commands(click.Group):
             raise click.UsageError(error.message + (f" Did you mean {near[0]!r}?" if near else ""), ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Word every expected error, without what could steer the terminal."""
         try:
             return super().invoke(ctx)
         except click.UsageError:

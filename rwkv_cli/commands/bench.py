@@ -82,6 +82,7 @@ def table(r: Report) -> str:
     """Write the figures as llama-bench prints them, and the facts that they come from."""
 
     def share(part: float | None) -> str:
+        """Write a part of the machine's limit, if that is known."""
         return "" if part is None else f"{part:.0%}"
 
     rates: list[tuple[Any, ...]] = [

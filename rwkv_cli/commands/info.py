@@ -99,6 +99,7 @@ def describe(checkpoint: Any) -> dict[str, Any]:
 
 
 def _plot(plot: Path, facts: dict[str, Any]) -> None:
+    """Draw the errors of all tensors, where the file tells them."""
     errors = {row["name"]: row["error"] for row in facts["tensors"] if row["error"] is not None}
     if facts["quantization"] == "none":
         raise click.ClickException(f"{facts['path']}: its weights are not quantized, so there is no error to draw")
@@ -109,6 +110,7 @@ def _plot(plot: Path, facts: dict[str, Any]) -> None:
 
 
 def _show(facts: dict[str, Any], tensors: bool) -> None:
+    """Print the facts as tables."""
     config = facts["config"]
     ranks = config.get("ranks")
     ranks = ", ".join(f"{name} {rank}" for name, rank in ranks.items()) if isinstance(ranks, dict) else ""

@@ -58,6 +58,7 @@ def plot_option(what: str) -> Callable[[Command], Command]:
 
 
 def _drawable(_ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
+    """Check that a picture can be drawn into the file."""
     if path is None:
         return None
     if path.suffix.lower() not in SUFFIXES:

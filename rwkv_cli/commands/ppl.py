@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> int | None:
+    """Read a token id, or none."""
     if not value.isdecimal() and value != "none":
         raise click.BadParameter(f"{value!r} is neither a token id nor none")
     return None if value == "none" else int(value)
@@ -102,6 +103,7 @@ def command(
 
 
 def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:
+    """Refuse two models whose tokens do not compare."""
     a, b = lm.text_tokenizer, other.text_tokenizer
     same = a.kind == b.kind and lm.config.vocab == other.config.vocab
     if not same or any(getattr(a, content, None) != getattr(b, content, None) for content in ("table", "text")):

@@ -135,6 +135,7 @@ class Completion:
         return logits
 
     def _generate(self, logits: Logits) -> Steps:
+        """Sample tokens until the text ends, from the logits after the prompt."""
         request, result = self.request, self.result
         stream = self.model.text_tokenizer.stream()
         made, ids = "", list[int]()
@@ -176,6 +177,7 @@ class Completion:
         result.unread_ids = self.model.text_tokenizer.encode(result.unread) if cut else ids[read:]
 
     def _sample(self, logits: Logits) -> int:
+        """Sample a token, after a check of the logits."""
         check_finite(self.model, logits)
         if self.request.ignore_eos:
             logits = logits.copy()

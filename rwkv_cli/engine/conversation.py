@@ -103,6 +103,7 @@ class Conversation:
         return self.turns[-1]
 
     def _before_last(self) -> Snapshot:
+        """Return the snapshot before the last turn. Raises ConversationError if there is none."""
         before = self.last().before
         if before is None:
             raise ConversationError("the state before that turn is no longer kept; /reset begins anew")

@@ -144,6 +144,7 @@ def answer(model: LanguageModel, tasks: list[Task], shared: Shared, size: int) -
     task_of: dict[Completion, Task] = {}
 
     def begin() -> Iterator[Completion]:
+        """Yield a new completion for each task."""
         for task in tasks:
             settings = task.job.settings
             request = Request(task.ids, settings.max_tokens, settings.stops, shared.ignore_eos)

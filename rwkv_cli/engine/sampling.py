@@ -61,6 +61,7 @@ class Sampler:
         return token
 
     def _remember(self, token: int) -> None:
+        """Count a chosen token, and let older ones fade."""
         if not (self.settings.presence_penalty or self.settings.frequency_penalty):
             return
         for other in self._counts:

@@ -100,6 +100,7 @@ def check_target(path: Path, kind: str) -> Path:
 
 
 def _kind(metadata: Mapping[str, str]) -> str:
+    """Return the kind of a file, from its metadata."""
     return CACHE if "prompt_cache" in metadata else STATE
 
 

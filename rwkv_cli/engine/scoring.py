@@ -30,6 +30,7 @@ class Mean:
     squares: float = 0.0
 
     def add(self, values: NDArray[np.float64]) -> None:
+        """Add values to the mean."""
         n = len(values)
         if n == 0:
             return
@@ -92,6 +93,7 @@ class Quantile:
     bins: NDArray[np.int64] = field(default_factory=lambda: np.zeros(18_000, np.int64))
 
     def add(self, values: NDArray[np.float64]) -> None:
+        """Add values to the histogram."""
         position = (np.log10(np.maximum(values, 1e-15)) + 15) * 1000
         np.add.at(self.bins, np.clip(position.astype(np.int64), 0, len(self.bins) - 1), 1)
 
@@ -131,6 +133,7 @@ class Score:
 
     @property
     def ppl(self) -> float:
+        """Perplexity, the exponential of the NLL."""
         return math.exp(min(self.nll, 700.0))
 
     @property
@@ -140,10 +143,12 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
+        """NLL in bits for each byte of the text."""
         return self.nll * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
     @property
     def tokens_per_second(self) -> float:
+        """Speed of the scoring."""
         return self.tokens / self.seconds
 
     def as_json(self) -> dict[str, Any]:
@@ -167,6 +172,7 @@ class Score:
 
 
 def _without_nan(value: Any) -> Any:
+    """Return a value for JSON, None in place of NaN."""
     if isinstance(value, tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
@@ -277,6 +283,7 @@ class Scorer:
         self.by_position.add(position, nll)
 
     def _result(self) -> Score:
+        """Return the figures so far."""
         comparison = None
         if self.other_nll.count:
             comparison = Comparison(

@@ -118,6 +118,7 @@ class Session:
             self._write(path, conversation)
 
     def _write(self, path: Path, conversation: Conversation) -> None:
+        """Write the states and the transcript, and remove states that are no longer kept."""
         model, turns = conversation.model, conversation.turns
         snapshots = [*(turn.before for turn in turns), conversation.now]
         states = []
@@ -153,6 +154,7 @@ class Session:
                 old.unlink(missing_ok=True)
 
     def _on_disk(self) -> int:
+        """Return the revision on disk, 0 if there is none."""
         try:
             return int(read(self.name)["revision"])
         except SessionError:

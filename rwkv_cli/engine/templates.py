@@ -63,6 +63,7 @@ class Template:
 
 
 def _closed_up(text: str) -> str:
+    """Return a text without blank lines and blanks around it."""
     return re.sub(r"\n\s*\n", "\n", text.replace("\r\n", "\n").strip())
 
 

@@ -68,6 +68,7 @@ class Tokenizer(Protocol):
 
 
 def _to_bytes(text: str | bytes) -> bytes:
+    """Return the bytes of a text. Raises TokenizerError for half a surrogate pair."""
     try:
         return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
     except UnicodeEncodeError as error:
@@ -241,6 +242,8 @@ def official_vocabulary() -> Path:
 
 
 class _JsonStream:
+    """A text that a tokenizer.json decodes with each id."""
+
     def __init__(self, tokenizer: Any) -> None:
         from tokenizers.decoders import DecodeStream
 
@@ -282,6 +285,7 @@ class JsonTokenizer:
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def _text(self, text: str | bytes) -> str:
+        """Decode UTF-8. Raises TokenizerError for other bytes."""
         try:
             return _to_bytes(text).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -317,6 +321,7 @@ class JsonTokenizer:
             rest = text[cut:]
 
     def _piece(self, text: str) -> Piece:
+        """Encode a part of a text, with the bytes that end with each token."""
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         # This counts the UTF-8 bytes up to each character, by its code point.
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)

@@ -152,6 +152,7 @@ def _figure(size: tuple[float, float], path: Path) -> Iterator[Figure]:
 
 
 def _title(axes: Axes, title: str, facts: Sequence[str]) -> None:
+    """Set the title, with the facts below it."""
     text = _joined(facts)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=11 + 12 * len(text.splitlines()))
     axes.annotate(

@@ -28,6 +28,7 @@ _SETTINGS = {name: setting.kind for name, setting in SAMPLING.items()} | {"max_t
 
 
 def _no_words() -> Iterable[str]:
+    """Return no words, for commands that take none or any."""
     return ()
 
 
@@ -102,6 +103,7 @@ class Repl:
                 note(str(error))
 
     def _obey(self, line: str) -> None:
+        """Do what a command line says, or say what is wrong with it."""
         name, _, rest = line.partition(" ")
         if name not in self.commands:
             near = difflib.get_close_matches(name, self.commands, 1)
@@ -119,6 +121,7 @@ class Repl:
             note(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
     def _say(self, reply: Reply) -> None:
+        """Show an answer as it comes. Ctrl-C ends the answer."""
         completion, thought = reply.completion, False
         show = Wrapped().write if self.terminal else write
         with _on_interrupt(completion.cancel), no_echo():
@@ -162,14 +165,17 @@ class Repl:
             note(f"> {last.user}\n{last.shown()}\n", faint=True)
 
     def undo(self, _rest: str) -> None:
+        """Take the last turn back."""
         turn = self.talk.undo()
         note(f"Taken back: {_short(turn.user)}")
         self._keep()
 
     def retry(self, _rest: str) -> None:
+        """Answer the last turn once more."""
         self._say(self.talk.retry())
 
     def edit(self, rest: str) -> None:
+        """Answer the last turn anew, with the text given here or typed next."""
         if not rest and not self.terminal:
             raise ConversationError("/edit TEXT: give the turn's new text")
         if rest:
@@ -179,11 +185,13 @@ class Repl:
             self.edited = "/" + user if user.startswith("/") else user
 
     def reset(self, _rest: str) -> None:
+        """Forget the conversation."""
         self.talk.reset()
         note("The conversation is forgotten.")
         self._keep()
 
     def system(self, rest: str) -> None:
+        """Show the system text, or begin anew with another."""
         if rest:
             self.talk.system = "" if rest == "off" else rest
             self.reset("")
@@ -191,12 +199,14 @@ class Repl:
             note(self.talk.system or "no system text")
 
     def think(self, rest: str) -> None:
+        """Show or set how long the model reasons."""
         if rest:
             self.talk.set_think(rest)
             self._keep()
         note(f"think {self.talk.think}")
 
     def set(self, rest: str) -> None:
+        """Change a setting from the next answer on."""
         name, _, text = rest.replace("=", " ", 1).partition(" ")
         name = name.replace("-", "_")
         if name not in _SETTINGS or not text.strip():
@@ -212,25 +222,30 @@ class Repl:
         note(f"{name} {value}")
 
     def params(self, _rest: str) -> None:
+        """Show the settings."""
         talk = self.talk
         rows: dict[str, Any] = asdict(talk.settings)
         rows |= {"seed": talk.sampler.seed, "max_tokens": talk.limit, "template": talk.template.name}
         note(columns(list((rows | {"think": talk.think, "system": talk.system or "none"}).items())))
 
     def history(self, _rest: str) -> None:
+        """Print everything said so far."""
         for turn in self.talk.turns:
             write(f"> {turn.user}\n{turn.shown()}\n\n")
 
     def save(self, rest: str) -> None:
+        """Keep the conversation as a session. A chat without a session goes on in it."""
         saved = self._keep_as(rest)
         self.session = self.session or saved
         note(f"Saved as {rest}.")
 
     def fork(self, rest: str) -> None:
+        """Go on in a new session."""
         self.session = self._keep_as(rest)
         note(f"This is session {rest} now.")
 
     def _keep_as(self, name: str) -> Session:
+        """Save the conversation under a name that is free or this session's own."""
         if sessions.exists(name) and not (self.session and self.session.name == name):
             raise SessionError(f"session {name} exists; choose another name, or remove it: rwkv sessions rm {name}")
         session = self.session if self.session and self.session.name == name else Session(name)
@@ -238,6 +253,7 @@ class Repl:
         return session
 
     def load(self, rest: str) -> None:
+        """Go on with a session."""
         if self.session is None and self.talk.turns:
             raise ConversationError("this conversation is not kept yet: /save NAME it, or /reset it first")
         self.session, self.talk = Session.resume(rest, self.talk.model)
@@ -246,6 +262,7 @@ class Repl:
             self._resumed()
 
     def stats(self, _rest: str) -> None:
+        """Show tokens, speed and memory so far."""
         size = sum(array.nbytes for array in self.talk.now.state.arrays().values())
         kept = sum(turn.before is not None for turn in self.talk.turns)
         rows: list[tuple[str, object]] = [
@@ -257,6 +274,7 @@ class Repl:
         note(columns(rows))
 
     def copy(self, rest: str) -> None:
+        """Write the conversation into a file as Markdown."""
         path = Path(rest).expanduser()
         if path.exists():
             raise ConversationError(f"{path} exists; name another file")
@@ -265,10 +283,12 @@ class Repl:
         note(f"Wrote {path}")
 
     def help(self, _rest: str) -> None:
+        """List the commands."""
         rows = [(f"{name} {command.usage}".strip(), command.help) for name, command in self.commands.items()]
         note(columns(rows) + "\n" + _KEYS)
 
     def exit(self, _rest: str) -> None:
+        """End the chat after this line."""
         self.over = True
 
 
@@ -278,6 +298,7 @@ def _unescaped(line: str) -> str:
 
 
 def _short(text: str) -> str:
+    """Return the first line of a text, cut to 60 characters."""
     line = text.split("\n", 1)[0]
     return line if line == text and len(line) <= 60 else line[:60] + " …"
 

@@ -23,6 +23,7 @@ class Wrapped:
         sys.stdout.flush()
 
     def _placed(self, character: str) -> str:
+        """Return a character with the line break that has to come before it."""
         from rich.cells import cell_len
 
         if character == "\n":
