@@ -69,7 +69,7 @@ def main() -> None:
         for label in ("int8", "Q8_0"):
             model = LanguageModel.load(folder / label)
             limit = None if args.pairs else args.limit
-            s = Scorer(model, reference, None, 0, limit).run(text, lambda *_: None)
+            s = Scorer(model, reference, start_token=0, limit=limit).score(text, lambda *_: None)
             c = s.comparison
             assert c is not None
             print(

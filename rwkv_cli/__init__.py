@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
 
-# in a source tree kernels, models and quant lie beside this folder, and Python started there finds this one first
+# In a source tree, kernels, models and quant lie beside this folder. Python started there finds this folder first.
 _here = Path(__file__).parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
@@ -27,7 +27,7 @@ def load(path: str | Path, device: str = "cpu", threads: int | None = None) -> L
 
     The model has `forward(ids, state=None, all_logits=False) -> (logits, state)` with float32 logits `[V]` or `[T, V]`,
     `new_state()`, `config`, and `tokenizer` with `encode` and `decode` (None if conversion found none). `state` is left
-    as it is; it has `clone()` and `save(path)`. `threads` defaults to all cores.
+    not changed; it has `clone()` and `save(path)`. `threads` defaults to all cores.
 
     Raises OSError, or a ValueError that says what is wrong with the file, the device or the number of threads.
     """

@@ -1,4 +1,4 @@
-"""python -m rwkv_cli"""
+"""The command line as `python -m rwkv_cli`."""
 
 from rwkv_cli.main import main
 

@@ -27,3 +27,7 @@ class ConversationError(RwkvError):
 
 class SessionError(RwkvError):
     """A kept session cannot be used."""
+
+
+class JobError(RwkvError):
+    """A file of prompts, or the file of their answers, cannot be used."""

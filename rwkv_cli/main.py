@@ -1,4 +1,4 @@
-"""The command `rwkv`: registers the commands, loads one only when it is called, and words every expected error."""
+"""The command `rwkv`. It loads a command only when that is called, and words every expected error."""
 
 import difflib
 import importlib
@@ -25,6 +25,8 @@ COMMANDS = {
 
 
 class _Commands(click.Group):
+    """The group of all commands, each loaded when it is called."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - the library's interface
         return list(COMMANDS)
 
@@ -39,6 +41,7 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Name the nearest command where there is none of this name."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -46,6 +49,7 @@ class _Commands(click.Group):
             raise click.UsageError(error.message + (f" Did you mean {near[0]!r}?" if near else ""), ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Word every expected error, without what could steer the terminal."""
         try:
             return super().invoke(ctx)
         except click.UsageError:
@@ -60,7 +64,7 @@ class _Commands(click.Group):
 
 
 def _expected(error: Exception) -> str | None:
-    """The sentence for an error that a user can cause; None for a bug, whose traceback is wanted."""
+    """Return the sentence for an error that a user can cause, or None for a bug, whose traceback is wanted."""
     if isinstance(error, BrokenPipeError):
         return None
     if isinstance(error, RwkvError):
@@ -86,12 +90,12 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller
+        if getattr(sys, name) is None:  # the caller has closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            # bytes that are no text, or a character that the terminal lacks, are no reason to stop
+            # Bytes that are no text, and characters that the terminal lacks, are no reason to stop.
             stream.reconfigure(errors="replace")
     cli()

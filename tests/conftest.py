@@ -1,4 +1,4 @@
-"""What every test may use: tiny converted models, the shared data where it lies, and a cache of its own."""
+"""Things that every test may use: tiny converted models, the shared data where it lies, and a cache of its own."""
 
 import os
 

@@ -1,6 +1,7 @@
 """The house's rules, checked: who imports whom, what --help loads, twins and their Protocol, what is packaged."""
 
 import ast
+import graphlib
 import importlib
 import importlib.metadata
 import importlib.resources
@@ -16,16 +17,41 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 BELOW = {
+    "errors": set(),
+    "numbers": set(),
     "kernels": {"errors", "numbers"},
     "quant": {"errors", "numbers"},
     "models": {"errors", "numbers", "kernels", "quant"},
-    "rwkv_cli": {"errors", "numbers", "kernels", "quant", "models"},
+    "engine": {"errors", "numbers", "kernels", "quant", "models"},
+    "terminal": {"errors", "numbers", "kernels", "quant", "models", "engine"},
+    "commands": {"errors", "numbers", "kernels", "quant", "models", "engine", "terminal"},
+    "entry": {"errors", "numbers", "kernels", "quant", "models", "engine", "terminal", "commands", "entry"},
 }
-SOURCES = [path for folder in BELOW for path in sorted((ROOT / folder).rglob("*.py"))]
+"""The wings of the house, and those below each. A module imports its own wing and these."""
+
+SOURCES = [
+    path for folder in ("kernels", "quant", "models", "rwkv_cli") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+def module_name(path: Path) -> str:
+    """Return the name under which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "rwkv_cli" else ("rwkv_cli", *parts)).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+"""Every module of the product, with its file."""
+
+
+def wing(module: str) -> str:
+    """Return the wing that a module of the product belongs to."""
+    part = [*module.split("."), ""][1]
+    return part if part in BELOW else "entry"
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of the modules that a file imports, anywhere in it."""
+    """Full names of everything that a file imports, anywhere in it."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -37,16 +63,44 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_down(path: Path) -> None:
-    here = path.relative_to(ROOT).parts[0]
-    for name in imports(path):
-        parts = name.split(".")
-        assert parts[0] not in ("kernels", "quant", "models"), f"{name}: write rwkv_cli.{name}"
-        assert parts[0] not in ("torch", "rwkv"), f"{name} at run time"
-        if parts[0] == "rwkv_cli" and len(parts) > 1:
-            target = parts[1] if parts[1] in (*BELOW, "errors", "numbers") and here != "rwkv_cli" else "rwkv_cli"
-            assert target == here or target in BELOW[here], f"{path} imports {name}"
+def product_imports(module: str) -> set[str]:
+    """Modules of the product that a module imports, anywhere in it. A package counts only where it has the name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {name if name in MODULES else str(node.module) for name in whole}
+    return names & MODULES.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str) -> None:
+    for name in imports(MODULES[module]):
+        first, *_ = name.split(".")
+        assert first not in ("kernels", "quant", "models"), f"{name}: write rwkv_cli.{name}"
+        assert first not in ("torch", "rwkv"), f"{name} at run time"
+    here = wing(module)
+    for name in product_imports(module):
+        assert wing(name) == here or wing(name) in BELOW[here], f"{module} imports {name}"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Imports inside functions and imports for types count, too."""
+    graphlib.TopologicalSorter({module: product_imports(module) for module in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if wing(module) == "engine"])
+def test_the_engine_neither_prints_nor_knows_a_command_line(module: str) -> None:
+    """A server or a script uses the engine, too. It gets functions to call where there is something to say."""
+    used = {name.split(".")[0] for name in imports(MODULES[module])}
+    assert not used & {"click", "rich", "prompt_toolkit", "logging", "warnings"}
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name):
+            assert node.id not in ("print", "input"), f"line {node.lineno}"
+        elif isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in ("sys.stdin", "sys.stdout", "sys.stderr"), f"line {node.lineno}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -160,7 +214,7 @@ def test_the_kernel_cache_survives_a_read_only_home(monkeypatch: pytest.MonkeyPa
 
 
 def test_python_in_the_source_folder_finds_everything() -> None:
-    """Also where the package is installed as a copy, which the folder of the same name hides."""
+    """This holds also where the package is installed as a copy, which the folder of the same name hides."""
     code = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
         "import rwkv_cli.kernels.cpu.lower, rwkv_cli.models, rwkv_cli.quant; print(rwkv_cli.models.__file__)"

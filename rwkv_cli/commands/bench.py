@@ -1,4 +1,4 @@
-"""rwkv bench"""
+"""The command `rwkv bench`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_cli.commands.options import model_options, open_model
+from rwkv_cli.terminal.output import columns, progress_bar
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.measuring import Report
@@ -43,9 +44,16 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def command(
-    model: Path | None, threads: int | None, device: str, prompt: int, generate: int, repetitions: int, depth: int,
+    *,
+    model: Path | None,
+    threads: int | None,
+    device: str,
+    prompt: int,
+    generate: int,
+    repetitions: int,
+    depth: int,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Measure the speed of prefill and decode, beside what this machine can do at most.
 
     Bandwidth is that of reading memory (on a GPU that of a copy), the int8 peak that of multiply-adds (AVX-512 VNNI, or
@@ -54,24 +62,27 @@ def command(
 
     \b
     rwkv bench -m RWKV-x070-World-0.1B.int8.safetensors
-    """  # fmt: skip
+    """
     from rwkv_cli.engine.measuring import measure
-    from rwkv_cli.terminal.output import progress_bar
 
     with progress_bar("Measuring", "{task.description}") as progress:
         task = progress.add_task("")
         report = measure(
             lambda: open_model(model, device, threads),
-            prompt, generate, repetitions, depth, lambda what: progress.update(task, description=what),
-        )  # fmt: skip
+            prompt,
+            generate,
+            repetitions,
+            depth,
+            lambda what: progress.update(task, description=what),
+        )
     click.echo(json.dumps(asdict(report)) if as_json else table(report))
 
 
 def table(r: Report) -> str:
-    """The figures as llama-bench prints them, and what they come from."""
-    from rwkv_cli.terminal.output import columns
+    """Write the figures as llama-bench prints them, and the facts that they come from."""
 
     def share(part: float | None) -> str:
+        """Write a part of the machine's limit, if that is known."""
         return "" if part is None else f"{part:.0%}"
 
     rates: list[tuple[Any, ...]] = [

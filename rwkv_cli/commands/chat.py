@@ -1,8 +1,7 @@
-"""rwkv chat"""
+"""The command `rwkv chat`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from rwkv_cli.commands.options import complete_session, model_options, open_mode
 )
 @sampling_options
 def command(
+    *,
     model: Path | None,
     threads: int | None,
     device: str,
@@ -49,7 +49,8 @@ def command(
     session: str | None,
     state: Path | None,
     max_tokens: int | None,
-    **options: Any,
+    seed: int | None,
+    **sampling: Any,
 ) -> None:
     """Talk with a model, turn by turn. It remembers the conversation; Ctrl-C ends an answer, /help lists commands.
 
@@ -59,7 +60,7 @@ def command(
     \b
     rwkv chat -m RWKV-x070-World-0.1B.int8.safetensors
     rwkv chat --session diary
-    """  # fmt: skip
+    """
     from rwkv_cli.engine import sessions
     from rwkv_cli.engine.conversation import Conversation
     from rwkv_cli.engine.sessions import Session
@@ -75,11 +76,9 @@ def command(
         known = Path(sessions.read(resumed)["model"]["path"])
         model = known if known.exists() else None
     lm = open_model(model, device, threads)
-    seed = options.pop("seed")
-    chosen = {key: value for key, value in options.items() if value is not None}
     if resumed:
         kept, talk = Session.resume(resumed, lm)
-        talk.settings, talk.max_tokens = replace(talk.settings, **chosen), max_tokens or talk.max_tokens
+        talk.settings, talk.max_tokens = talk.settings.changed(**sampling), max_tokens or talk.max_tokens
         if seed is not None:
             talk.set_seed(seed)
     else:
@@ -91,13 +90,13 @@ def command(
         talk = Conversation(
             lm,
             form,
-            replace(form.sampling, **chosen),
+            form.sampling.changed(**sampling),
             seed,
             max_tokens,
-            system or "",
-            "on" if form.thinks else "off",
-            start,
+            system=system or "",
+            think="on" if form.thinks else "off",
+            start=start,
         )
     if think is not None:
         talk.set_think(think)
-    Repl(talk, kept).run()
+    Repl(talk, kept).converse()

@@ -1,18 +1,24 @@
-"""rwkv generate"""
+"""The command `rwkv generate`."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from rwkv_cli.commands.batch import batch_options
+from rwkv_cli.commands.batch import answer_file, check_options
 from rwkv_cli.commands.options import model_options, open_model, sampling_options, state_option
+from rwkv_cli.errors import TokenizerError
+from rwkv_cli.terminal.output import harmless, note, reading_bar, write
+
+if TYPE_CHECKING:
+    from rwkv_cli.engine.model import LanguageModel
+    from rwkv_cli.engine.saved import Start
 
 
 @click.command("generate")
@@ -47,8 +53,29 @@ from rwkv_cli.commands.options import model_options, open_model, sampling_option
     help="Keep the state after PROMPT: the next prompt that begins with all of it reads on from there.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end instead of text as it comes.")
-@batch_options
+@click.option(
+    "--batch",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Continue all prompts of FILE (- for standard input), a JSON object a line.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="With --batch: add the answers to OUT; those that it has already are not made again.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="With --batch: how many prompts go through the model together.",
+)
 def command(
+    *,
     prompt: str | None,
     model: Path | None,
     threads: int | None,
@@ -61,7 +88,11 @@ def command(
     save_state: Path | None,
     prompt_cache: Path | None,
     as_json: bool,
-    **options: Any,
+    batch: Path | None,
+    output: Path | None,
+    batch_size: int,
+    seed: int | None,
+    **sampling: Any,
 ) -> None:
     """Continue PROMPT, or what comes on standard input (one line break at its end does not count).
 
@@ -77,30 +108,86 @@ def command(
     rwkv generate "Once upon a time" -m stories.safetensors
     cat letter.txt | rwkv generate --max-tokens 100 --temperature 0 > answer.txt
     rwkv generate --batch prompts.jsonl --output answers.jsonl --seed 1
-    """  # fmt: skip
-    from rwkv_cli.engine import states
-    from rwkv_cli.engine.completion import Completion, new_sampler
+    """
+    check_options(click.get_current_context())
+    from rwkv_cli.engine.completion import Completion, Request, new_sampler
+    from rwkv_cli.engine.jobs import JobSettings
     from rwkv_cli.engine.sampling import Sampling
-    from rwkv_cli.errors import TokenizerError
-    from rwkv_cli.models.tuned import read_tuned_state
-    from rwkv_cli.terminal.output import harmless, reading_bar, write
+    from rwkv_cli.engine.saved import CACHE, STATE, PromptCache, check_target, save_end
 
     if state and load_state:
         raise click.UsageError("--state and --load-state exclude each other: a saved state had its beginning")
     if any(not stop for stop in stops):
         raise click.BadParameter("an empty text would end at once", param_hint="--stop")
+    settings = Sampling().changed(**sampling)
+    if batch is not None:
+        answer_file(
+            batch,
+            output,
+            size=batch_size,
+            load=functools.partial(open_model, model, device, threads),
+            default=JobSettings(max_tokens=max_tokens, seed=seed, stops=stops),
+            sampling=settings,
+            ignore_eos=ignore_eos,
+            state=state,
+        )
+        return
     if save_state:
-        save_state = states.check_target(save_state, states.STATE)
+        save_state = check_target(save_state, STATE)
     if prompt_cache:
-        prompt_cache = states.check_target(prompt_cache, states.CACHE)
+        prompt_cache = check_target(prompt_cache, CACHE)
     if save_state and prompt_cache and os.path.realpath(save_state) == os.path.realpath(prompt_cache):
         raise click.UsageError("--save-state and --prompt-cache name the same file; give each one of its own")
     text = read_prompt(prompt, needed=load_state is None)
     lm = open_model(model, device, threads)
+    start = _start(lm, state, load_state)
+    ids = _encode(lm, start, text, load_state)
+    sampler = new_sampler(lm, settings, start.seed if seed is None else seed)
+    sampler.counts = start.counts
+    if seed is None and start.random:
+        sampler.random = start.random
+    cache = PromptCache(prompt_cache, lm, start.state, ids) if prompt_cache else None
+    begun, cached = cache.find(warn=note) if cache else (start.state, 0)
+    completion = Completion(lm, begun, sampler, Request(ids[cached:], max_tokens, stops, ignore_eos))
+    with reading_bar(len(ids) - cached) as on_read:
+        if cache and not cached:
+            cache.fill(completion, on_read)
+        for piece in completion.stream(on_read):
+            if not as_json:
+                write(piece)
+    result = completion.result
+    if as_json:
+        facts = {
+            "model": str(lm.path),
+            "prompt": text.decode("utf-8", "replace"),
+            "text": result.text,
+            "stop": result.stop,
+            "seed": sampler.seed,
+            "prompt_tokens": result.prompt_tokens,
+            "cached_tokens": cached,
+            "tokens": result.tokens,
+            "prompt_tokens_per_second": result.prompt_tokens / result.prompt_seconds,
+            "tokens_per_second": result.tokens / result.seconds,
+        }
+        click.echo(json.dumps(facts))
+    elif sys.stdout.isatty() and not result.text.endswith("\n"):
+        click.echo()
+    if save_state:
+        save_end(save_state, completion)
+
+
+def _start(lm: LanguageModel, state: Path | None, load_state: Path | None) -> Start:
+    """Find where the text begins: after a saved text, at a tuned state, or with the model's own state."""
+    from rwkv_cli.engine.saved import Start, load_start
+    from rwkv_cli.models.tuned import read_tuned_state
+
     if load_state:
-        start = states.load(load_state, lm)
-    else:
-        start = states.Start(read_tuned_state(state, lm) if state else lm.new_state())
+        return load_start(load_state, lm)
+    return Start(read_tuned_state(state, lm) if state else lm.new_state())
+
+
+def _encode(lm: LanguageModel, start: Start, text: bytes, load_state: Path | None) -> list[int]:
+    """Encode what the state has to read first: the end of the text before, and the prompt."""
     try:
         ids = [*start.ids, *lm.text_tokenizer.encode(start.unread.encode() + text)]
     except TokenizerError as error:
@@ -108,43 +195,14 @@ def command(
     if not ids:
         what = f"the text in {load_state} had come to its end" if load_state else "the prompt is empty"
         raise click.UsageError(harmless(f"{what}; give some text to go on with"))
-    seed = options.pop("seed")
-    settings = replace(Sampling(), **{name: value for name, value in options.items() if value is not None})
-    sampler = new_sampler(lm, settings, start.seed if seed is None else seed)
-    sampler.counts = start.counts
-    if seed is None and start.random:
-        sampler.random = start.random
-    cache = states.PromptCache(prompt_cache, lm, start.state, ids) if prompt_cache else None
-    begun, cached = cache.find() if cache else (start.state, 0)
-    completion = Completion(lm, begun, sampler, max_tokens, stops, ignore_eos)
-    with reading_bar(len(ids) - cached) as completion.on_read:
-        if cache and not cached:
-            cache.keep(completion)
-        for piece in completion.run(ids[cached:]):
-            if not as_json:
-                write(piece)
-    if as_json:
-        click.echo(json.dumps({
-            "model": str(lm.path),
-            "prompt": text.decode("utf-8", "replace"),
-            "text": completion.text,
-            "stop": completion.stop,
-            "seed": sampler.seed,
-            "prompt_tokens": completion.prompt_tokens,
-            "cached_tokens": cached,
-            "tokens": completion.tokens,
-            "prompt_tokens_per_second": completion.prompt_tokens / completion.prompt_seconds,
-            "tokens_per_second": completion.tokens / completion.seconds,
-        }))  # fmt: skip
-    elif sys.stdout.isatty() and not completion.text.endswith("\n"):
-        click.echo()
-    if save_state:
-        states.save(save_state, completion)
+    return ids
 
 
 def read_prompt(prompt: str | None, needed: bool = True) -> bytes:
-    """The argument, or standard input to its end, less one line break. A terminal is not read unless asked for: there
-    no prompt is an empty one, if none is needed."""
+    """Return the argument, or standard input to its end, less one line break.
+
+    A terminal is not read unless PROMPT is "-". There a missing prompt is an empty one, if none is needed.
+    """
     if prompt is not None and prompt != "-":
         return prompt.encode("utf-8", "surrogateescape")  # the argument's own bytes
     if prompt is None and sys.stdin.isatty():

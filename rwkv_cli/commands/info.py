@@ -1,4 +1,4 @@
-"""rwkv info"""
+"""The command `rwkv info`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from rwkv_cli.terminal.plot import plot_errors, plot_option
+from rwkv_cli.commands.options import named_model, plot_option
+from rwkv_cli.terminal.output import columns
+from rwkv_cli.terminal.plot import plot_errors
 
 
 @click.command("info")
@@ -26,13 +28,12 @@ def command(model: Path | None, devices: bool, tensors: bool, plot: Path | None,
     rwkv info RWKV-x070-World-0.1B.int8.safetensors --tensors
     rwkv info RWKV-x070-World-0.1B.int8.safetensors --plot error.svg
     rwkv info --devices
-    """  # fmt: skip
+    """
     if devices:
         if model is not None or tensors or plot is not None:
             raise click.UsageError("--devices is about this machine: give it no model, --tensors or --plot")
         _devices(as_json)
         return
-    from rwkv_cli.commands.options import named_model
     from rwkv_cli.quant import Checkpoint
 
     facts = describe(Checkpoint(named_model(model)))
@@ -47,12 +48,11 @@ def command(model: Path | None, devices: bool, tensors: bool, plot: Path | None,
 
 
 def _devices(as_json: bool) -> None:
-    """The CPU and the GPUs."""
+    """Print the CPU and the GPUs."""
     from rwkv_cli.errors import DeviceError
     from rwkv_cli.kernels.cpu.compile import has_vnni
     from rwkv_cli.kernels.cpu.cores import usable_cores
     from rwkv_cli.kernels.cuda.gpus import found
-    from rwkv_cli.terminal.output import columns
 
     cores, instructions = usable_cores(), "AVX-512 VNNI" if has_vnni() else "portable"
     gpus, reason = [], None
@@ -69,25 +69,22 @@ def _devices(as_json: bool) -> None:
         click.echo(json.dumps({"cpu": cpu, "cuda": listed, "no_cuda": reason}))
         return
     rows = [("cpu", f"{cores.physical} cores, {cores.logical} threads, {instructions} kernels")]
-    rows += [
-        ("cuda", f"{gpu.name}, {gpu.memory / 1e9:.1f} GB, compute capability {gpu.capability[0]}.{gpu.capability[1]}")
-        for gpu in gpus
-    ]
+    for gpu in gpus:
+        capability = "{}.{}".format(*gpu.capability)
+        rows.append(("cuda", f"{gpu.name}, {gpu.memory / 1e9:.1f} GB, compute capability {capability}"))
     click.echo(columns(rows if gpus else [*rows, ("cuda", f"none: {reason}")]))
 
 
 def describe(checkpoint: Any) -> dict[str, Any]:
-    """Everything there is to know of a converted file without reading its weights."""
+    """Collect everything that a converted file tells without its weights."""
     rows = []
     for name in checkpoint.names():
         scale = [name + ".scale"] if name + ".scale" in checkpoint.stored else []
         stored = [checkpoint.array(part) for part in (name, *scale)]
         entry = checkpoint.layout(name)
-        rows.append({
-            "name": name, "layout": entry["layout"], "shape": entry["shape"],
-            "dtype": checkpoint.stored[name].dtype, "bytes": sum(array.nbytes for array in stored),
-            "error": checkpoint.error(name),
-        })  # fmt: skip
+        row = {"name": name, "layout": entry["layout"], "shape": entry["shape"]}
+        row |= {"dtype": checkpoint.stored[name].dtype, "bytes": sum(array.nbytes for array in stored)}
+        rows.append(row | {"error": checkpoint.error(name)})
     parameters = sum(prod(row["shape"]) for row in rows)
     return {
         "path": str(checkpoint.path),
@@ -102,6 +99,7 @@ def describe(checkpoint: Any) -> dict[str, Any]:
 
 
 def _plot(plot: Path, facts: dict[str, Any]) -> None:
+    """Draw the errors of all tensors, where the file tells them."""
     errors = {row["name"]: row["error"] for row in facts["tensors"] if row["error"] is not None}
     if facts["quantization"] == "none":
         raise click.ClickException(f"{facts['path']}: its weights are not quantized, so there is no error to draw")
@@ -112,8 +110,7 @@ def _plot(plot: Path, facts: dict[str, Any]) -> None:
 
 
 def _show(facts: dict[str, Any], tensors: bool) -> None:
-    from rwkv_cli.terminal.output import columns
-
+    """Print the facts as tables."""
     config = facts["config"]
     ranks = config.get("ranks")
     ranks = ", ".join(f"{name} {rank}" for name, rank in ranks.items()) if isinstance(ranks, dict) else ""
@@ -131,9 +128,13 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
     ]))  # fmt: skip
     if tensors:
         rows = [
-            (row["name"], row["layout"], row["dtype"], " × ".join(map(str, row["shape"])), f"{row['bytes']:,}",
-             "" if row["error"] is None else f"{row['error']:.3%}")
+            (
+                *(row[key] for key in ("name", "layout", "dtype")),
+                " × ".join(map(str, row["shape"])),
+                f"{row['bytes']:,}",
+                "" if row["error"] is None else f"{row['error']:.3%}",
+            )
             for row in facts["tensors"]
-        ]  # fmt: skip
+        ]
         header = "tensor", "layout", "dtype", "shape", "bytes", "error"
         click.echo("\n" + columns([header, *rows], right=[4, 5]))

@@ -1,13 +1,16 @@
-"""Options that commands share, and opening the model they name."""
+"""Options that commands share, and the opening of the model that they name."""
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from rwkv_cli.terminal.output import loading_bar, note
+from rwkv_cli.terminal.plot import SUFFIXES
+from rwkv_cli.terminal.settings import SAMPLING
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
@@ -16,7 +19,7 @@ Command = Callable[..., Any]
 
 
 def model_options(command: Command) -> Command:
-    """-m, --threads and --device; the command gets them as `model: Path | None`, `threads` and `device`."""
+    """Add -m, --threads and --device. The command gets `model: Path | None`, `threads` and `device`."""
     options = [
         click.option("-m", "--model", type=click.Path(path_type=Path), metavar="MODEL",
                      help="Converted model (.safetensors); default: $RWKV_MODEL, else the bundled storyteller."),
@@ -29,46 +32,49 @@ def model_options(command: Command) -> Command:
     return command
 
 
-class _Finite(click.FloatRange):
-    """A range that nan, which compares with no border, does not pass."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number", param, ctx)
-        return number
-
-
-SAMPLING: dict[str, tuple[click.ParamType[Any], str, str]] = {
-    "temperature": (_Finite(min=0), "T", "Spread of the choice; 0 always takes the likeliest token."),
-    "top_p": (_Finite(0, 1), "P", "Keep the likeliest tokens that make up this probability."),
-    "top_k": (click.IntRange(min=0), "K", "Keep the K likeliest tokens; 0: all."),
-    "min_p": (_Finite(0, 1), "P", "Drop tokens less likely than P times the likeliest."),
-    "presence_penalty": (_Finite(-100, 100), "A", "Taken off the logit of a token that has occurred."),
-    "frequency_penalty": (_Finite(-100, 100), "A", "Taken off for each time that it has occurred."),
-    "penalty_decay": (_Finite(0, 1), "D", "What a past occurrence keeps of its weight with each new token."),
-    "seed": (click.IntRange(min=0), "N", "Same seed, same text; default: random."),
-}
-"""The sampler's settings: type, metavar and help."""
-
-
 def sampling_options(command: Command) -> Command:
-    """The sampler's settings; an option that is not given arrives as None."""
-    for name, (kind, metavar, text) in reversed(SAMPLING.items()):
-        command = click.option("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)(command)
+    """Add the sampler's settings and its seed. The command gets None for an option that is not given."""
+    for name, setting in reversed(SAMPLING.items()):
+        option = "--" + name.replace("_", "-")
+        command = click.option(option, type=setting.kind, metavar=setting.metavar, help=setting.help)(command)
     return command
 
 
 def state_option(command: Command) -> Command:
-    """--state, for `models.tuned.read_tuned_state`; the command gets it as `state: Path | None`."""
-    return click.option("--state", type=click.Path(path_type=Path), metavar="FILE",
-                        help="Start from a tuned initial state (.pth or .safetensors).")(command)  # fmt: skip
+    """Add --state, a file for `models.tuned.read_tuned_state`. The command gets `state: Path | None`."""
+    text = "Start from a tuned initial state (.pth or .safetensors)."
+    return click.option("--state", type=click.Path(path_type=Path), metavar="FILE", help=text)(command)
+
+
+def plot_option(what: str) -> Callable[[Command], Command]:
+    """Add --plot, refused before any work where it could not be drawn. The command gets `plot: Path | None`."""
+    return click.option(
+        "--plot",
+        type=click.Path(path_type=Path, dir_okay=False),
+        callback=_drawable,
+        metavar="OUT",
+        help=f"Draw {what}, into a .png, .svg or .pdf file.",
+    )
+
+
+def _drawable(_ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
+    """Check that a picture can be drawn into the file."""
+    if path is None:
+        return None
+    if path.suffix.lower() not in SUFFIXES:
+        raise click.BadParameter(f"{path} does not end in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise click.BadParameter(f"{path.parent} is not a folder; make it first, or name another file")
+    try:
+        import matplotlib  # noqa: F401 - the import only tells if it is there
+    except ModuleNotFoundError:
+        raise click.ClickException('--plot needs matplotlib; install it with: pip install "rwkv-cli[plot]"') from None
+    return path
 
 
 def named_model(path: Path | None) -> Path:
-    """The model that is named here or by $RWKV_MODEL, else the bundled one, which is announced on stderr."""
+    """Return the model that is named here or by $RWKV_MODEL. Otherwise it is the bundled one, with a note on stderr."""
     from rwkv_cli.terminal.converting import converting_bar
-    from rwkv_cli.terminal.output import note
 
     named = os.environ.get("RWKV_MODEL")
     if path is not None or named:
@@ -82,9 +88,8 @@ def named_model(path: Path | None) -> Path:
 
 
 def open_model(path: Path | None, device: str, threads: int | None) -> "LanguageModel":
-    """Load `named_model(path)`; refuse one without a tokenizer. Kernels are compiled here if they have to be."""
+    """Load `named_model(path)`, and compile its kernels if they have to be. A model without a tokenizer is refused."""
     from rwkv_cli.engine.model import LanguageModel
-    from rwkv_cli.terminal.output import loading_bar, note
 
     announce_compilation()
     path = named_model(path)
@@ -101,15 +106,15 @@ def open_model(path: Path | None, device: str, threads: int | None) -> "Language
 
 
 def complete_session(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
-    """Shell completion of a session's name."""
-    from rwkv_cli.engine import sessions as session
+    """Complete the name of a session in the shell."""
+    from rwkv_cli.engine import sessions
 
-    return [name for name in session.names() if name.startswith(incomplete)]
+    return [name for name in sessions.names() if name.startswith(incomplete)]
 
 
 @functools.cache
 def announce_compilation() -> None:
-    """Say so, once, if kernels have to be compiled."""
+    """Have a note printed, once, if kernels have to be compiled."""
     from rwkv_cli.kernels.cache import on_first_compilation
 
     on_first_compilation(lambda: click.echo("Compiling kernels for this machine (only the first time) …", err=True))

@@ -1,4 +1,4 @@
-"""rwkv ppl"""
+"""The command `rwkv ppl`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_cli.commands.options import model_options, open_model
-from rwkv_cli.terminal.plot import plot_nll, plot_option
+from rwkv_cli.commands.options import model_options, open_model, plot_option
+from rwkv_cli.terminal.output import columns, progress_bar
+from rwkv_cli.terminal.plot import plot_nll
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> int | None:
+    """Read a token id, or none."""
     if not value.isdecimal() and value != "none":
         raise click.BadParameter(f"{value!r} is neither a token id nor none")
     return None if value == "none" else int(value)
@@ -54,6 +56,7 @@ def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> in
     help="One JSON object a file; by_position lists [first, last, tokens, NLL, its standard error].",
 )
 def command(
+    *,
     files: tuple[Path, ...],
     model: Path | None,
     threads: int | None,
@@ -73,7 +76,7 @@ def command(
     rwkv ppl wiki.test.raw -m model.int8.safetensors
     rwkv ppl wiki.test.raw -m model.int8.safetensors --compare model.float.safetensors
     rwkv ppl wiki.test.raw -m model.int8.safetensors --context 1024 --plot context.svg
-    """  # fmt: skip
+    """
     from rwkv_cli.engine.scoring import Scorer
 
     lm = open_model(model, device, threads)
@@ -88,8 +91,8 @@ def command(
         raise click.BadParameter(f"{plot} is one of the texts; name another file", param_hint="--plot")
     scores = []
     for file in files:
-        scorer = Scorer(lm, other, context, start_token, limit)
-        score = _with_progress(file, scorer)
+        scorer = Scorer(lm, other, context=context, start_token=start_token, limit=limit)
+        score = _score(file, scorer)
         scores.append((file, score))
         if as_json:
             click.echo(json.dumps({"model": str(lm.path), "file": str(file), **score.as_json()}))
@@ -100,16 +103,16 @@ def command(
 
 
 def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:
+    """Refuse two models whose tokens do not compare."""
     a, b = lm.text_tokenizer, other.text_tokenizer
     same = a.kind == b.kind and lm.config.vocab == other.config.vocab
     if not same or any(getattr(a, content, None) != getattr(b, content, None) for content in ("table", "text")):
         raise click.ClickException(f"{lm.path} and {other.path} have different tokenizers; their tokens do not compare")
 
 
-def _with_progress(file: Path, scorer: Scorer) -> Score:
+def _score(file: Path, scorer: Scorer) -> Score:
+    """Score a file behind a progress bar."""
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-
-    from rwkv_cli.terminal.output import progress_bar
 
     text = "{task.percentage:.0f} %  {task.fields[rate]}"
     with progress_bar(
@@ -120,13 +123,11 @@ def _with_progress(file: Path, scorer: Scorer) -> Score:
         def show(share: float, score: Score) -> None:
             progress.update(task, completed=share, rate=f"{score.tokens_per_second:.0f} tok/s  ppl {score.ppl:.4g}")
 
-        return scorer.run(file, show)
+        return scorer.score(file, show)
 
 
 def report(file: Path, s: Score, compare: Path | None) -> str:
-    """A score as a table."""
-    from rwkv_cli.terminal.output import columns
-
+    """Write a score as a table."""
     start = "none" if s.start_token is None else s.start_token
     context = "whole file" if s.context is None else f"{s.context} tokens"
     rows = [

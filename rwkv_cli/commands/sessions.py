@@ -1,14 +1,16 @@
-"""rwkv sessions"""
+"""The command `rwkv sessions`."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
 from rwkv_cli.commands.options import complete_session
 from rwkv_cli.errors import SessionError
+from rwkv_cli.terminal.output import columns, note, write
 
 
 @click.group("sessions")
@@ -18,22 +20,19 @@ def command() -> None:
     \b
     rwkv sessions list
     rwkv sessions show diary > diary.md
-    """  # fmt: skip
+    """
 
 
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a session.")
 def list_(as_json: bool) -> None:
     """List them, the last used first."""
-    from pathlib import Path
-
-    from rwkv_cli.engine import sessions as session
-    from rwkv_cli.terminal.output import columns, note
+    from rwkv_cli.engine import sessions
 
     rows = []
-    for name in session.names():
+    for name in sessions.names():
         try:
-            data: dict[str, Any] = session.read(name)
+            data: dict[str, Any] = sessions.read(name)
         except SessionError as error:
             note(str(error))
             continue
@@ -53,13 +52,10 @@ def list_(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The transcript as one JSON object.")
 def show(name: str, as_json: bool) -> None:
     """Print what was said in the session NAME, as Markdown."""
-    from pathlib import Path
-
-    from rwkv_cli.engine import sessions as session
+    from rwkv_cli.engine import sessions
     from rwkv_cli.engine.conversation import Turn, markdown
-    from rwkv_cli.terminal.output import write
 
-    data = session.read(name)
+    data = sessions.read(name)
     if as_json:
         click.echo(json.dumps({key: value for key, value in data.items() if key != "states"}))
     else:
@@ -71,9 +67,8 @@ def show(name: str, as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_session)
 def rm(names: tuple[str, ...]) -> None:
     """Delete sessions: transcripts and states."""
-    from rwkv_cli.engine import sessions as session
-    from rwkv_cli.terminal.output import note
+    from rwkv_cli.engine import sessions
 
     for name in names:
-        session.remove(name)
+        sessions.remove(name)
         note(f"Removed {name}.")

@@ -1,1 +1,1 @@
-"""What the commands do, for any caller: no Click, no printing, no terminal."""
+"""The work behind the commands, for any caller: no Click, no printing, no terminal."""

@@ -3,23 +3,29 @@
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.engine.model import LanguageModel, check_finite
+from rwkv_cli.engine.model import LanguageModel, check_finite, chunks
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.engine.tokenizer import END_OF_TEXT
 from rwkv_cli.models import State
-from rwkv_cli.models.base import CHUNK
 
-Steps = Generator[Sequence[int], NDArray[np.float32], None]
-"""Yields ids to be read, and is sent the logits [V] after them."""
+Logits = NDArray[np.float32]
+
+Steps = Generator[Sequence[int], Logits, None]
+"""A text in the making: yields the ids that the state has to read, and is sent the logits [V] after them."""
+
+OnRead = Callable[[int], object]
+"""A function that is called with the number of prompt tokens read so far, after each chunk of them."""
 
 
 def new_sampler(model: LanguageModel, settings: Sampling, seed: int | None) -> Sampler:
-    """A sampler that does not count blanks and digits (rwkv package, utils.py, `generate`); seed None: random."""
+    """Make a sampler that does not count blanks and digits (rwkv package, utils.py, `generate`).
+
+    A seed of None is replaced by a random one.
+    """
     tokenizer, blank = model.text_tokenizer, " \t0123456789"
     single = [tokenizer.encode(blank[a:b]) for a in range(len(blank)) for b in range(a + 1, len(blank) + 1)]
     if seed is None:
@@ -27,125 +33,166 @@ def new_sampler(model: LanguageModel, settings: Sampling, seed: int | None) -> S
     return Sampler(settings, seed, frozenset(ids[0] for ids in single if len(ids) == 1))
 
 
-@dataclass(eq=False)
-class Completion:
-    """One text being made. Iterate `run` for its pieces; the fields tell how it went, also when it is cut short.
+@dataclass(frozen=True)
+class Request:
+    """One text that is asked for: the prompt to go on from, and where the text ends."""
 
-    Afterwards `state` has seen the prompt and all of `text` but its end `unread`, and nothing of a stop text.
-    """
-
-    model: LanguageModel
-    state: State
-    sampler: Sampler
+    prompt: Sequence[int]
+    """Token ids, at least one."""
     max_tokens: int
     stops: Sequence[str] = ()
+    """Texts that end the text before them."""
     ignore_eos: bool = False
-    cancelled: bool = False
-    """Set from elsewhere (a signal handler) to end the text after the token in work."""
-    on_read: Callable[[int], object] | None = None
-    """Called with the number of the prompt's tokens that `state` has read so far, each time that it has read some."""
-    last_alone: bool = False
-    """Read the prompt's last token by itself, so that `on_read` meets the state before it."""
+    """True if the text goes on where the model would end it."""
+
+
+@dataclass
+class Result:
+    """The text made so far, and how that went."""
+
     text: str = ""
     unread: str = ""
+    """The end of `text` that the state has not read."""
     unread_ids: Sequence[int] = ()
-    """The ids of `unread` as they were picked, unless a stop text has cut one apart."""
+    """The ids of `unread` as they were sampled, or encoded anew where a stop text has cut a token apart."""
     tokens: int = 0
-    prompt_tokens: int = 0
-    """How many of the prompt's tokens were read."""
-    prompt_seconds: float = 0.0
+    """Number of tokens sampled, the one that ended the text included."""
     seconds: float = 0.0
+    prompt_tokens: int = 0
+    """Number of prompt tokens read."""
+    prompt_seconds: float = 0.0
     stop: str = "interrupted"
-    """Why it ended: eos, stop, length or interrupted."""
+    """The reason for the end: eos, stop, length or interrupted."""
 
-    def run(self, prompt: Sequence[int]) -> Iterator[str]:
-        """Feed `prompt` (not empty), then yield the text as it comes. What may be part of a stop text is held back
-        until it is certain; the stop text itself is never yielded."""
-        steps, shown = self.steps(prompt), 0
+
+class Completion:
+    """One text in the making. `stream` makes it, and `result` is right even when the text is cut short.
+
+    Afterwards `state` has read the prompt and all of the text but its unread end. It has read nothing of a stop text.
+    """
+
+    def __init__(self, model: LanguageModel, state: State, sampler: Sampler, request: Request) -> None:
+        """`state` is the state before the prompt. It is changed in place."""
+        self.model, self.state, self.sampler, self.request = model, state, sampler, request
+        self.result = Result()
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """End the text after the token in work. A signal handler may call this."""
+        self.cancelled = True
+
+    def read(self, end: int, on_read: OnRead) -> None:
+        """Read the prompt's tokens before `end`, so that the state there can be kept. `stream` reads the rest."""
+        for _ in self._feed(self._read_prompt(end, on_read)):
+            pass
+
+    def stream(self, on_read: OnRead | None = None) -> Iterator[str]:
+        """Read the prompt, then yield the text as it comes.
+
+        Characters that may begin a stop text are held back until they are certain. A stop text is never yielded.
+        """
+        shown = 0
+        for _ in self._feed(self.steps(on_read)):
+            if len(self.result.text) > shown:
+                yield self.result.text[shown:]
+                shown = len(self.result.text)
+
+    def _feed(self, steps: Generator[Sequence[int], Logits, object]) -> Iterator[None]:
+        """Have the state read the ids that `steps` yields. Yields after each step."""
         ids = next(steps, None)
         while ids is not None:
             try:
                 ids = steps.send(self.model.advance(ids, self.state))
             except StopIteration:
                 ids = None
-            if len(self.text) > shown:
-                yield self.text[shown:]
-                shown = len(self.text)
+            yield
 
-    def steps(self, prompt: Sequence[int]) -> Steps:
-        """`run` for a caller that has `state` read what this yields. After each step `text` holds what is certain."""
-        start = time.perf_counter()
-        logits: NDArray[np.float32] | None = None
-        edges = sorted({*range(0, len(prompt), CHUNK), len(prompt) - self.last_alone, len(prompt)})
-        for at, end in pairwise(edges):
-            if self.cancelled:
-                return
-            logits = yield prompt[at:end]
-            self.prompt_tokens, self.prompt_seconds = end, time.perf_counter() - start
-            if self.on_read is not None:
-                self.on_read(end)
-        assert logits is not None, "the prompt is empty"
+    def steps(self, on_read: OnRead | None = None) -> Steps:
+        """Make the text for a caller that advances the state. After each step the result holds the certain text."""
+        logits = yield from self._read_prompt(len(self.request.prompt), on_read)
+        if logits is None:
+            assert self.cancelled, "the prompt is empty"
+            return
         start = time.perf_counter()
         try:
             yield from self._generate(logits)
         finally:
-            self.seconds = time.perf_counter() - start
+            self.result.seconds = time.perf_counter() - start
 
-    def _generate(self, logits: NDArray[np.float32]) -> Steps:
+    def _read_prompt(self, end: int, on_read: OnRead | None) -> Generator[Sequence[int], Logits, Logits | None]:
+        """Read on in the prompt up to `end`. Returns the logits there, or None if the completion was cancelled."""
+        result, prompt = self.result, self.request.prompt[self.result.prompt_tokens : end]
+        start = time.perf_counter() - result.prompt_seconds
+        logits = None
+        for part in chunks(len(prompt)):
+            if self.cancelled:
+                return None
+            logits = yield prompt[part]
+            result.prompt_tokens += len(prompt[part])
+            result.prompt_seconds = time.perf_counter() - start
+            if on_read is not None:
+                on_read(result.prompt_tokens)
+        return logits
+
+    def _generate(self, logits: Logits) -> Steps:
+        """Sample tokens until the text ends, from the logits after the prompt."""
+        request, result = self.request, self.result
         stream = self.model.text_tokenizer.stream()
         made, ids = "", list[int]()
-        # before the first token that may belong to a stop text or to an unfinished character
+        # This is the state before the first token that may belong to a stop text or to an unfinished character.
         clean: tuple[State, int, int] | None = None
         end: int | None = None
         while True:
-            before, read, torn = len(made), len(ids), stream.unfinished  # what the state has read
+            before, read, torn = len(made), len(ids), stream.unfinished  # as far as the state has read
             if self.cancelled:
                 break
-            token = self._pick(logits)
-            self.tokens += 1
-            if token == END_OF_TEXT and not self.ignore_eos:
-                self.stop = "eos"
+            token = self._sample(logits)
+            result.tokens += 1
+            if token == END_OF_TEXT and not request.ignore_eos:
+                result.stop = "eos"
                 break
             ids.append(token)
             made += stream.push(token)
-            end = first_stop(made, self.stops)
+            end = first_stop(made, request.stops)
             if end is not None:
-                self.stop = "stop"
+                result.stop = "stop"
                 break
-            if self.tokens == self.max_tokens:
-                self.stop = "length"
+            if result.tokens == request.max_tokens:
+                result.stop = "length"
                 break
-            held = held_back(made, self.stops)
+            held = held_back(made, request.stops)
             if not held and not stream.unfinished:
                 clean = None
             elif clean is None:
                 clean = self.state.clone(), before, read
-            self.text = made[: len(made) - held]
+            result.text = made[: len(made) - held]
             logits = yield [token]
         if end is None:
             made += stream.flush()
             end = len(made)
-        if clean is not None and (torn or self.stop == "stop"):
+        if clean is not None and (torn or result.stop == "stop"):
             self.state, before, read = clean
-        self.text, self.unread = made[:end], made[before:end]
-        self.unread_ids = self.model.text_tokenizer.encode(self.unread) if self.stop == "stop" else ids[read:]
+        result.text, result.unread = made[:end], made[before:end]
+        cut = result.stop == "stop"
+        result.unread_ids = self.model.text_tokenizer.encode(result.unread) if cut else ids[read:]
 
-    def _pick(self, logits: NDArray[np.float32]) -> int:
+    def _sample(self, logits: Logits) -> int:
+        """Sample a token, after a check of the logits."""
         check_finite(self.model, logits)
-        if self.ignore_eos:
+        if self.request.ignore_eos:
             logits = logits.copy()
             logits[END_OF_TEXT] = -1e30
-        return self.sampler.pick(logits)
+        return self.sampler.sample(logits)
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the stop texts begins, if one is there."""
+    """Return where the first of the stop texts begins, if one is there."""
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
     return min(found, default=None)
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end may yet turn out to begin a stop text."""
+    """Return how many characters at the end may still turn out to begin a stop text."""
     longest = 0
     for stop in stops:
         for n in range(min(len(stop) - 1, len(text)), longest, -1):

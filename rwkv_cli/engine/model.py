@@ -1,6 +1,6 @@
-"""A model with its tokenizer, and the loop that makes text with it."""
+"""A model with its tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, W
 from rwkv_cli.errors import FormatError, TokenizerError
 from rwkv_cli.kernels.cache import compiled_marker
 from rwkv_cli.models import Model
+from rwkv_cli.models.base import CHUNK
 from rwkv_cli.quant import Checkpoint
 
 
@@ -20,9 +21,12 @@ class LanguageModel(Model):
     tokenizer: Tokenizer | None
 
     def __init__(
-        self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None,
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        threads: int | None = None,
         on_load: Callable[[int], object] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(checkpoint, device, threads, on_load)
         self.path = checkpoint.path
         self.tokenizer = read_tokenizer(checkpoint)
@@ -49,14 +53,14 @@ class LanguageModel(Model):
 
     @property
     def text_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises TokenizerError if there is none."""
+        """The tokenizer of a model that has one. Raises TokenizerError otherwise."""
         if self.tokenizer is None:
             raise TokenizerError(f"{self.path}: has no tokenizer")
         return self.tokenizer
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer inside a converted file."""
+    """Read the tokenizer inside a converted file, None if it has none."""
     kind = checkpoint.metadata("tokenizer", str)
     try:
         if kind == "none":
@@ -74,7 +78,13 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     raise FormatError(f"{checkpoint.path}: has a tokenizer of unknown kind {kind!r}; upgrade rwkv-cli")
 
 
+def chunks(tokens: int, most: int = CHUNK) -> Iterator[slice]:
+    """Yield slices of a text's tokens, each one pass of a model long and no longer than `most`."""
+    step = max(1, min(CHUNK, most))
+    return (slice(at, min(at + step, tokens)) for at in range(0, tokens, step))
+
+
 def check_finite(model: LanguageModel, values: NDArray[np.floating[Any]]) -> None:
-    """Raises FormatError where a model's output, or what was computed from it, is not finite."""
+    """Raise FormatError where a model's output, or a number computed from it, is not finite."""
     if not np.isfinite(values).all():
         raise FormatError(f"{model.path}: the model's output is not finite; convert it again from a sound file")

@@ -1,11 +1,11 @@
-"""From logits to a token, in the order of the reference (rwkv package, utils.py, `sample_logits`).
+"""The way from logits to a token, in the order of the reference (rwkv package, utils.py, `sample_logits`).
 
-Penalties come off the logits; then softmax, top-p, top-k and min-p on probabilities at temperature 1; the temperature
-comes last, as a power of what is left.
+Penalties come off the logits. Softmax, top-p, top-k and min-p follow, at temperature 1. The temperature comes last, as
+a power of the probabilities that are left.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings. The defaults are the reference's (PIPELINE_ARGS)."""
+    """Settings of the choice. The defaults are the reference's (PIPELINE_ARGS)."""
 
     temperature: float = 1.0
     top_p: float = 0.85
@@ -24,22 +24,26 @@ class Sampling:
     frequency_penalty: float = 0.2
     penalty_decay: float = 0.996
 
+    def changed(self, **given: Any) -> "Sampling":
+        """These settings with those of `given` that are not None in their place."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
 
 @dataclass
 class Sampler:
-    """Picks tokens and remembers which it picked. Same settings and seed, same choices."""
+    """The choice of tokens, with a memory of those chosen. The same settings and seed give the same choices."""
 
     settings: Sampling
     seed: int
     exempt: frozenset[int] = frozenset()
-    """Tokens whose occurrences do not count: they cost the presence penalty only."""
+    """Tokens whose occurrences are not counted. They cost the presence penalty only."""
     _counts: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float), init=False)
 
     def __post_init__(self) -> None:
         self._random = np.random.Generator(np.random.PCG64(self.seed))
 
-    def pick(self, logits: NDArray[np.float32]) -> int:
-        """A token for logits [V]."""
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """Choose the next token from logits [V]."""
         s = self.settings
         scores = logits.astype(np.float64)
         if self._counts:
@@ -51,12 +55,13 @@ class Sampler:
         else:
             kept, p = candidates(scores, s)
             upto = np.cumsum(p)
-            # below upto[-1], which rounding may leave short of 1: a token of probability 0 is never met
+            # Rounding may leave upto[-1] short of 1. A number below it never meets a token of probability 0.
             token = int(kept[np.searchsorted(upto, self._random.random() * upto[-1], side="right")])
         self._remember(token)
         return token
 
     def _remember(self, token: int) -> None:
+        """Count a chosen token, and let older ones fade."""
         if not (self.settings.presence_penalty or self.settings.frequency_penalty):
             return
         for other in self._counts:
@@ -65,7 +70,7 @@ class Sampler:
 
     @property
     def random(self) -> dict[str, Any]:
-        """Where the random numbers are; set it to go on from there."""
+        """Position in the random numbers. Set it to go on from there."""
         return dict(self._random.bit_generator.state)
 
     @random.setter
@@ -74,7 +79,7 @@ class Sampler:
 
     @property
     def counts(self) -> dict[int, float]:
-        """How often each token was picked, decayed: what is penalized. Set it to go on from there."""
+        """Decayed number of times that each token was chosen. Penalties follow from it; set it to go on from there."""
         return dict(self._counts)
 
     @counts.setter
@@ -82,15 +87,15 @@ class Sampler:
         self._counts = defaultdict(float, counts)
 
     def forget(self) -> None:
-        """Penalize nothing that was picked before; go on with the same random numbers."""
+        """Penalize nothing that was chosen before. The random numbers go on."""
         self._counts.clear()
 
 
 def candidates(logits: NDArray[np.float64], s: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Tokens that may be picked, likeliest first, and their probabilities; temperature is not 0."""
+    """Tokens that may be chosen, likeliest first, and their probabilities. The temperature is not 0."""
     p = np.exp(logits - logits.max())
     p /= p.sum()
-    # a few likely tokens nearly always hold all that is kept, and sort much faster than a whole vocabulary
+    # A few likely tokens nearly always hold all that is kept. They sort much faster than a whole vocabulary.
     some = np.flatnonzero(p >= p.max() / 1000)
     order = some[np.argsort(-p[some], kind="stable")]
     reached = s.top_p < 1 and p[order].cumsum()[-1] >= s.top_p
@@ -99,7 +104,7 @@ def candidates(logits: NDArray[np.float64], s: Sampling) -> tuple[NDArray[np.int
     p = p[order]
     count = len(p)
     if s.top_p < 1:
-        # the first token that reaches top_p is in, and so are all as likely as it
+        # The first token that reaches top_p is kept, and so are all tokens as likely.
         last = min(int(np.searchsorted(np.cumsum(p), s.top_p)), count - 1)
         count = int(np.searchsorted(-p, -p[last], side="right"))
     if s.top_k > 0:

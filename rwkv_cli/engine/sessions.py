@@ -1,7 +1,7 @@
 """Chats kept on disk: a folder each, with a transcript (JSON) and the states to go on from or back to (safetensors).
 
-The transcript names its state files and is replaced last, in one step: whenever a process is killed, the folder holds
-one whole turn or the one before. A session belongs to the model that it was begun with.
+The transcript names its state files and is replaced last, in one step. So the folder holds one whole turn or the one
+before, whenever a process is killed. A session belongs to the model that it was begun with.
 """
 
 import json
@@ -26,38 +26,37 @@ from rwkv_cli.quant import replacing
 
 _FORMAT = 1
 _KEPT = 4
-"""States on disk: the last one, and those that undo leads back to."""
-
+"""Number of states on disk: the last one, and those that undo goes back to."""
 
 _START = "start.safetensors"
 """A tuned state that the conversation began with."""
 
 
 def folder() -> Path:
-    """Where sessions lie."""
+    """Return the folder of all sessions."""
     return platformdirs.user_data_path("rwkv", appauthor=False) / "sessions"
 
 
 def names() -> list[str]:
-    """Every session, the last used first."""
+    """List every session, the last used first."""
     found = [path for path in folder().glob("*/transcript.json") if path.is_file()]
     return [path.parent.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 def exists(name: str) -> bool:
-    """Whether a session has this name. Raises SessionError for a name that no folder may have."""
+    """Return whether a session has this name. Raises SessionError for a name that no folder may have."""
     return (path_of(name) / "transcript.json").exists()
 
 
 def path_of(name: str) -> Path:
-    """The session's folder, which need not be there. Raises SessionError for a name that no folder may have."""
+    """Return the session's folder, even if it is not there. Raises SessionError for a name that no folder may have."""
     if not re.fullmatch(r"\w[\w.-]{0,63}", name):
         raise SessionError(f"{name!r} cannot name a session: use up to 64 letters, digits, '-', '_' and '.'")
     return folder() / name
 
 
 def read(name: str) -> dict[str, Any]:
-    """The transcript of a session, checked as far as programs rely on it. Raises SessionError."""
+    """Read the transcript of a session. It is checked as far as programs rely on it. Raises SessionError."""
     path = path_of(name) / "transcript.json"
     try:
         data: Any = json.loads(path.read_text("utf-8"))
@@ -90,7 +89,7 @@ def remove(name: str) -> None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """While no other process reads or writes this folder."""
+    """Keep other processes from reading and writing this folder meanwhile."""
     with (path / "lock").open("w") as file:
         try:
             import fcntl
@@ -107,10 +106,10 @@ class Session:
 
     name: str
     revision: int = 0
-    """Of the transcript that this process wrote or read last; 0 before the first."""
+    """Revision of the transcript that this process wrote or read last, 0 before the first."""
 
     def save(self, conversation: Conversation) -> None:
-        """Keep all that was said so far. Raises SessionError if another process has changed the session meanwhile."""
+        """Keep everything said so far. Raises SessionError if another process has changed the session meanwhile."""
         path = path_of(self.name)
         path.mkdir(0o700, parents=True, exist_ok=True)
         with _alone(path):
@@ -119,6 +118,7 @@ class Session:
             self._write(path, conversation)
 
     def _write(self, path: Path, conversation: Conversation) -> None:
+        """Write the states and the transcript, and remove states that are no longer kept."""
         model, turns = conversation.model, conversation.turns
         snapshots = [*(turn.before for turn in turns), conversation.now]
         states = []
@@ -154,6 +154,7 @@ class Session:
                 old.unlink(missing_ok=True)
 
     def _on_disk(self) -> int:
+        """Return the revision on disk, 0 if there is none."""
         try:
             return int(read(self.name)["revision"])
         except SessionError:
@@ -161,8 +162,8 @@ class Session:
 
     @classmethod
     def resume(cls, name: str, model: LanguageModel) -> tuple["Session", Conversation]:
-        """The session and its conversation, without reading a word again. Raises SessionError."""
-        read(name)  # there is one, so that its folder can be locked
+        """Load the session and its conversation. The model reads no word again. Raises SessionError."""
+        read(name)  # a session that is not there has no folder to lock
         with _alone(path_of(name)):
             data = read(name)
             if data["model"]["digest"] != model.digest:
@@ -179,14 +180,14 @@ class Session:
 
 
 def _restored(path: Path, data: dict[str, Any], model: LanguageModel) -> Conversation:
-    """The conversation of a transcript. Of the states, only the last has to be sound."""
+    """Restore the conversation of a transcript. Only the last of the states has to be sound."""
     talk = Conversation(
         model,
         TEMPLATES[data["template"]],
         Sampling(**data["sampling"]),
         data["seed"],
         data["max_tokens"],
-        data["system"],
+        system=data["system"],
         start=State.load(path / _START, like=model.new_state()) if data["start"] else None,
     )
     talk.set_think(data["think"])

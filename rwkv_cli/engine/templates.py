@@ -1,4 +1,4 @@
-"""How a chat is written for a model, by what it was trained on.
+"""Templates: the ways to write a chat that models were trained on.
 
 Sources: ChatRWKV API_DEMO_CHAT.py (World), v2/chat.py (Raven), RWKV-LM RWKV-v7/RWKV7-G1x-templates.txt (G1).
 """
@@ -15,44 +15,55 @@ _GREETING = (
     "Please feel free to ask any question and I will always answer it."
 )
 
+
+@dataclass(frozen=True)
+class ThinkMode:
+    """One way to have a model reason. The model writes the `>` after the start itself."""
+
+    request: str = ""
+    """The text that is added to the user's."""
+    start: str = ""
+    """The beginning of the answer."""
+
+
 THINK = {
-    "off": ("", ""),
-    "on": ("", "<think"),
-    "short": (" (think a bit)", "<think"),
-    "long": (" (think a lot)", "<think"),
-    "fast": ("", "<think>\n</think"),
+    "off": ThinkMode(),
+    "on": ThinkMode("", "<think"),
+    "short": ThinkMode(" (think a bit)", "<think"),
+    "long": ThinkMode(" (think a lot)", "<think"),
+    "fast": ThinkMode("", "<think>\n</think"),
 }
-"""Think modes: what is added to the user's text, and how the answer is made to begin. The model writes the `>`."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """One way to write turns: `turn` holds {text}; an answer ends at any of `stops`, and `end` follows it."""
+    """One way to write turns. `turn` holds {text}, an answer ends at any of `stops`, and `end` follows it."""
 
     name: str
     turn: str
     stops: tuple[str, ...]
     sampling: Sampling
     opening: str = ""
-    """What comes first, unless a system text takes its place."""
+    """The text before the first turn, unless a system text takes its place."""
     system: str = "System: {text}\n\n"
     end: str = "\n\n"
     thinks: bool = False
-    """Whether the model was trained to reason between <think> and </think>."""
+    """True if the model was trained to reason between <think> and </think>."""
     single_newlines: bool = False
-    """Whether a blank line is two tokens of one line break each, never one of two (ChatRWKV v2/chat.py, fix_tokens)."""
+    """True if a blank line is two tokens of one line break each, never one token (ChatRWKV v2/chat.py, fix_tokens)."""
 
     def begin(self, system: str) -> str:
-        """What comes before the first turn."""
+        """Write the text before the first turn."""
         return self.system.format(text=_closed_up(system)) if system else self.opening
 
     def prompt(self, text: str, think: str = "off") -> str:
-        """A user's turn up to where the model answers. Blank lines are closed up, since they would end the turn."""
-        request, start = THINK[think]
-        return self.turn.format(text=_closed_up(text) + request) + (f" {start}" if start else "")
+        """Write a user's turn up to the model's answer. Blank lines are closed up, since they would end the turn."""
+        mode = THINK[think]
+        return self.turn.format(text=_closed_up(text) + mode.request) + (f" {mode.start}" if mode.start else "")
 
 
 def _closed_up(text: str) -> str:
+    """Return a text without blank lines and blanks around it."""
     return re.sub(r"\n\s*\n", "\n", text.replace("\r\n", "\n").strip())
 
 
@@ -60,7 +71,7 @@ _ALL = (
     Template(
         "world", "User: {text}\n\nAssistant:", ("\n\n",), _WORLD_SAMPLING, f"User: hi\n\nAssistant: {_GREETING}\n\n"
     ),
-    # reasoning and answers may hold blank lines, so only the next turn ends one
+    # Reasoning and answers may hold blank lines, so only the next turn ends an answer.
     Template("g1", "User: {text}\n\nAssistant:", ("\n\nUser:",), _WORLD_SAMPLING, thinks=True),
     Template(
         "raven",
@@ -77,7 +88,7 @@ TEMPLATES = {template.name: template for template in _ALL}
 
 
 def guess(name: str, tokenizer: str | None, vocab: int) -> str:
-    """The template for a checkpoint, from its file name and vocabulary."""
+    """Guess the template of a checkpoint from its file name and vocabulary."""
     name = name.lower()
     if "raven" in name:
         return "raven"
@@ -89,19 +100,19 @@ def guess(name: str, tokenizer: str | None, vocab: int) -> str:
 
 
 def parts(pieces: Iterable[str]) -> Iterator[tuple[bool, str]]:
-    """An answer's pieces, each with whether it is reasoning; tags and the blanks around them are left out.
+    """Yield an answer's pieces, each with whether it is reasoning. Tags and the blanks around them are left out.
 
-    Reasoning is what an answer begins with between <think> and </think>; a tag anywhere else is text.
+    Reasoning stands between <think> and </think> at the beginning of an answer. A tag anywhere else is text.
     """
     opening, closing = "<think>", "</think>"
     thinking, held, first = False, "", True
-    started = False  # whether the part at hand has shown anything but blanks
+    started = False  # true once the part at hand has shown more than blanks
     for piece in pieces:
         held += piece
         if first:
             held = held.lstrip()
             if opening.startswith(held[: len(opening)]) and len(held) < len(opening):
-                continue  # may still become the tag
+                continue  # this may still become the tag
             first = False
             if held.startswith(opening):
                 thinking, held = True, held[len(opening) :]
@@ -109,7 +120,7 @@ def parts(pieces: Iterable[str]) -> Iterator[tuple[bool, str]]:
             shown, tag, rest = held.partition(closing)
             if tag:
                 shown = shown.rstrip()
-            else:  # what may begin the tag, and blanks before it, wait
+            else:  # the beginning of a possible tag waits, and so do the blanks before it
                 keep = next((n for n in range(len(closing) - 1, 0, -1) if shown.endswith(closing[:n])), 0)
                 keep += len(shown[: len(shown) - keep]) - len(shown[: len(shown) - keep].rstrip())
                 shown, rest = shown[: len(shown) - keep], shown[len(shown) - keep :]

@@ -1,7 +1,7 @@
-"""Text to token ids and back: RWKV World, any tokenizer.json, or plain bytes.
+"""Tokenizers, from text to token ids and back: RWKV World, any tokenizer.json, or plain bytes.
 
-Every kind offers the same: `encode`, `decode`, `stream` (ids to text as they come, never half a character) and
-`encode_blocks` (a text of any size in constant memory).
+Every kind has `encode`, `decode`, `stream` (ids to text as they come, never half a character) and `encode_blocks`
+(a text of any size in constant memory).
 """
 
 import ast
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rwkv_cli.errors import TokenizerError
 
 END_OF_TEXT = 0
-"""Ends a text in every official vocabulary."""
+"""The token that ends a text in every official vocabulary."""
 
 
 class Piece(NamedTuple):
@@ -29,20 +29,22 @@ class Piece(NamedTuple):
 
 
 class TextStream(Protocol):
-    """Turns ids into text as they come."""
+    """A text that grows with each id."""
 
     @property
     def unfinished(self) -> bool:
-        """Whether ids have come whose text is not certain yet."""
+        """True if ids have come whose text is not certain yet."""
 
     def push(self, token: int) -> str:
-        """The text that is certain now; empty while a character is not whole."""
+        """Take an id, and return the text that is certain now. It is empty while a character is not whole."""
 
     def flush(self) -> str:
-        """What is left at the end, an unfinished character as U+FFFD."""
+        """Return the rest at the end, an unfinished character as U+FFFD."""
 
 
 class Tokenizer(Protocol):
+    """The interface of every tokenizer. Its `kind` is the name in a converted file."""
+
     kind: str
 
     @property
@@ -50,21 +52,23 @@ class Tokenizer(Protocol):
         """One more than the largest id."""
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Raises TokenizerError for bytes that are not UTF-8 where the vocabulary needs text.
+        """Turn a text into ids. In a str, a surrogate that stands for a byte (PEP 383) is that byte.
 
-        In a str, a surrogate that stands for a byte (PEP 383) is that byte.
+        Raises TokenizerError for bytes that are not UTF-8 where the vocabulary needs text.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Invalid UTF-8 becomes U+FFFD."""
+        """Turn ids into text. Invalid UTF-8 becomes U+FFFD."""
 
-    def stream(self) -> TextStream: ...
+    def stream(self) -> TextStream:
+        """Begin a text that grows with each id."""
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
-        """Tokens of the text that `blocks` make up, without ever holding all of it."""
+        """Yield the tokens of the text that `blocks` make up. The whole text is never held."""
 
 
 def _to_bytes(text: str | bytes) -> bytes:
+    """Return the bytes of a text. Raises TokenizerError for half a surrogate pair."""
     try:
         return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
     except UnicodeEncodeError as error:
@@ -72,7 +76,7 @@ def _to_bytes(text: str | bytes) -> bytes:
 
 
 class _ByteStream:
-    """Incremental UTF-8 over a table of each token's bytes."""
+    """An incremental UTF-8 decoder over a table of each token's bytes."""
 
     def __init__(self, table: Sequence[bytes]) -> None:
         self._table = table
@@ -90,7 +94,7 @@ class _ByteStream:
 
 
 class _ByteTable:
-    """What vocabularies made of byte strings share: `table[id]` is a token's bytes, empty where there is no token."""
+    """A vocabulary made of byte strings. `table[id]` is a token's bytes, empty where there is no token."""
 
     kind: str
     table: list[bytes]
@@ -100,7 +104,7 @@ class _ByteTable:
         return len(self.table)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes; ids without a token, like 0 in World, stand for none."""
+        """Turn ids into their exact bytes. Ids without a token, like 0 in World, stand for none."""
         size = len(self.table)
         return b"".join(self.table[i] for i in ids if 0 <= i < size)
 
@@ -112,7 +116,7 @@ class _ByteTable:
 
 
 class ByteTokenizer(_ByteTable):
-    """id = byte."""
+    """The tokenizer whose ids are bytes."""
 
     kind = "bytes"
 
@@ -128,7 +132,7 @@ class ByteTokenizer(_ByteTable):
 
 
 class WorldTokenizer(_ByteTable):
-    """RWKV World: greedy longest match over bytes (rwkv package, rwkv_tokenizer.py). Any bytes round-trip."""
+    """RWKV World, a greedy longest match over bytes (rwkv package, rwkv_tokenizer.py). Any bytes round-trip."""
 
     kind = "world"
 
@@ -136,7 +140,7 @@ class WorldTokenizer(_ByteTable):
         self.table = table
         self._ids = {token: i for i, token in enumerate(table) if token}
         self._longest = max(map(len, table))
-        # lengths that tokens with these first two bytes have, longest first
+        # This maps two first bytes to the lengths of tokens that begin so, longest first.
         lengths: dict[bytes, set[int]] = {}
         for token in self._ids:
             lengths.setdefault(token[:2], set()).add(len(token))
@@ -146,10 +150,11 @@ class WorldTokenizer(_ByteTable):
 
     def encode(self, text: str | bytes) -> list[int]:
         data = _to_bytes(text)
-        return self._match(data, len(data))[0]
+        ids, _ = self._match(data, len(data))
+        return ids
 
     def _match(self, data: bytes, stop: int) -> tuple[list[int], list[int]]:
-        """Tokens that start before `stop`, and where each ends."""
+        """Return the tokens that start before `stop`, and where each ends."""
         ids, lengths = self._ids, self._lengths
         out: list[int] = []
         ends: list[int] = []
@@ -157,7 +162,7 @@ class WorldTokenizer(_ByteTable):
         while at < stop:
             for n in lengths.get(data[at : at + 2], ()):
                 token = ids.get(data[at : at + n])
-                # a slice past the end is shorter than n, and may match a shorter token all the same: it is that token
+                # A slice past the end is shorter than n. It may match a shorter token, and then it is that token.
                 if token is not None:
                     break
             else:
@@ -171,7 +176,7 @@ class WorldTokenizer(_ByteTable):
         rest = b""
         for block in blocks:
             data = rest + block
-            # a token that starts here cannot depend on bytes that have not come
+            # A token that starts before this border cannot depend on bytes that have not come.
             ids, ends = self._match(data, max(0, len(data) - self._longest))
             rest = data[ends[-1] :] if ends else data
             if ids:
@@ -181,7 +186,7 @@ class WorldTokenizer(_ByteTable):
             yield Piece(ids, np.array(ends))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What a converted file holds of it: all tokens' bytes in the order of their ids, and their lengths."""
+        """Return the arrays in a converted file: all tokens' bytes in the order of their ids, and their lengths."""
         return {
             "tokenizer.bytes": np.frombuffer(b"".join(self.table), np.uint8),
             "tokenizer.lengths": np.array([len(token) for token in self.table], np.uint8),
@@ -189,6 +194,7 @@ class WorldTokenizer(_ByteTable):
 
     @classmethod
     def from_arrays(cls, data: NDArray[np.uint8], lengths: NDArray[np.uint8]) -> "WorldTokenizer":
+        """Read what `arrays` returned. Raises TokenizerError for damaged arrays."""
         if data.dtype != np.uint8 or lengths.dtype != np.uint8 or not lengths.size or lengths.sum() != data.size:
             raise TokenizerError("its token lengths do not add up")
         raw, ends = data.tobytes(), np.cumsum(lengths, dtype=np.int64).tolist()
@@ -196,7 +202,7 @@ class WorldTokenizer(_ByteTable):
 
     @classmethod
     def from_vocabulary(cls, path: Path) -> "WorldTokenizer":
-        """Read a vocabulary in the official text form: `id literal length` a line, ids from 1."""
+        """Read a vocabulary in the official text form: `id literal length` a line, with ids from 1."""
         table: dict[int, bytes] = {0: b""}
         line = ""
         try:
@@ -211,7 +217,13 @@ class WorldTokenizer(_ByteTable):
                 if not 0 < (index := int(line[:head])) < 1 << 20 or index in table:
                     raise ValueError("the id is out of range or there twice")
                 table[index] = token
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:  # literal_eval's, all five
+        except (
+            ValueError,
+            TypeError,
+            SyntaxError,
+            MemoryError,
+            RecursionError,
+        ) as error:  # literal_eval raises all five
             raise TokenizerError(f"{path}: not a World vocabulary: line {line[:40]!r} ({error})") from None
         try:
             return cls([table.get(i, b"") for i in range(max(table) + 1)])
@@ -220,7 +232,7 @@ class WorldTokenizer(_ByteTable):
 
 
 def official_vocabulary() -> Path:
-    """The World vocabulary in the PyPI package `rwkv`, found without importing it."""
+    """Find the World vocabulary in the PyPI package `rwkv`, without importing that."""
     spec = importlib.util.find_spec("rwkv")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         found = sorted(Path(folder).glob("rwkv_vocab_v*.txt"))
@@ -230,6 +242,8 @@ def official_vocabulary() -> Path:
 
 
 class _JsonStream:
+    """A text that a tokenizer.json decodes with each id."""
+
     def __init__(self, tokenizer: Any) -> None:
         from tokenizers.decoders import DecodeStream
 
@@ -264,13 +278,14 @@ class JsonTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(text)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{name}: not a tokenizer.json ({error})") from None
-        # a file may ask for both, for training
+        # A file may ask for both, which are for training.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.text = text
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def _text(self, text: str | bytes) -> str:
+        """Decode UTF-8. Raises TokenizerError for other bytes."""
         try:
             return _to_bytes(text).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -299,15 +314,16 @@ class JsonTokenizer:
                     f"not UTF-8 at byte {done + error.start}; this model's tokenizer takes text only"
                 ) from None
             read += len(block or b"")
-            done = read - len(decoder.getstate()[0])  # bytes decoded: the next error counts from there
+            done = read - len(decoder.getstate()[0])  # positions in the next error count from the bytes decoded
             cut = len(text) if block is None else _word_border(text)
             if cut:
                 yield self._piece(text[:cut])
             rest = text[cut:]
 
     def _piece(self, text: str) -> Piece:
+        """Encode a part of a text, with the bytes that end with each token."""
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
-        # UTF-8 bytes up to each character, by its code point
+        # This counts the UTF-8 bytes up to each character, by its code point.
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         width = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
         upto = np.concatenate([[0], np.cumsum(width)])
@@ -317,8 +333,10 @@ class JsonTokenizer:
 
 
 def _word_border(text: str) -> int:
-    """Where a text may be cut: the last single space between two visible characters, which starts a token in
-    byte-level BPE; 0 to wait for more, unless a megabyte has none."""
+    """Return where a text may be cut: at the last single space between two visible characters.
+
+    Such a space starts a token in byte-level BPE. A text without one waits for more (0), until it has a megabyte.
+    """
     at = len(text)
     while (at := text.rfind(" ", 0, at)) > 0:
         if at + 1 < len(text) and not text[at - 1].isspace() and not text[at + 1].isspace():

@@ -1,1 +1,1 @@
-"""What a person sees and types: output, progress, input lines, plots."""
+"""The things that a person sees and types: output, progress, input lines, settings, plots."""

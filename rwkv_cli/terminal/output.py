@@ -1,4 +1,4 @@
-"""What is printed: aligned columns, text that cannot steer the terminal, progress on standard error."""
+"""Output: aligned columns, text that cannot steer the terminal, progress on standard error."""
 
 import os
 import sys
@@ -14,19 +14,19 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-# control characters that are not blanks: a model or a file may hold any bytes, an escape sequence among them;
-# a carriage return, which would overwrite the line, is left out, since it comes with a line break anyway
+# A model or a file may hold any bytes, an escape sequence among them. Control characters that are not blanks are
+# replaced. A carriage return would overwrite the line. It is left out, as it comes with a line break anyway.
 _CONTROL: dict[int, str | None] = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 _CONTROL[ord("\r")] = None
 
 
 def harmless(text: str) -> str:
-    """The text without what could steer a terminal."""
+    """Return the text without the characters that could steer a terminal."""
     return text.translate(_CONTROL)
 
 
 def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
-    """Rows as lines, each column as wide as its widest cell; columns numbered in `right` end together."""
+    """Write rows as lines, each column as wide as its widest cell. Columns numbered in `right` are right-aligned."""
     cells = [[harmless(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -39,7 +39,7 @@ def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
 
 
 def write(text: str, faint: bool = False) -> None:
-    """A piece of a model's text to standard output, at once; as it is into a pipe, harmless on a terminal."""
+    """Write a piece of a model's text to standard output, at once. A pipe gets it unchanged, a terminal harmless."""
     if sys.stdout.isatty():
         text = dim(harmless(text)) if faint else harmless(text)
     sys.stdout.write(text)
@@ -47,14 +47,14 @@ def write(text: str, faint: bool = False) -> None:
 
 
 def dim(text: str) -> str:
-    """The text in faint letters, for a terminal; as it is where NO_COLOR is set or no terminal can do it."""
+    """Return the text in faint letters, or unchanged where NO_COLOR is set or the terminal lacks them."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     return text if plain else f"\x1b[2m{text}\x1b[22m"
 
 
 @contextmanager
 def progress_bar(*parts: "ProgressColumn | str") -> Iterator["Progress"]:
-    """A progress bar on standard error, gone when done; nothing where that is not a terminal."""
+    """Show a progress bar on standard error, gone when done. Nothing shows where that is not a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -65,9 +65,9 @@ def progress_bar(*parts: "ProgressColumn | str") -> Iterator["Progress"]:
 
 @contextmanager
 def reading_bar(tokens: int) -> Iterator[Callable[[int], None]]:
-    """What to call with the number of a prompt's `tokens` read so far, each time that there are more of them.
+    """Show how far a prompt is read. The function to call takes the number of its `tokens` read so far.
 
-    A bar on standard error appears once all of them look to take more than a second, and goes when they are read.
+    A bar appears on standard error once the whole prompt seems to take more than a second. It goes at the end.
     """
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -94,7 +94,7 @@ def reading_bar(tokens: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def loading_bar(path: Path) -> Iterator[Callable[[int], None]]:
-    """What to call with how many bytes of a file's weights are loaded. A bar on standard error, as `reading_bar`'s."""
+    """Show how far a model is loaded, as `reading_bar` does. The function to call takes the bytes loaded so far."""
     start, size = time.perf_counter(), path.stat().st_size if path.is_file() else 0
     with ExitStack() as stack:
         update: Callable[..., None] | None = None
@@ -114,6 +114,6 @@ def loading_bar(path: Path) -> Iterator[Callable[[int], None]]:
 
 
 def note(text: str, faint: bool = False) -> None:
-    """A line beside the result: to standard error."""
+    """Write a line beside the result, to standard error."""
     text = harmless(text)
     click.echo(dim(text) if faint else text, err=True)

@@ -1,4 +1,4 @@
-"""Pictures of what `rwkv ppl` and `rwkv info` measure, drawn by matplotlib without a display."""
+"""Pictures of the figures of `rwkv ppl` and `rwkv info`, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import click
+from typing import TYPE_CHECKING
 
 from rwkv_cli.terminal.output import harmless, note
 
@@ -24,11 +22,12 @@ if TYPE_CHECKING:
     from rwkv_cli.engine.scoring import Score
 
 SUFFIXES = (".png", ".svg", ".pdf")
+"""Endings of the files that pictures can be drawn into."""
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's, which the colour-blind tell apart."""
+"""The colours of Okabe and Ito, which the colour-blind tell apart."""
 _GREY = "#666666"
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: it can be searched and copied
+    "svg.fonttype": "none",  # text stays text, to be searched and copied
     "font.size": 9.5,
     "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -41,36 +40,11 @@ _STYLE = {
 }
 
 
-def plot_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """--plot, refused before any work where it could not be drawn; the command gets `plot: Path | None`."""
-    return click.option(
-        "--plot",
-        type=click.Path(path_type=Path, dir_okay=False),
-        callback=_drawable,
-        metavar="OUT",
-        help=f"Draw {what}, into a .png, .svg or .pdf file.",
-    )
-
-
-def _drawable(_ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
-    if path is None:
-        return None
-    if path.suffix.lower() not in SUFFIXES:
-        raise click.BadParameter(f"{path} does not end in .png, .svg or .pdf")
-    if not path.parent.is_dir():
-        raise click.BadParameter(f"{path.parent} is not a folder; make it first, or name another file")
-    try:
-        import matplotlib  # noqa: F401 - only whether it is there
-    except ModuleNotFoundError:
-        raise click.ClickException('--plot needs matplotlib; install it with: pip install "rwkv-cli[plot]"') from None
-    return path
-
-
 def plot_nll(path: Path, scores: Sequence[tuple[Path, Score]], models: Sequence[Path]) -> None:
     """Draw NLL by position into `path`: a line for each text of `scores` and each of its one or two `models`.
 
-    Bins are drawn as they are, with a band of one standard error where they have two tokens or more; what all lines
-    share stands in the title.
+    A bin is drawn as it is, with a band of one standard error where it has two tokens or more. The title has the facts
+    that all lines share.
     """
     import numpy as np
     from matplotlib.ticker import LogLocator
@@ -109,16 +83,17 @@ def plot_nll(path: Path, scores: Sequence[tuple[Path, Score]], models: Sequence[
 
 
 def plot_errors(path: Path, errors: Mapping[str, float], facts: Sequence[str]) -> None:
-    """Draw relative errors of tensors into `path` as a heat map of kinds by layers, those of no layer below.
+    """Draw relative errors of tensors into `path` as a heat map of kinds by layers. Tensors of no layer stand below.
 
-    `errors` has at least one tensor; `facts` stand in the title.
+    `errors` has at least one tensor. The title has the `facts`.
     """
     import numpy as np
 
     from rwkv_cli.models.naming import kind_of
 
     rows: dict[str, dict[int, float]] = {}
-    for name in sorted(errors, key=_layer, reverse=True):  # layer 0 may lack kinds, so the last one gives their order
+    # Layer 0 may lack kinds, so the last layer gives their order.
+    for name in sorted(errors, key=_layer, reverse=True):
         rows.setdefault(kind_of(name), {})[_layer(name)] = 100 * errors[name]
     inside = {kind: row for kind, row in rows.items() if -1 not in row}
     apart = {kind: row for kind, row in rows.items() if -1 in row}
@@ -152,21 +127,21 @@ def plot_errors(path: Path, errors: Mapping[str, float], facts: Sequence[str]) -
 
 
 def _layer(name: str) -> int:
-    """A tensor's layer; -1 outside of any."""
+    """Return a tensor's layer, -1 outside of any."""
     found = re.match(r"blocks\.(\d{1,9})\.", name)
     return int(found[1]) if found else -1
 
 
 @contextmanager
 def _figure(size: tuple[float, float], path: Path) -> Iterator[Figure]:
-    """A figure of `size` inches, which the block draws and which is written to `path` as a whole or not at all."""
+    """Make a figure of `size` inches for the block to draw. It is written to `path` as a whole or not at all."""
     import matplotlib.figure
     import matplotlib.style
 
     from rwkv_cli.quant import replacing
 
     with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a name in a script that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the font may lack a name's script
         figure = matplotlib.figure.Figure(size, layout="constrained")
         yield figure
         drawn = io.BytesIO()
@@ -177,24 +152,26 @@ def _figure(size: tuple[float, float], path: Path) -> Iterator[Figure]:
 
 
 def _title(axes: Axes, title: str, facts: Sequence[str]) -> None:
+    """Set the title, with the facts below it."""
     text = _joined(facts)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=11 + 12 * len(text.splitlines()))
-    axes.annotate(text, (0, 1), (0, 8), "axes fraction", "offset points", color=_GREY, parse_math=False,
-                  in_layout=False)  # fmt: skip
+    axes.annotate(
+        text, (0, 1), (0, 8), "axes fraction", "offset points", color=_GREY, parse_math=False, in_layout=False
+    )
 
 
 def _joined(facts: Sequence[str]) -> str:
-    """On lines that fit the picture."""
+    """Join facts to lines that fit the picture."""
     return textwrap.fill(" · ".join(map(_plain, facts)), 90, break_on_hyphens=False)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Their last parts, or all of them where those do not tell them apart."""
+    """Return the paths' last parts, or whole paths where the last parts do not tell them apart."""
     short = len({path.name for path in paths}) == len(set(paths))
     return [path.name if short else str(path) for path in paths]
 
 
 def _plain(text: str) -> str:
-    """What fits the picture and any XML: a path may be long, be no Unicode, and hold control characters."""
+    """Make a text fit the picture and any XML. A path may be long, no Unicode, and hold control characters."""
     text = harmless(os.fsencode(text).decode(errors="replace"))
     return text if len(text) <= 48 else f"{text[:23]}…{text[-24:]}"

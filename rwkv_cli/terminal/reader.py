@@ -1,4 +1,4 @@
-"""Reading a person's turns: line editing and history on a terminal, plain lines from anywhere else."""
+"""The reading of a person's turns: line editing and history on a terminal, plain lines from anywhere else."""
 
 import os
 import sys
@@ -9,25 +9,25 @@ from typing import Any
 import platformdirs
 
 Words = Mapping[str, Callable[[], Iterable[str]]]
-"""Commands, and what may follow each."""
+"""Commands, and the words that may follow each."""
 
 
 def is_terminal() -> bool:
-    """Whether a person reads and writes here."""
+    """Return whether a person reads and writes here."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def reader(words: Words) -> Callable[[str], str]:
-    """A function that reads one turn, given the text to start from.
+    """Make a function that reads one turn, given the text to start from.
 
-    It raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C.
+    The function raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C.
     """
     return _terminal_reader(words) if is_terminal() else lambda _default: input()
 
 
 @contextmanager
 def no_echo() -> Iterator[None]:
-    """What is typed meanwhile does not show; it waits for the next prompt. Nothing where there is no terminal."""
+    """Hide the keys typed meanwhile. They wait for the next prompt. Without a terminal nothing is done."""
     try:
         import termios
 
@@ -45,7 +45,7 @@ def no_echo() -> Iterator[None]:
 
 
 def _terminal_reader(words: Words) -> Callable[[str], str]:
-    """Alt-Enter begins a new line, a pasted text keeps its own; Up and Ctrl-R look through earlier turns."""
+    """Make the reader for a terminal. Alt-Enter begins a new line; Up and Ctrl-R look through earlier turns."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer, Completion
     from prompt_toolkit.key_binding import KeyBindings
@@ -73,18 +73,18 @@ def _terminal_reader(words: Words) -> Callable[[str], str]:
 
     def read(default: str) -> str:
         line: str = session.prompt(default=default)
-        return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # keys that are no UTF-8
+        return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # some keys are no UTF-8
 
     return read
 
 
 def _history() -> Any:
-    """What was typed in earlier runs, for the user's eyes only; kept in memory where there is no place for a file."""
+    """Open the history of earlier runs, for the user's eyes only. It stays in memory where no file can be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class History(FileHistory):
         def store_string(self, string: str) -> None:
-            with suppress(OSError):  # a full disk
+            with suppress(OSError):  # the disk may be full
                 super().store_string(string)
 
     path = platformdirs.user_state_path("rwkv", appauthor=False) / "history"

@@ -16,9 +16,8 @@ from click.testing import Result
 from tiny import refused
 
 import rwkv_cli
-from rwkv_cli.engine import completion
 from rwkv_cli.engine.batch import Batch
-from rwkv_cli.engine.completion import Completion
+from rwkv_cli.engine.completion import Completion, Request
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.models import base
 
@@ -59,7 +58,7 @@ def batch(rwkv: Run, byte_model: Path) -> Run:
 
 @pytest.fixture
 def alone(rwkv: Run, byte_model: Path) -> Callable[..., Any]:
-    """What rwkv generate says of one prompt."""
+    """Run rwkv generate --json on one prompt."""
 
     def run(prompt: str, *args: object, seed: int = 3) -> Any:
         common = ["-m", byte_model, "--ignore-eos", "--seed", seed]
@@ -74,7 +73,7 @@ def test_each_gets_the_text_that_it_gets_alone(
 ) -> None:
     want = {i: alone(prompt, "-n", 7 * i - 2) for i, prompt in enumerate(PROMPTS, 1)}
     monkeypatch.setattr(base, "CHUNK", 16)
-    monkeypatch.setattr(completion, "CHUNK", 12)
+    monkeypatch.setattr("rwkv_cli.engine.model.CHUNK", 12)
     result = batch(prompts, "--batch-size", size)
     got = answers(result.stdout)
     assert got.keys() == want.keys()
@@ -125,25 +124,26 @@ def test_states_are_as_if_alone(byte_model: Path) -> None:
     model = rwkv_cli.load(byte_model)
     cases: list[Any] = [(b"Once", 25), (b"x" * 30, 3), ("é".encode(), 9), (b"ab", 1), (b"The cat", 40)]
 
-    def completion(n: int, *stops: str) -> Completion:
-        return Completion(model, model.new_state(), Sampler(Sampling(), 5), n, stops, ignore_eos=True)
+    def begun(request: Request) -> Completion:
+        return Completion(model, model.new_state(), Sampler(Sampling(), 5), request)
 
     want = []
     for prompt, n in cases:
-        free = completion(n)
-        text = "".join(free.run(list(prompt)))
+        text = "".join(begun(Request(list(prompt), n, ignore_eos=True)).stream())
         # ends most of them early, where the state has read a part of it and is taken back
-        want.append(completion(n, text[len(text) // 2 :][:3] if n > 5 else "never"))
-        assert "".join(want[-1].run(list(prompt))) == want[-1].text
-    assert [one.stop for one in want] == ["stop", "length", "stop", "length", "stop"]
-    together, got = Batch(model), [completion(one.max_tokens, *one.stops) for one in want]
-    for one, (prompt, _) in zip(got, cases, strict=True):
-        together.add(one, list(prompt))
+        stop = text[len(text) // 2 :][:3] if n > 5 else "never"
+        want.append(begun(Request(list(prompt), n, (stop,), ignore_eos=True)))
+        assert "".join(want[-1].stream()) == want[-1].result.text
+    assert [one.result.stop for one in want] == ["stop", "length", "stop", "length", "stop"]
+    together, got = Batch(model), [begun(one.request) for one in want]
+    for one in got:
+        together.add(one)
     states: dict[Completion, Any] = {}
     while len(states) < len(got):
         states |= {one: one.state.clone() for one in together.step()}
     for a, b in zip(got, want, strict=True):
-        assert (a.text, a.unread, a.stop, a.tokens) == (b.text, b.unread, b.stop, b.tokens)
+        for field in ("text", "unread", "unread_ids", "stop", "tokens", "prompt_tokens"):
+            assert getattr(a.result, field) == getattr(b.result, field)
         for name, array in b.state.arrays().items():
             np.testing.assert_array_equal(states[a].arrays()[name], array)
 

@@ -75,12 +75,12 @@ def test_the_template_is_guessed_from_official_names(name: str, tokenizer: str |
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model over bytes that has learnt nothing writes mostly what is no text; let it pick from four."""
-    pick = Sampler.pick
+    sample = Sampler.sample
 
     def picked(sampler: Sampler, logits: Any) -> int:
-        return pick(sampler, np.where([i in b"ab \n" for i in range(256)], logits, -1e30))
+        return sample(sampler, np.where([i in b"ab \n" for i in range(256)], logits, -1e30))
 
-    monkeypatch.setattr(Sampler, "pick", picked)
+    monkeypatch.setattr(Sampler, "sample", picked)
 
 
 def talk(model: Any, template: Template, settings: Sampling, n: int, *turns: str) -> tuple[Conversation, str]:
@@ -90,14 +90,14 @@ def talk(model: Any, template: Template, settings: Sampling, n: int, *turns: str
     for turn in turns:
         reply = conversation.reply(turn)
         shown = said(reply)
-        assert shown == reply.completion.text.lstrip()
-        transcript += template.prompt(turn) + reply.completion.text + template.end
+        assert shown == reply.completion.result.text.lstrip()
+        transcript += template.prompt(turn) + reply.completion.result.text + template.end
     return conversation, transcript
 
 
 def said(reply: Reply) -> str:
-    """All of an answer but its reasoning."""
-    return "".join(piece for thinking, piece in reply if not thinking)
+    """Make an answer, and return it without its reasoning."""
+    return "".join(piece for thinking, piece in reply.stream() if not thinking)
 
 
 @pytest.mark.usefixtures("letters")
@@ -187,11 +187,11 @@ def test_a_turn_interrupted_before_it_was_read_never_happened(
     advance = Model.advance
 
     def interrupted(*args: Any) -> Any:
-        reply.completion.cancelled = True
+        reply.completion.cancel()
         return advance(*args)
 
     monkeypatch.setattr(type(model), "advance", interrupted)
-    assert list(reply) == []
+    assert list(reply.stream()) == []
     assert conversation.now is before
     assert len(conversation.turns) == 1
     monkeypatch.undo()
@@ -203,8 +203,8 @@ def test_a_retry_interrupted_while_it_reads_changes_nothing(byte_model: Path) ->
     conversation, _ = talk(rwkv_cli.load(byte_model), TEMPLATES["plain"], Sampling(), 5, "one", "two")
     before, turns = conversation.now, list(conversation.turns)
     for reply in (conversation.retry(), conversation.reply("three", again=True)):
-        reply.completion.cancelled = True
-        assert list(reply) == []
+        reply.completion.cancel()
+        assert list(reply.stream()) == []
         assert conversation.now is before
         assert conversation.turns == turns
 
@@ -357,7 +357,7 @@ def test_system_and_think(chat: Run) -> None:
 
 def test_a_pipe_sees_no_reasoning(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said = iter(b">hm</think>\n\nok\0")
-    monkeypatch.setattr(Sampler, "pick", lambda *_: next(said))
+    monkeypatch.setattr(Sampler, "sample", lambda *_: next(said))
     result = chat("--template", "g1", "-n", 100, input="Hi\n/history\n")
     assert (result.exit_code, result.stdout) == (0, "ok\n> Hi\nok\n\n")
 
@@ -378,13 +378,13 @@ def test_closed_streams_are_empty(byte_model: Path, closed: str, command: str) -
 
 
 def test_ctrl_c_ends_a_chat_in_a_pipe(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    pick = Sampler.pick
+    sample = Sampler.sample
 
     def interrupted(*args: Any) -> int:
         os.kill(os.getpid(), signal.SIGINT)
-        return pick(*args)
+        return sample(*args)
 
-    monkeypatch.setattr(Sampler, "pick", interrupted)
+    monkeypatch.setattr(Sampler, "sample", interrupted)
     result = chat(input="Hi\nThere\n")
     assert result.exit_code == 1
     assert "Aborted!" in result.stderr

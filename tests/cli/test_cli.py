@@ -134,7 +134,7 @@ def test_columns_are_aligned() -> None:
 
 
 def test_progress_names_any_file(rwkv: Run, byte_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal, with a name that is neither a format string nor markup."""
+    """The bar stands on a terminal, and the name is neither a format string nor markup."""
     import rich.console
 
     screen = Screen()

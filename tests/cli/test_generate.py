@@ -27,7 +27,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RWK
 
 
 def quiet(stderr: str) -> str:
-    """What is on standard error, but for the note that kernels are compiled."""
+    """Return standard error without the note that kernels are compiled."""
     return "\n".join(line for line in stderr.splitlines() if not line.startswith("Compiling kernels"))
 
 
@@ -136,7 +136,7 @@ def test_a_stop_text_ends_the_text_before_it(greedy: Run) -> None:
 def test_the_end_token_ends_the_text(rwkv: Run, byte_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import rwkv_cli.engine.sampling as sampling
 
-    monkeypatch.setattr(sampling.Sampler, "pick", lambda *_: 0)
+    monkeypatch.setattr(sampling.Sampler, "sample", lambda *_: 0)
     facts = json.loads(rwkv("generate", "Once", "-m", byte_model, "--json").stdout)
     assert (facts["text"], facts["stop"], facts["tokens"]) == ("", "eos", 1)
 

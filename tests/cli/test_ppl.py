@@ -108,7 +108,7 @@ def test_the_state_is_carried_whatever_the_steps(
     rwkv: Run, byte_model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     want = json.loads(rwkv("ppl", text, "-m", byte_model, "--limit", 200, "--json").stdout)["nll"]
-    monkeypatch.setattr(scoring, "CHUNK", chunk)
+    monkeypatch.setattr("rwkv_cli.engine.model.CHUNK", chunk)
     monkeypatch.setattr(scoring, "_BLOCK", 50)
     got = json.loads(rwkv("ppl", text, "-m", byte_model, "--limit", 200, "--json").stdout)["nll"]
     assert got == pytest.approx(want, rel=1e-6)
@@ -268,8 +268,8 @@ def test_a_file_is_read_a_block_at_a_time(byte_model: Path, tmp_path: Path, monk
             return rwkv_cli.engine.tokenizer.ByteTokenizer().encode_blocks(watched())
 
     model.tokenizer = Counting()
-    scorer = scoring.Scorer(model, None, None, 0, 2500)
-    assert scorer.run(tmp_path / "long", lambda *_: None).tokens == 2500
+    scorer = scoring.Scorer(model, start_token=0, limit=2500)
+    assert scorer.score(tmp_path / "long", lambda *_: None).tokens == 2500
     assert took == [(1000, 0), (1000, 1000), (1000, 2000)]
 
 

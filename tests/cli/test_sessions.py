@@ -43,7 +43,7 @@ def chat(rwkv: Run, byte_model: Path) -> Run:
 def begun(model: Any, *turns: str) -> Conversation:
     talk = Conversation(model, TEMPLATES["plain"], Sampling(top_p=1.0), 5, 9)
     for turn in turns:
-        list(talk.reply(turn))
+        list(talk.reply(turn).stream())
     return talk
 
 
@@ -192,7 +192,7 @@ def test_a_death_while_saving_loses_one_turn_at_most(
     talk, session = begun(model, "one"), Session("a")
     session.save(talk)
     before = sessions.read("a")
-    list(talk.reply("two"))
+    list(talk.reply("two").stream())
     calls = 0
 
     def dies(real: Any) -> Any:
@@ -232,9 +232,9 @@ def test_two_chats_do_not_overwrite_each_other(byte_model: Path) -> None:
     Session("a").save(begun(model, "one"))
     first, talk = Session.resume("a", model)
     second, other = Session.resume("a", model)
-    list(talk.reply("two"))
+    list(talk.reply("two").stream())
     first.save(talk)
-    list(other.reply("zwei"))
+    list(other.reply("zwei").stream())
     with pytest.raises(SessionError, match="changed by another chat"):
         second.save(other)
     assert [turn["user"] for turn in sessions.read("a")["turns"]] == ["one", "two"]
@@ -325,7 +325,7 @@ def test_a_tuned_state_is_kept(byte_model: Path) -> None:
     start = model.new_state()
     start.wkv += 0.5
     talk = Conversation(model, TEMPLATES["plain"], Sampling(), 5, 9, start=start)
-    list(talk.reply("one"))
+    list(talk.reply("one").stream())
     Session("a").save(talk)
     _, resumed = Session.resume("a", model)
     resumed.reset()

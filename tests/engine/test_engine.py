@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import rwkv_cli
-from rwkv_cli.engine.completion import Completion, first_stop, held_back
+from rwkv_cli.engine.completion import Completion, Request, first_stop, held_back
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.engine.tokenizer import WorldTokenizer
 from rwkv_cli.errors import FormatError, TokenizerError
@@ -81,21 +81,22 @@ class Scripted:
 def run(
     model: Scripted, stops: tuple[str, ...] = (), n: int = 1000, eos: bool = False, cancel: int | None = None
 ) -> Any:
-    """The completion, its pieces, and a check of what must hold of every one."""
-    completion = Completion(model, Read(), Sampler(GREEDY, 0), n, stops, eos)  # type: ignore[arg-type]
+    """Make a text: its result, state and pieces, after a check of what must hold of every one."""
+    request = Request(model.prompt, n, stops, eos)
+    completion = Completion(model, Read(), Sampler(GREEDY, 0), request)  # type: ignore[arg-type]
     pieces: list[str] = []
-    for piece in completion.run(model.prompt):
+    for piece in completion.stream():
         assert piece
         pieces.append(piece)
         if cancel is not None and len(pieces) >= cancel:
-            completion.cancelled = True
+            completion.cancel()
     text = "".join(pieces)
-    assert text == completion.text
+    assert text == completion.result.text
     state: Any = completion.state
     assert state.ids[: len(model.prompt)] == model.prompt
-    assert TOKENIZER.decode(state.ids[len(model.prompt) :]) + completion.unread == text
+    assert TOKENIZER.decode(state.ids[len(model.prompt) :]) + completion.result.unread == text
     assert not any(stop in text for stop in stops)
-    return completion, pieces
+    return completion.result, state, pieces
 
 
 @pytest.mark.parametrize(
@@ -127,9 +128,9 @@ def run(
     ],
 )  # fmt: skip
 def test_text_and_stop(script: list[int], stops: tuple[str, ...], pieces: list[str], stop: str) -> None:
-    completion, got = run(Scripted(script), stops)
+    result, _, got = run(Scripted(script), stops)
     assert got == pieces
-    assert completion.stop == stop
+    assert result.stop == stop
 
 
 @pytest.mark.parametrize(
@@ -147,61 +148,62 @@ def test_text_and_stop(script: list[int], stops: tuple[str, ...], pieces: list[s
     ],
 )
 def test_the_last_token_is_not_read(script: list[int], n: int, text: str, unread: str) -> None:
-    completion, _ = run(Scripted(script), ("\n\n",), n)
-    assert (completion.text, completion.unread, completion.stop) == (text, unread, "length")
-    assert completion.tokens == n
+    result, _, _ = run(Scripted(script), ("\n\n",), n)
+    assert (result.text, result.unread, result.stop) == (text, unread, "length")
+    assert result.tokens == n
 
 
 def test_an_end_in_the_middle_of_a_character_takes_the_state_back() -> None:
-    completion, _ = run(Scripted(ids("h", "x", b"\xe4\xb8")))
-    assert (completion.text, completion.unread, completion.stop) == ("hx�", "�", "eos")
-    assert completion.state.ids[3:] == ids("h", "x")
+    result, state, _ = run(Scripted(ids("h", "x", b"\xe4\xb8")))
+    assert (result.text, result.unread, result.stop) == ("hx�", "�", "eos")
+    assert state.ids[3:] == ids("h", "x")
 
 
 def test_the_state_has_read_nothing_of_a_stop_text() -> None:
-    completion, _ = run(Scripted(ids("hello", "a\n", "\nBob", ":", "ab")), ("\n\nBob:",))
-    assert (completion.text, completion.unread) == ("helloa", "a")
-    assert completion.state.ids[3:] == ids("hello")
+    result, state, _ = run(Scripted(ids("hello", "a\n", "\nBob", ":", "ab")), ("\n\nBob:",))
+    assert (result.text, result.unread) == ("helloa", "a")
+    assert state.ids[3:] == ids("hello")
 
 
 def test_what_was_held_back_but_is_text_is_read_once() -> None:
-    completion, _ = run(Scripted(ids("hello", "\n", "ab", " world")), ("\n\n",))
-    assert completion.unread == ""
-    assert completion.state.ids[3:] == ids("hello", "\n", "ab", " world")
+    result, state, _ = run(Scripted(ids("hello", "\n", "ab", " world")), ("\n\n",))
+    assert result.unread == ""
+    assert state.ids[3:] == ids("hello", "\n", "ab", " world")
 
 
 def test_the_end_token_can_be_ignored() -> None:
     model = Scripted(ids("hello"), end=5.0)  # next best after the end token: byte 0
-    completion, _ = run(model, n=3, eos=True)
-    assert (completion.text, completion.stop) == ("hello\0\0", "length")
-    assert 0 not in completion.state.ids
+    result, state, _ = run(model, n=3, eos=True)
+    assert (result.text, result.stop) == ("hello\0\0", "length")
+    assert 0 not in state.ids
     assert run(Scripted(ids("hello"), end=5.0))[0].text == "hello"
 
 
 @pytest.mark.parametrize("cancel", [1, 2])
 def test_a_cancelled_text_ends_after_the_token_in_work(cancel: int) -> None:
-    completion, pieces = run(Scripted(ids("hello", " world", b"\xe4\xb8", "ab", "ab")), cancel=cancel)
+    result, _, pieces = run(Scripted(ids("hello", " world", b"\xe4\xb8", "ab", "ab")), cancel=cancel)
     assert pieces[:cancel] == ["hello", " world"][:cancel]
-    assert (completion.stop, completion.tokens) == ("interrupted", cancel)
-    assert completion.unread == ""
+    assert (result.stop, result.tokens) == ("interrupted", cancel)
+    assert result.unread == ""
 
 
 def test_cancelled_in_the_middle_of_a_character() -> None:
     model = Scripted(ids("h", b"x\xe4", "ab"))
-    completion, _ = run(model, cancel=2)
-    assert (completion.text, completion.unread, completion.stop) == ("hx�", "x�", "interrupted")
+    result, _, _ = run(model, cancel=2)
+    assert (result.text, result.unread, result.stop) == ("hx�", "x�", "interrupted")
 
 
 def test_a_long_prompt_is_read_in_chunks_and_can_be_cancelled() -> None:
     prompt = [9] * (2 * CHUNK + 3)
     model = Scripted(ids("ab"), prompt)
-    completion, _ = run(model)
+    result, _, _ = run(model)
     assert model.calls == [CHUNK, CHUNK, 3, 1]
-    assert (completion.prompt_tokens, completion.tokens, completion.text) == (len(prompt), 2, "ab")
-    assert min(completion.prompt_seconds, completion.seconds) > 0
-    stopped = Completion(model, Read(), Sampler(GREEDY, 0), 5, cancelled=True)  # type: ignore[arg-type]
-    assert list(stopped.run(prompt)) == []
-    assert (stopped.prompt_tokens, stopped.stop) == (0, "interrupted")
+    assert (result.prompt_tokens, result.tokens, result.text) == (len(prompt), 2, "ab")
+    assert min(result.prompt_seconds, result.seconds) > 0
+    stopped = Completion(model, Read(), Sampler(GREEDY, 0), Request(prompt, 5))  # type: ignore[arg-type]
+    stopped.cancel()
+    assert list(stopped.stream()) == []
+    assert (stopped.result.prompt_tokens, stopped.result.stop) == (0, "interrupted")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -220,7 +222,7 @@ stop_texts = st.lists(st.sampled_from(["\n\n", "\nBob:", "ab", "aab", "\n\nUser:
 def test_any_text_is_cut_where_the_first_stop_text_is(
     script: list[int], stops: tuple[str, ...], n: int, cancel: int | None
 ) -> None:
-    completion, _ = run(Scripted(script), stops, n, cancel=cancel)  # which checks text, unread and state
+    result, _, _ = run(Scripted(script), stops, n, cancel=cancel)  # which checks text, unread and state
     stream, made, want, stop = TOKENIZER.stream(), "", None, "length" if n <= len(script) else "eos"
     for token in script[:n]:
         made += stream.push(token)
@@ -229,10 +231,10 @@ def test_any_text_is_cut_where_the_first_stop_text_is(
             want, stop = made[: min(found)], "stop"
             break
     want = made + stream.flush() if want is None else want
-    if completion.stop == "interrupted":
-        assert completion.text == TOKENIZER.decode(script[: completion.tokens])
+    if result.stop == "interrupted":
+        assert result.text == TOKENIZER.decode(script[: result.tokens])
     else:
-        assert (completion.text, completion.stop) == (want, stop)
+        assert (result.text, result.stop) == (want, stop)
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_candidates_keep_their_promises(logits: list[float], s: Sampling) -> Non
     full = plain(logits, PLAIN)
     assert all(full[int(i)] >= s.min_p * max(full.values()) * (1 - 1e-9) for i in kept)
     sampler = Sampler(s, 1)
-    assert all(sampler.pick(np.array(logits, np.float32)) not in left_out for _ in range(3))
+    assert all(sampler.sample(np.array(logits, np.float32)) not in left_out for _ in range(3))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_the_reference_package_has_the_same_probabilities(s: Sampling, monkeypat
 @modest
 @given(logits=logit_lists, change=st.sampled_from([{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}]))
 def test_the_likeliest_is_taken(logits: list[float], change: dict[str, Any]) -> None:
-    got = Sampler(replace(PLAIN, **change), 5).pick(np.array(logits, np.float32))
+    got = Sampler(replace(PLAIN, **change), 5).sample(np.array(logits, np.float32))
     assert logits[got] == max(logits)
     if change in ({"temperature": 0.0}, {"top_k": 1}):
         assert got == logits.index(max(logits))
@@ -154,7 +154,7 @@ def test_the_likeliest_is_taken(logits: list[float], change: dict[str, Any]) -> 
 @pytest.mark.parametrize("s", [PLAIN, Sampling(), Sampling(1e-3), Sampling(1e-320), Sampling(100.0, 0.5)], ids=str)
 def test_extreme_logits(logits: list[float], s: Sampling) -> None:
     sampler = Sampler(s, 2)
-    picked = {sampler.pick(np.array(logits, np.float32)) for _ in range(50)}
+    picked = {sampler.sample(np.array(logits, np.float32)) for _ in range(50)}
     best = {i for i, x in enumerate(logits) if x == max(logits)}
     assert picked <= best
     assert len(picked) == len(best)
@@ -169,17 +169,17 @@ def test_rounding_never_picks_what_has_no_probability() -> None:
     for scale in np.linspace(0.5, 4, 50):
         sampler = Sampler(PLAIN, 0)
         sampler._random = Last()  # type: ignore[assignment]
-        assert sampler.pick((logits * scale).astype(np.float32)) < 1000
+        assert sampler.sample((logits * scale).astype(np.float32)) < 1000
 
 
 def test_same_seed_same_choices() -> None:
     logits = np.random.default_rng(4).standard_normal((200, 50)).astype(np.float32)
-    first, again, other = ([sampler.pick(row) for row in logits] for sampler in (
+    first, again, other = ([sampler.sample(row) for row in logits] for sampler in (
         Sampler(Sampling(), 7), Sampler(Sampling(), 7), Sampler(Sampling(), 8)
     ))  # fmt: skip
     assert first == again
     assert first != other
-    Sampler(Sampling(), 10**30).pick(logits[0])
+    Sampler(Sampling(), 10**30).sample(logits[0])
 
 
 @pytest.mark.parametrize("s", [PLAIN, replace(PLAIN, temperature=2.0, top_p=0.9), replace(PLAIN, top_k=4)], ids=str)
@@ -187,7 +187,7 @@ def test_frequencies_are_the_probabilities(s: Sampling) -> None:
     logits = np.array([0.5, -1.0, 2.0, 0.0, 1.0, -0.3, 0.9], np.float32)
     want = as_dict(logits, s)
     sampler, n = Sampler(s, 11), 20_000
-    counts = np.bincount([sampler.pick(logits) for _ in range(n)], minlength=7)
+    counts = np.bincount([sampler.sample(logits) for _ in range(n)], minlength=7)
     chi = sum((counts[i] - n * p) ** 2 / (n * p) for i, p in want.items())
     assert chi < 27  # 6 degrees of freedom at most: one seed in ten thousand would exceed it
     assert sum(counts[i] for i in want) == n
@@ -205,23 +205,23 @@ def test_penalties_add_up_and_fade() -> None:
             scores[token] -= 1.0 + 0.5 * count
         want = int(scores.argmax())
         before = logits.copy()
-        assert sampler.pick(logits) == want
+        assert sampler.sample(logits) == want
         np.testing.assert_array_equal(logits, before)  # the caller's
         counts = {token: 0.9 * count for token, count in counts.items()}
         counts[want] = counts.get(want, 0.0) + (want != 3)  # 3 is exempt: it pays for presence alone
     assert counts[3] == 0
     assert all(counts[token] > 0 for token in (0, 1, 2, 4, 5))
     sampler.forget()
-    assert sampler.pick(logits) == int(logits.argmax())
+    assert sampler.sample(logits) == int(logits.argmax())
 
 
 def test_a_penalty_comes_before_the_choice_of_candidates() -> None:
     s = Sampling(1.0, 1.0, 1, presence_penalty=2.0, frequency_penalty=0.0)
     sampler = Sampler(s, 0)
-    assert [sampler.pick(np.array([1.0, 0.0], np.float32)) for _ in range(3)] == [0, 1, 0]
+    assert [sampler.sample(np.array([1.0, 0.0], np.float32)) for _ in range(3)] == [0, 1, 0]
     reward = Sampler(replace(s, presence_penalty=-2.0), 0)
-    reward.pick(np.array([0.0, 1.0], np.float32))
-    assert reward.pick(np.array([2.0, 1.0], np.float32)) == 1
+    reward.sample(np.array([0.0, 1.0], np.float32))
+    assert reward.sample(np.array([2.0, 1.0], np.float32)) == 1
 
 
 def test_defaults_are_the_reference_packages() -> None:

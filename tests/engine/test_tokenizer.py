@@ -128,7 +128,7 @@ def test_blocks_give_the_same_as_the_whole(kind: str, text: str, sizes: list[int
 
 @EVERY
 def test_blocks_are_not_hoarded(kind: str) -> None:
-    """What is held of a text never grows beyond a few blocks."""
+    """The part of a text that is held never grows beyond a few blocks."""
     taken = given_out = most = 0
 
     def feed() -> Iterator[bytes]:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 import rwkv_cli
-from rwkv_cli.engine import states
-from rwkv_cli.engine.completion import Completion
+from rwkv_cli.engine.completion import Completion, Request
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampler, Sampling
+from rwkv_cli.engine.saved import load_start
 from rwkv_cli.errors import FormatError
 from rwkv_cli.main import cli
 from rwkv_cli.models import State
@@ -39,14 +39,14 @@ LONG = "Once upon a time there was a fox. " * 20
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights write mostly what is no text; let them pick from the alphabet."""
-    pick = Sampler.pick
+    sample = Sampler.sample
 
     def only(self: Sampler, logits: NDArray[np.float32]) -> int:
         masked = np.full_like(logits, -50)
         masked[97:123] = logits[97:123]
-        return pick(self, masked)
+        return sample(self, masked)
 
-    monkeypatch.setattr(Sampler, "pick", only)
+    monkeypatch.setattr(Sampler, "sample", only)
 
 
 @pytest.fixture
@@ -278,13 +278,13 @@ def test_a_text_cut_inside_a_character_goes_on_with_the_same_tokens(
     generate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picked: list[int] = []
-    pick = Sampler.pick
+    sample = Sampler.sample
 
     def record(self: Sampler, logits: NDArray[np.float32]) -> int:
-        picked.append(pick(self, logits))
+        picked.append(sample(self, logits))
         return picked[-1]
 
-    monkeypatch.setattr(Sampler, "pick", record)
+    monkeypatch.setattr(Sampler, "sample", record)
     generate("Once", "-n", 12)
     whole = picked.copy()
     assert max(whole) > 127
@@ -326,7 +326,7 @@ def test_a_stop_text_is_not_in_the_saved_state(generate: Run, tmp_path: Path) ->
 def test_a_text_that_is_read_to_its_end_needs_a_prompt(
     rwkv: Run, byte_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Sampler, "pick", lambda *_: 0)
+    monkeypatch.setattr(Sampler, "sample", lambda *_: 0)
     path = tmp_path / "\x1b[31m"  # nor can its name steer the terminal
     assert rwkv("generate", "Once", "-m", byte_model, "--save-state", path).exit_code == 0
     result = rwkv("generate", "-m", byte_model, "--load-state", path, input="")
@@ -434,7 +434,7 @@ def test_files_of_another_kind_are_sent_to_their_option(generate: Run, byte_mode
 @pytest.mark.parametrize("version", tiny.VERSIONS)
 @pytest.mark.parametrize("quant", ["int8", "none"])
 def test_a_token_gets_the_same_bits_wherever_a_prompt_is_cut(converted: Convert, version: str, quant: str) -> None:
-    """What prompt caches and resumed texts rely on."""
+    """Prompt caches and resumed texts rely on this."""
     model = rwkv_cli.load(converted(version, quant))
     ids = np.random.default_rng(3).integers(0, 300, 290)
     want, end = model.forward(ids)
@@ -447,7 +447,7 @@ def test_a_token_gets_the_same_bits_wherever_a_prompt_is_cut(converted: Convert,
 
 
 def facts(result: Result) -> dict[str, Any]:
-    """What --json printed."""
+    """Return the object that --json printed."""
     assert result.exit_code == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
     return found
@@ -535,24 +535,32 @@ def test_a_prompt_of_one_token_needs_no_cache(generate: Run, tmp_path: Path) -> 
     assert left(tmp_path) == set()
 
 
-def test_reading_is_followed_and_its_last_token_can_be_read_alone(byte_model: Path) -> None:
+def test_reading_is_followed_and_can_pause_anywhere(byte_model: Path) -> None:
     model = rwkv_cli.load(byte_model)
     ids = list(LONG.encode())[:600]
-    for alone, want in [(False, [252, 504, 600]), (True, [252, 504, 599, 600])]:
+    texts = set()
+    for ahead, want in [(0, [252, 504, 600]), (599, [252, 504, 599, 600]), (30, [30, 282, 534, 600])]:
         seen: list[int] = []
-        completion = Completion(model, model.new_state(), Sampler(Sampling(), 0), 1, last_alone=alone)
-        completion.on_read = seen.append
-        list(completion.run(ids))
+        completion = Completion(model, model.new_state(), Sampler(Sampling(), 0), Request(ids, 9))
+        completion.read(ahead, seen.append)
+        assert seen == [read for read in want if read <= ahead]
+        assert completion.result.prompt_tokens == ahead
+        np.testing.assert_array_equal(
+            completion.state.wkv, model.forward(ids[:ahead])[1].wkv if ahead else model.new_state().wkv
+        )
+        texts.add("".join(completion.stream(seen.append)))
         assert seen == want
-        assert completion.prompt_tokens == 600
+        assert completion.result.prompt_tokens == 600
+    assert len(texts) == 1
 
     def stop(read: int) -> None:
-        completion.cancelled = read == 504
+        if read == 504:
+            completion.cancel()
 
-    completion = Completion(model, model.new_state(), Sampler(Sampling(), 0), 1, on_read=stop)
-    assert list(completion.run(ids)) == []
-    assert (completion.prompt_tokens, completion.stop) == (504, "interrupted")
-    assert completion.prompt_seconds > 0
+    completion = Completion(model, model.new_state(), Sampler(Sampling(), 0), Request(ids, 1))
+    assert list(completion.stream(stop)) == []
+    assert (completion.result.prompt_tokens, completion.result.stop) == (504, "interrupted")
+    assert completion.result.prompt_seconds > 0
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -588,5 +596,5 @@ def test_states_of_python_programs(byte_model: Path, tmp_path: Path) -> None:
     model = rwkv_cli.load(byte_model)
     assert isinstance(model, LanguageModel)
     read(byte_model).save(tmp_path / "state", {"unread": "é"})
-    start = states.load(tmp_path / "state", model)
+    start = load_start(tmp_path / "state", model)
     assert (start.ids, start.unread, start.counts) == ((), "é", {})

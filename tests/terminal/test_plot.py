@@ -111,7 +111,7 @@ def test_a_line_for_each_text_and_model(
 
 
 def test_names_tell_lines_apart(rwkv: Run, byte_model: Path, tmp_path: Path, figures: list[Any]) -> None:
-    """Also where they are the same in two folders, long, of no Unicode, or hold an escape sequence."""
+    """Names may be the same in two folders, long, of no Unicode, or hold an escape sequence."""
     paths = [tmp_path / "b" / "n", tmp_path / "c" / "n", tmp_path / ("x" * 200), tmp_path / "e\x1b[2J\n",
              tmp_path / os.fsdecode(b"f\xff")]  # fmt: skip
     for path in paths:
@@ -171,7 +171,7 @@ def test_a_picture_that_cannot_be_is_refused_before_any_work(
 ) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "folder.svg").mkdir()
-    monkeypatch.setattr(Scorer, "run", None)
+    monkeypatch.setattr(Scorer, "score", None)
     model = (text, "-m", byte_model) if command == "ppl" else (byte_model,)
     result = rwkv(command, *model, "--plot", tmp_path / name)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -186,7 +186,7 @@ def test_matplotlib_is_wanted_only_for_a_picture(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     arguments = (command, text, "-m", byte_model) if command == "ppl" else (command, byte_model)
     assert rwkv(*arguments).exit_code == 0
-    monkeypatch.setattr(Scorer, "run", None)
+    monkeypatch.setattr(Scorer, "score", None)
     result = rwkv(*arguments, "--plot", tmp_path / "a.png")
     tiny.refused(result, re.escape('--plot needs matplotlib; install it with: pip install "rwkv-cli[plot]"'))
     assert list(tmp_path.iterdir()) == [text]
@@ -220,7 +220,7 @@ def test_a_run_that_fails_leaves_the_folder_as_it_was(
         texts.append(tmp_path / "empty")
         texts[-1].touch()
     elif what == "an interruption":
-        monkeypatch.setattr(Scorer, "_score", fail(KeyboardInterrupt()))
+        monkeypatch.setattr(Scorer, "_add", fail(KeyboardInterrupt()))
     elif what == "a broken drawing":
         monkeypatch.setattr(figure, "savefig", fail(MemoryError()))
     else:

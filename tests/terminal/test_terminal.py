@@ -150,7 +150,7 @@ def test_figures_follow_an_answer(chat: Callable[..., Any]) -> None:
 
 def test_reasoning_is_dim_and_apart(chat: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     said = r"from rwkv_cli.engine.sampling import Sampler; said = iter(b'>hm</think>\n\nok\0');"
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", said + "Sampler.pick = lambda *_: next(said);" + SCRIPT)
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", said + "Sampler.sample = lambda *_: next(said);" + SCRIPT)
     child = chat("--template", "g1", "--think", "on", n=100)
     child.send("Hi\r")
     child.expect_exact("\x1b[2mh\x1b[22m\x1b[2mm\x1b[22m\r\n\r\nok\r\n")

@@ -14,8 +14,10 @@ WIDTH = 12
 
 
 def screen(output: str) -> list[str]:
-    """What a terminal of this width shows: it moves back for \\b, clears to the end of the line, and wraps nothing
-    itself, as it never gets that far."""
+    """Return the screen of a terminal of this width. It moves back for \\b and clears to the end of the line.
+
+    It wraps nothing itself, as no line gets that far.
+    """
     lines, column = [[" "] * WIDTH], 0
     for character in output.replace("\x1b[K", "\x00"):
         if character == "\n":

@@ -4,52 +4,57 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rwkv_cli.engine.completion import Completion
+from rwkv_cli.engine.completion import Completion, OnRead
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.errors import FormatError
 from rwkv_cli.models import State
-from rwkv_cli.terminal.output import note
 
 CACHE, STATE = "prompt cache", "saved state"
-"""What such a file may be."""
+"""The two kinds of file, as messages name them."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a text begins: a state, and what comes before the prompt that the state has not read."""
+    """The beginning of a text: a state, and what comes before the prompt that the state has not read."""
 
     state: State
     ids: Sequence[int] = ()
-    """It, as tokens…"""
+    """The text after the state, as token ids."""
     unread: str = ""
-    """… or as text, in a state that `save` did not write."""
+    """The text after the state, where no ids are known: `save_end` did not write the file."""
     counts: dict[int, float] = field(default_factory=dict)
-    """What the sampler penalizes (`Sampler.counts`)."""
+    """Tokens that the sampler penalizes (`Sampler.counts`)."""
     seed: int | None = None
-    """Of the sampler that made the text so far…"""
+    """Seed of the sampler that made the text so far."""
     random: dict[str, Any] | None = None
-    """… and where its random numbers are (`Sampler.random`)."""
+    """Position in that sampler's random numbers (`Sampler.random`)."""
 
 
-def save(path: Path, completion: Completion) -> None:
-    """Keep where a text ended, so that it can go on as if it had not."""
-    sampler = completion.sampler
+def save_end(path: Path, completion: Completion) -> None:
+    """Keep the end of a text, so that the text can go on as if it had not ended."""
+    sampler, result = completion.sampler, completion.result
     going_on = {
-        "ids": list(completion.unread_ids), "counts": sampler.counts, "seed": sampler.seed, "random": sampler.random,
-    }  # fmt: skip
-    completion.state.save(path, {"unread": completion.unread, "going_on": json.dumps(going_on)})
+        "ids": list(result.unread_ids),
+        "counts": sampler.counts,
+        "seed": sampler.seed,
+        "random": sampler.random,
+    }
+    completion.state.save(path, {"unread": result.unread, "going_on": json.dumps(going_on)})
 
 
-def load(path: Path, model: LanguageModel) -> Start:
-    """What `save` kept, or any saved state. Raises FormatError where it is not one of this model or is damaged."""
+def load_start(path: Path, model: LanguageModel) -> Start:
+    """Read what `save_end` wrote, or any saved state.
+
+    Raises FormatError where the file is not a state of this model or is damaged.
+    """
     metadata = State.read_metadata(path)
     if _kind(metadata) == CACHE:
         raise FormatError(f"{path}: a prompt cache, not a saved state; give it with --prompt-cache")
@@ -76,9 +81,9 @@ def load(path: Path, model: LanguageModel) -> Start:
 
 
 def check_target(path: Path, kind: str) -> Path:
-    """The file to write: `path`, or what it links to.
+    """Return the file to write: `path`, or the target of that link.
 
-    Raises FormatError for one that cannot be written, or that is there and is not one of this kind.
+    Raises FormatError for a file that cannot be written, and for one that is there and is not of this kind.
     """
     if path.is_symlink():
         path = Path(os.path.realpath(path))
@@ -95,18 +100,19 @@ def check_target(path: Path, kind: str) -> Path:
 
 
 def _kind(metadata: Mapping[str, str]) -> str:
+    """Return the kind of a file, from its metadata."""
     return CACHE if "prompt_cache" in metadata else STATE
 
 
 class PromptCache:
-    """The state after a prompt less its last token, kept in a file for this prompt and all that begin like it.
+    """A file with the state after a prompt less its last token. It serves all prompts that begin like this one.
 
-    The last token is read each time, since that makes the logits that the text starts from. A token gets the same
-    bits wherever a prompt is cut, so the text is the one that would be made without a cache.
+    The last token is read each time, because its logits begin the text. A token gets the same bits wherever a prompt
+    is cut, so a text does not depend on the cache.
     """
 
     def __init__(self, path: Path, model: LanguageModel, start: State, ids: Sequence[int]) -> None:
-        """`start` is the state before the first of `ids`, which is left as it is."""
+        """`start` is the state before the first of `ids`. It is not changed."""
         self.path, self._start, self._ids = path, start, ids
         facts = [model.digest, model.quantization, model.config.as_json(), model.backend.name]
         self._facts = hashlib.sha256(json.dumps(facts).encode())
@@ -114,13 +120,16 @@ class PromptCache:
             self._facts.update(np.ascontiguousarray(array).data)
 
     def _key(self, tokens: int) -> str:
-        """Digest of all that the state after this many tokens follows from."""
+        """Digest of everything that the state after this many tokens follows from."""
         key = self._facts.copy()
         key.update(np.array(self._ids[:tokens], "<i8").data)
         return key.hexdigest()
 
-    def find(self) -> tuple[State, int]:
-        """The state to read on from and how many tokens it has read, 0 if the file knows none of them."""
+    def find(self, warn: Callable[[str], object]) -> tuple[State, int]:
+        """Return the state to read on from, and how many tokens it has read: 0 if the file knows none of them.
+
+        `warn` is called with a sentence if a file is there and does not help.
+        """
         if not self.path.exists():
             return self._start, 0
         why = f"{self.path}: of another prompt, model or initial state"
@@ -133,17 +142,12 @@ class PromptCache:
             why = str(error)
         except (KeyError, ValueError):
             pass
-        note(f"{why}; the prompt is read from its beginning")
+        warn(f"{why}; the prompt is read from its beginning")
         return self._start, 0
 
-    def keep(self, completion: Completion) -> None:
-        """Have the file written when `completion` has read all of the prompt but its last token."""
-        tokens, also = len(self._ids) - 1, completion.on_read
-
-        def write(read: int) -> None:
-            if also is not None:
-                also(read)
-            if read == tokens:
-                completion.state.save(self.path, {"prompt_cache": self._key(tokens), "tokens": str(tokens)})
-
-        completion.last_alone, completion.on_read = True, write
+    def fill(self, completion: Completion, on_read: OnRead) -> None:
+        """Have `completion` read all of the prompt but its last token, and write the file."""
+        tokens = len(self._ids) - 1
+        completion.read(tokens, on_read)
+        if 0 < tokens == completion.result.prompt_tokens:
+            completion.state.save(self.path, {"prompt_cache": self._key(tokens), "tokens": str(tokens)})
