@@ -60,7 +60,10 @@ class Figures:
         print(f"\n{title:40} {'A':>10} {'B':>10} {'B / A':>15} {'best':>6} {'pairs':>6}")
         for what, row in self.summary().items():
             ratio = f"{row['ratio']:.3f} ± {row['spread']:.3f}"
-            print(f"{what:40} {row['a']:10.4g} {row['b']:10.4g} {ratio:>15} {row['best']:6.3f} {row['pairs']:6}")
+            print(
+                f"{what:40} {row['a']:10.4g} {row['b']:10.4g} {ratio:>15} {row['best']:6.3f} {row['pairs']:6}",
+                flush=True,
+            )
 
 
 def alternate(a: Callable[[], T], b: Callable[[], T], repetitions: int) -> list[tuple[T, T]]:
