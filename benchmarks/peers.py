@@ -86,7 +86,8 @@ class Peer:
 
     def __init__(self, name: str, code: str, python: str, model: Path, threads: int, ids: list[int]) -> None:
         self.name = name
-        command = [python, "-c", code + LOOP, str(model), str(threads), json.dumps(ids)]
+        # -P: what is installed there, not what lies in this folder
+        command = [python, "-P", "-c", code + LOOP, str(model), str(threads), json.dumps(ids)]
         self.process: Any = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -98,6 +99,11 @@ class Peer:
         if not line:
             raise SystemExit(f"{self.name} ended")
         return json.loads(line)
+
+    def end(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def main() -> None:
