@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept, never stale, and who is told when one has to be compiled.
+"""The folder of compiled kernels, which are never stale, and a call for when one has to be compiled.
 
 numba's own cache watches only the file of the function it caches, not its callees or imported constants. So the cache
 folder is named by a hash of all kernel sources and of the compilers' versions.

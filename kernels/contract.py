@@ -1,4 +1,4 @@
-"""What a device must offer. Each device has a module that is held against `Backend`, chosen once, at load.
+"""The contract of a device. Each device has a module that is held against `Backend`, and one is chosen at load.
 
 Models hand stored tensors to `weight` and `vector`, write a `Program` over what they get back, and have it compiled.
 """

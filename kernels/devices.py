@@ -1,4 +1,4 @@
-"""Which device a model runs on: chosen once, when it is loaded."""
+"""The choice of a device, made once, when a model is loaded."""
 
 import importlib
 

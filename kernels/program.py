@@ -23,7 +23,7 @@ Array = Any
 """An array where the device keeps it. Models never look inside."""
 
 Activation = Literal["", "sigmoid", "silu", "tanh", "relu_squared", "decay", "soft_decay"]
-"""What a product may end with. decay: exp(−exp(x)); soft_decay: RWKV-7's, exp(−e^{−1/2} σ(x))."""
+"""The ends of a product. decay: exp(−exp(x)); soft_decay: RWKV-7's, exp(−e^{−1/2} σ(x))."""
 
 ACTIVATIONS: tuple[Activation, ...] = ("", "sigmoid", "silu", "tanh", "relu_squared", "decay", "soft_decay")
 """Every activation. Kernels know each by its place in this list."""
@@ -43,7 +43,7 @@ class Weight(Protocol):
 
     @property
     def skips_zeros(self) -> bool:
-        """Whether a product of one token reads nothing for an input that is zero."""
+        """True if a product of one token reads nothing for an input that is zero."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ class Lerp:
 
 
 Factor = Value | Columns | Lerp
-"""What a matrix product can read."""
+"""The forms of a matrix that a product reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,7 +343,7 @@ class Program:
         self.inputs = inputs
         self.operations: list[Operation[Any]] = []
         self.outputs: list[Value] = []
-        """What can be read after a run."""
+        """The values that can be read after a run."""
 
     def add(self, operation: Operation[Out]) -> Out:
         """Append an operation; what it computes."""

@@ -33,10 +33,11 @@ from rwkv_cli.models.layers import Carry, TimeMixing, norm_of
 from rwkv_cli.models.registry import MODULES, tensors
 from rwkv_cli.models.state import State
 from rwkv_cli.quant import Checkpoint
+from rwkv_cli.quant.formats import takes
 
 CHUNK = 252
-"""Tokens that go through the layers together: what bounds the memory of a long prompt. A multiple of 4 and of 6, the
-blocks of tokens that matrix products take."""
+"""Tokens that go through the layers together. This bounds the memory of a long prompt. It is a multiple of 4 and of 6,
+the blocks of tokens that matrix products take."""
 
 _PASSES = 8
 """Compiled passes that are kept, the last used ones."""
@@ -45,16 +46,16 @@ Ids = Sequence[int] | NDArray[Any]
 Floats32 = NDArray[np.float32]
 
 Head = Literal["last", "every", "losses"]
-"""What a pass ends with: logits after each sequence's last row, logits after every row, or cross entropies."""
+"""The end of a pass: logits after each sequence's last row, logits after every row, or cross entropies."""
 
 
 @dataclass(frozen=True)
 class PassKind:
-    """What a pass is compiled for. It serves any number of rows: one, or up to a chunk."""
+    """The kind of a compiled pass, which serves any number of rows: one, or up to a chunk."""
 
     head: Head
     single: bool
-    """Whether it reads one token, for which kernels differ."""
+    """True for one token, whose kernels differ from those for many."""
     sequences: int
 
 
@@ -77,9 +78,12 @@ class Model:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: str = "cpu", threads: int | None = None,
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        threads: int | None = None,
         on_load: Callable[[int], object] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`on_load` is called with the number of bytes of the weights that are where the device wants them."""
         cores = usable_cores()
         if threads is not None and not (type(threads) is int and 1 <= threads <= cores.logical):
@@ -114,7 +118,7 @@ class Model:
                 loaded += 4 * math.prod(entry.shape)
             else:
                 stored = checkpoint.tensor(name, entry.shape)
-                if stored.layout not in ("float", *(("rows",) if entry.kind == "table" else ("tile", "columns"))):
+                if not takes(stored.layout, entry.kind):
                     raise FormatError(f"{checkpoint.path}: tensor {name} is stored as {stored.layout}")
                 weight = self.backend.weight(stored)
                 loaded += weight.nbytes
@@ -179,10 +183,14 @@ class Model:
         return np.concatenate(self._run(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), state, "last"))
 
     def _run(
-        self, tokens: NDArray[np.int64], starts: NDArray[np.int64], state: State, head: Head,
+        self,
+        tokens: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        state: State,
+        head: Head,
         targets: NDArray[np.int64] | None = None,
-    ) -> list[Any]:  # fmt: skip
-        """What `head` makes of the rows, chunk by chunk."""
+    ) -> list[Any]:
+        """Run the rows chunk by chunk, and return what `head` makes of each chunk."""
         results = []
         with self._turn:
             for begin in range(0, len(tokens), CHUNK):

@@ -23,12 +23,12 @@ Layer = Mapping[str, Any]
 """A layer's tensors by their names in the converted file, `blocks.i.` left out, as the backend keeps them."""
 
 Carry = dict[str, Value]
-"""What layers hand on to later layers within one forward pass."""
+"""Values that layers hand on to later layers within one forward pass."""
 
 
 @dataclass(frozen=True)
 class TimeMixing:
-    """What the time mixing of one layer reads and changes."""
+    """Everything that the time mixing of one layer reads and changes."""
 
     ops: Program
     config: Config
@@ -74,7 +74,7 @@ def gated_channel_mix(ops: Program, p: Layer, x: Value, mixed: tuple[Lerp, Lerp]
 
 
 def gated_channel_mix_entries(c: Config) -> list[Entry]:
-    """Its matrices."""
+    """The matrices of `gated_channel_mix`."""
     return [
         matrix("ffn.key", c.ffn, c.width),
         matrix("ffn.value", c.width, c.ffn, "sparse"),

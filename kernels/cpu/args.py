@@ -48,7 +48,7 @@ _ELEMENTS: dict[str, tuple[Any, np.dtype[Any]]] = {
 
 
 class Kind(NamedTuple):
-    """What one argument is: an array of some dimensions, an address, an int64 or a float32."""
+    """The kind of one argument: an array of some dimensions, an address, an int64 or a float32."""
 
     what: str
     element: str = ""

@@ -29,7 +29,10 @@ def function(fastmath: set[str] = FASTMATH) -> Callable[[Callable[..., Any]], An
 
 
 def cached(make: Callable[[], Any]) -> Any:
-    """What `make` compiles, kept in `cache_folder`: numba picks the place when it is called, from this setting."""
+    """Call `make`, whose compiled code numba then keeps in `cache_folder`.
+
+    numba picks the place from this setting when it is called.
+    """
     before = config.CACHE_DIR
     config.CACHE_DIR = str(cache_folder())
     try:
@@ -72,7 +75,7 @@ def kernel(
 
 
 def _has(*features: str) -> bool:
-    """Whether kernels are compiled for a CPU with these features."""
+    """True if kernels are compiled for a CPU with these features."""
     if config.CPU_NAME:  # NUMBA_CPU_NAME asks for another CPU than this one
         return all(f"+{name}" in (config.CPU_FEATURES or "").split(",") for name in features)
     found = llvmlite.binding.get_host_cpu_features() if config.ENABLE_AVX else {}
@@ -81,13 +84,13 @@ def _has(*features: str) -> bool:
 
 @functools.cache
 def has_vnni() -> bool:
-    """Whether there is AVX-512 VNNI (`vpdpbusd` on 512 bits)."""
+    """True if there is AVX-512 VNNI (`vpdpbusd` on 512 bits)."""
     return _has("avx512f", "avx512bw", "avx512vnni")
 
 
 @functools.cache
 def pair_words() -> int:
-    """How many int16 `pmaddwd` takes: 16 with AVX2, 8 on any other x86-64, 0 on other machines, which have none."""
+    """The number of int16 that `pmaddwd` takes: 16 with AVX2, 8 on any other x86-64, 0 on other machines, which have none."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return 0
     return 16 if _has("avx2") else 8

@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""The cores that this process may use."""
 
 import math
 import os
@@ -13,7 +13,7 @@ class Cores(NamedTuple):
 
 
 def usable_cores() -> Cores:
-    """What affinity and the control group's quota leave of the machine."""
+    """The cores that affinity and the control group's quota leave to this process."""
     try:
         mine = sorted(os.sched_getaffinity(0))
     except AttributeError:  # not on this system

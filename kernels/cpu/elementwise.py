@@ -153,11 +153,12 @@ def squares_about(x, mean):
 
 
 @function(FIXED_ORDER)
-def _scale(x, mean, scale, weight, bias, out):
-    """out = (x − mean) · scale · weight + bias, in one order.
+def _scale(x, moments, weight, bias, out):
+    """out = (x − mean) · scale · weight + bias, with moments (mean, scale), in one order.
 
     LLVM has two loops for it, and where the arrays lie decides between them.
     """
+    mean, scale = moments
     for d in range(len(x)):
         out[d] = (x[d] - mean) * scale * weight[d] + bias[d]
 
@@ -166,7 +167,8 @@ def _scale(x, mean, scale, weight, bias, out):
 def normalize(x, weight, bias, eps, out):
     """out = (x − mean) / √(var + eps) · weight + bias, all [n]; out may be x."""
     mean = mean_of(x)
-    _scale(x, mean, np.float32(1) / np.sqrt(squares_about(x, mean) / np.float32(len(x)) + eps), weight, bias, out)
+    scale = np.float32(1) / np.sqrt(squares_about(x, mean) / np.float32(len(x)) + eps)
+    _scale(x, (mean, scale), weight, bias, out)
 
 
 class LayerNormArgs(NamedTuple):

@@ -1,4 +1,4 @@
-"""What this machine can do at most, to hold the other kernels against: reading memory, and multiplying int8."""
+"""The machine's limits, to hold the other kernels against: reading memory, and multiplying int8."""
 
 import time
 from collections.abc import Callable

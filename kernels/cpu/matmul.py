@@ -82,7 +82,7 @@ def tiles(args: int, part: int, parts: int) -> None:  # noqa: ARG001
 
 
 class Ending(NamedTuple):
-    """Where a product goes: its first column, whether it is added to what is there, and its activation by number."""
+    """The end of a product: its first column in y, whether it is added there, and its activation by number."""
 
     column: int
     add: int
@@ -123,20 +123,20 @@ def _multiply(w, x, y, bias, ending):
                 levels, factors, offsets = x.levels + t * level_token, x.factors + t * row, x.offsets + t * row
                 if tokens == _TOKENS:
                     for g in range(G):
-                        weights = WeightGroup(values + g * GROUP_BYTES, w_strip, scales + g * SCALE_BYTES, scale_strip)
-                        group = LevelGroup(
-                            levels + g * LEVEL_BYTES, level_token, factors + g * 4, offsets + g * 4, row
-                        )  # fmt: skip
-                        _block(weights, group, out, STRIPS * STRIP * 4, w.unit)
+                        weights = WeightGroup(
+                            values + g * GROUP_BYTES, w_strip, scales + g * SCALE_BYTES, scale_strip, w.unit
+                        )
+                        group = LevelGroup(levels + g * LEVEL_BYTES, level_token, factors + g * 4, offsets + g * 4, row)
+                        _block(weights, group, out, STRIPS * STRIP * 4)
                 else:
                     for s in range(strips):
                         for g in range(G):
                             at = values + s * w_strip + g * GROUP_BYTES
                             for i in range(0, GROUP_BYTES, CACHE_LINE):
                                 prefetch(at + i + _FAR)
-                            weights = WeightGroup(at, 0, scales + s * scale_strip + g * SCALE_BYTES, 0)
+                            weights = WeightGroup(at, 0, scales + s * scale_strip + g * SCALE_BYTES, 0, w.unit)
                             group = LevelGroup(levels + g * LEVEL_BYTES, 0, factors + g * 4, offsets + g * 4, 0)
-                            _single(weights, group, out + s * STRIP * 4, 0, w.unit)
+                            _single(weights, group, out + s * STRIP * 4, 0)
                 if ending.activation:
                     activate(flat[: tokens * STRIPS * STRIP], ending.activation)
                 for i in range(tokens):

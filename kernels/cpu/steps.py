@@ -17,8 +17,10 @@ SMALL = 1 << 14
 
 
 class Share(NamedTuple):
-    """How many parts a step has, for n rows: none if n is 0, one if n · `columns` numbers are few, else
-    n · `per_row`, but at most `most`."""
+    """The number of parts of a step, for n rows.
+
+    There are none if n is 0, and one if n · `columns` numbers are few. Else there are n · `per_row`, but at most `most`.
+    """
 
     rows: Count | None
     """None if the step has `most` parts in every run."""
@@ -88,7 +90,7 @@ class Runnable:
 
     def __init__(
         self, steps: Steps, inputs: Sequence[Input | InputMatrix], offsets: Mapping[Buffer, int], size: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._inputs = tuple(inputs)
         self._workspace, self._offsets = _aligned(size), offsets
         self._sized = {shape[0]: name for name, shape in ((i.name, i.shape) for i in inputs) if _counted(shape)}

@@ -141,8 +141,11 @@ class Team:
         with self._turn:
             counters.fill(self.threads)
             self._control[_STEPS : _LENGTH + 1] = (
-                steps.ctypes.data, args.ctypes.data, counters.ctypes.data, len(steps),
-            )  # fmt: skip
+                steps.ctypes.data,
+                args.ctypes.data,
+                counters.ctypes.data,
+                len(steps),
+            )
             self._lead(self._address, self.threads)
 
 

@@ -21,3 +21,8 @@ def format_of(layout: object) -> Format | None:
 def layout_for(kind: Kind, quantization: str) -> str:
     """The layout of a tensor. A kind that the format does not take stays float."""
     return FORMATS[quantization].LAYOUTS.get(kind) or float_.LAYOUTS[kind]
+
+
+def takes(layout: str, kind: Kind) -> bool:
+    """Return true if tensors of this kind are stored in this layout by some format."""
+    return any(format.LAYOUTS.get(kind) == layout for format in FORMATS.values())

@@ -69,11 +69,11 @@ def command(
         task = progress.add_task("")
         report = measure(
             lambda: open_model(model, device, threads),
-            prompt,
-            generate,
-            repetitions,
-            depth,
-            lambda what: progress.update(task, description=what),
+            prompt=prompt,
+            generate=generate,
+            repetitions=repetitions,
+            depth=depth,
+            progress=lambda what: progress.update(task, description=what),
         )
     click.echo(json.dumps(asdict(report)) if as_json else table(report))
 
@@ -87,11 +87,19 @@ def table(r: Report) -> str:
 
     rates: list[tuple[Any, ...]] = [
         ("test", "tokens per second", "", "of the machine's"),
-        (f"prefill {r.prompt}", f"{r.prefill_tokens_per_second:.2f} ± {r.prefill_deviation:.2f}",
-         f"{r.prefill_macs / 1e9:.1f} GMAC/s", share(r.prefill_share)),
-        (f"decode {r.generate}", f"{r.decode_tokens_per_second:.2f} ± {r.decode_deviation:.2f}",
-         f"{r.decode_bandwidth / 1e9:.1f} GB/s", share(r.decode_share)),
-    ]  # fmt: skip
+        (
+            f"prefill {r.prompt}",
+            f"{r.prefill_tokens_per_second:.2f} ± {r.prefill_deviation:.2f}",
+            f"{r.prefill_macs / 1e9:.1f} GMAC/s",
+            share(r.prefill_share),
+        ),
+        (
+            f"decode {r.generate}",
+            f"{r.decode_tokens_per_second:.2f} ± {r.decode_deviation:.2f}",
+            f"{r.decode_bandwidth / 1e9:.1f} GB/s",
+            share(r.decode_share),
+        ),
+    ]
     peak = "not measured here" if r.int8_peak is None else f"{r.int8_peak / 1e9:.1f} GMAC/s"
     skipped = "; the rest is skipped as its input is zero" if r.bytes_per_token < r.dense_bytes_per_token else ""
     facts = [
@@ -103,5 +111,5 @@ def table(r: Report) -> str:
         ("int8 peak", f"{peak}; a weight takes two, as activations have 15 bits"),
         ("load", f"{r.load_seconds:.3f} s, first token {r.first_token_seconds:.3f} s"),
         ("peak memory", f"{r.peak_rss / 1e6:,.1f} MB" if r.peak_rss else "not measured here"),
-    ]  # fmt: skip
+    ]
     return columns(facts) + "\n\n" + columns(rates, right=[1, 2, 3])

@@ -1,4 +1,4 @@
-"""What `rwkv bench` measures."""
+"""The speed of a model, and what each token costs."""
 
 import math
 import statistics
@@ -37,12 +37,12 @@ class Report:
     prefill_deviation: float
     prefill_macs: float
     prefill_share: float | None
-    """Of the int8 peak, counting both planes of the activations."""
+    """The share of the int8 peak, counting both planes of the activations."""
     decode_tokens_per_second: float
     decode_deviation: float
     decode_bandwidth: float
     decode_share: float
-    """Of the read bandwidth; on a GPU of that of a copy, reads and writes together."""
+    """The share of the read bandwidth. On a GPU this is that of a copy, reads and writes together."""
     bytes_per_token: float
     dense_bytes_per_token: int
     read_bandwidth: float
@@ -54,7 +54,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of the matrices of a model, by token."""
+    """The cost of a token in a model's matrices."""
 
     read: float
     """Bytes, on average over some tokens."""
@@ -82,7 +82,7 @@ def watched_tokens(model: LanguageModel, ids: Iterable[int]) -> Iterator[list[fl
 
 
 def traffic(model: LanguageModel, ids: Iterable[int]) -> Traffic:
-    """What each of `ids` reads, counted from the program of a pass."""
+    """Count what each of `ids` reads, from the program of a pass."""
     products = list(model.write_pass(_ONE_TOKEN).program.products())
     dense = sum(p.weight.nbytes for p in products)
     skipping = np.array([p.weight.nbytes for p in products if p.weight.skips_zeros])
@@ -92,9 +92,14 @@ def traffic(model: LanguageModel, ids: Iterable[int]) -> Traffic:
 
 
 def measure(
-    load: Callable[[], LanguageModel], prompt: int, generate: int, repetitions: int, depth: int,
+    load: Callable[[], LanguageModel],
+    *,
+    prompt: int,
+    generate: int,
+    repetitions: int,
+    depth: int,
     progress: Callable[[str], object],
-) -> Report:  # fmt: skip
+) -> Report:
     """Load a model and time it on random tokens."""
     progress("load")
     start = time.perf_counter()
@@ -131,12 +136,32 @@ def measure(
     checkpoint = Checkpoint(path)
     parameters = sum(math.prod(checkpoint.layout(name)["shape"]) for name in checkpoint.names())
     return Report(
-        str(path), device, c.version, parameters, path.stat().st_size, threads,
-        prompt, generate, depth, repetitions,
-        prefill_rate, _deviation(prefill), prefill_macs, 2 * prefill_macs / peak if peak else None,
-        decode_rate, _deviation(decode), seen.read * decode_rate, seen.read * decode_rate / bandwidth,
-        seen.read, seen.dense, bandwidth, peak, loaded - start, first - loaded, rss,
-    )  # fmt: skip
+        model=str(path),
+        device=device,
+        version=c.version,
+        parameters=parameters,
+        file_bytes=path.stat().st_size,
+        threads=threads,
+        prompt=prompt,
+        generate=generate,
+        depth=depth,
+        repetitions=repetitions,
+        prefill_tokens_per_second=prefill_rate,
+        prefill_deviation=_deviation(prefill),
+        prefill_macs=prefill_macs,
+        prefill_share=2 * prefill_macs / peak if peak else None,
+        decode_tokens_per_second=decode_rate,
+        decode_deviation=_deviation(decode),
+        decode_bandwidth=seen.read * decode_rate,
+        decode_share=seen.read * decode_rate / bandwidth,
+        bytes_per_token=seen.read,
+        dense_bytes_per_token=seen.dense,
+        read_bandwidth=bandwidth,
+        int8_peak=peak,
+        load_seconds=loaded - start,
+        first_token_seconds=first - loaded,
+        peak_rss=rss,
+    )
 
 
 def _deviation(rates: list[float]) -> float:

@@ -8,7 +8,8 @@ from lab import Lab, linear, normal, outliers, quantize
 from naive import error_ratio
 
 from rwkv_cli.kernels.cpu import elementwise, rounding
-from rwkv_cli.kernels.cpu.lower import Lowering, _round
+from rwkv_cli.kernels.cpu.lowering import Lowering
+from rwkv_cli.kernels.cpu.products import round_factor
 from rwkv_cli.kernels.cpu.steps import Share, Steps
 from rwkv_cli.kernels.program import AddLinear, Count, InputMatrix
 from rwkv_cli.quant.dtypes import to_float32
@@ -79,7 +80,7 @@ def test_what_is_added_onto_is_the_same_bits_too(layout: str) -> None:
 def test_activations_keep_fifteen_bits() -> None:
     x = outliers(3, 70)
     low, node = Lowering(2), InputMatrix(Count(3), 70, name="x")
-    rounded = _round(low, node)
+    rounded = round_factor(low, node)
     for view in rounded:
         low.steps.keep(view)
     runnable = low.steps.finish([node])

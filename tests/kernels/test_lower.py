@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from lab import Lab, normal, quantize
 
-from rwkv_cli.kernels.cpu.lower import LOWER, Lowering
+from rwkv_cli.kernels.cpu.lower import LOWER
+from rwkv_cli.kernels.cpu.lowering import Lowering
 from rwkv_cli.kernels.program import (
     AddLinear,
     Columns,

@@ -1,4 +1,4 @@
-"""What threads need to work together, for compiled code: atomic integers by their address, locks, ways to wait.
+"""Tools for threads that work together in compiled code: atomic integers by their address, locks, ways to wait.
 
 Each of these is the typing half of a numba intrinsic; the signature's arguments are all int64.
 """

@@ -50,8 +50,10 @@ class Emitter:
     def loop(
         self, first: Any, limit: Any, step: int, carried: Sequence[Any], body: Callable[[Any, list[Any]], list[Any]]
     ) -> list[Any]:
-        """What becomes of the values `carried` when `body` (counter, values so far) has made new ones of them for each
-        counter from `first`, `step` apart, below `limit`. The body runs at least once."""
+        """Loop over counters from `first` to below `limit`, `step` apart; at least once.
+
+        `body` (counter, values so far) makes new values of the carried ones. The last ones are returned.
+        """
         b = self.b
         before, block, end = b.block, b.append_basic_block(), b.append_basic_block()
         b.branch(block)

@@ -30,17 +30,19 @@ TILE_BYTES = 64
 
 
 class WeightGroup(NamedTuple):
-    """Where a group of 32 columns of some strips lies: int64 addresses, and byte strides from strip to strip."""
+    """The place of a group of 32 columns of some strips: int64 addresses, and byte strides from strip to strip."""
 
     tiles: int
     tile_stride: int
     scales: int
     """float16 bits."""
     scale_stride: int
+    unit: float
+    """2**112 of the tensor's unit, since float16 bits shifted into a float32 stand for 2**-112 of their value."""
 
 
 class LevelGroup(NamedTuple):
-    """Where a group of 32 activations of some tokens lies: int64 addresses, and byte strides from token to token."""
+    """The place of a group of 32 activations of some tokens: int64 addresses, and byte strides from token to token."""
 
     levels: int
     level_stride: int
@@ -52,9 +54,7 @@ class LevelGroup(NamedTuple):
     """The stride of factors and offsets."""
 
 
-def _sums_vnni(
-    e: Emitter, w: WeightGroup, strips: int, a: LevelGroup, tokens: int
-) -> dict[tuple[int, int], Any]:  # fmt: skip
+def _sums_vnni(e: Emitter, w: WeightGroup, strips: int, a: LevelGroup, tokens: int) -> dict[tuple[int, int], Any]:
     """256·Σ(w+128)·high + Σ(w+128)·low + offset for each strip and token, <16 x i32>."""
     b, wide, bytes_ = e.b, vector(I32, 16), vector(I8, TILE_BYTES)
     flip = e.constant(I8(-128), TILE_BYTES)
@@ -76,15 +76,13 @@ def _sums_vnni(
             for old, (s, t, plane) in zip(sums, keys, strict=True)
         ]
 
-    sums = _over_tiles(e, (w.tiles, a.levels), 4, start, tile, unroll=strips * tokens <= 2)
+    sums = _over_tiles(e, (w.tiles, a.levels), 4, start, tile=tile, unroll=strips * tokens <= 2)
     by_key = dict(zip(keys, sums, strict=True))
     shift = e.constant(I32(8), 16)
     return {(s, t): b.add(b.shl(by_key[s, t, 0], shift), by_key[s, t, 1]) for s, t, plane in keys if plane}
 
 
-def _sums_portable(
-    e: Emitter, w: WeightGroup, strips: int, a: LevelGroup, tokens: int
-) -> dict[tuple[int, int], Any]:  # fmt: skip
+def _sums_portable(e: Emitter, w: WeightGroup, strips: int, a: LevelGroup, tokens: int) -> dict[tuple[int, int], Any]:
     """Σ w·a for each strip and token, <16 x i32>."""
     b = e.b
     keys = [(s, t) for t in range(tokens) for s in range(strips)]
@@ -101,15 +99,21 @@ def _sums_portable(
         return [b.add(old, e.pairs(weights[s], fours[t])) for old, (s, t) in zip(sums, keys, strict=True)]
 
     start = [ir.Constant(vector(I32, 32), None)] * len(keys)
-    sums = _over_tiles(e, (w.tiles, a.levels), 8, start, tile, unroll=strips * tokens == 1)
+    sums = _over_tiles(e, (w.tiles, a.levels), 8, start, tile=tile, unroll=strips * tokens == 1)
     both = dict(zip(keys, sums, strict=True))
     return {key: b.add(e.lanes(pair, range(0, 32, 2)), e.lanes(pair, range(1, 32, 2))) for key, pair in both.items()}
 
 
 def _over_tiles(
-    e: Emitter, begin: tuple[Any, Any], level_bytes: int, sums: list[Any], tile: Callable[..., list[Any]], unroll: bool
-) -> list[Any]:  # fmt: skip
-    """What `tile` (address of weights, address of levels, sums so far, tile's number) makes of the sums, tile by tile.
+    e: Emitter,
+    begin: tuple[Any, Any],
+    level_bytes: int,
+    sums: list[Any],
+    *,
+    tile: Callable[..., list[Any]],
+    unroll: bool,
+) -> list[Any]:
+    """Take the sums through all tiles by `tile` (address of weights, address of levels, sums so far, tile's number).
 
     `begin` holds the two addresses of the first tile; each tile takes `level_bytes` of levels.
     """
@@ -130,20 +134,19 @@ def _over_tiles(
 
 
 def group_step(strips: int, tokens: int, vnni: bool) -> Any:
-    """The step for `strips` × `tokens`, callable from a kernel as step(WeightGroup, LevelGroup, y, y_stride, unit).
+    """The step for `strips` × `tokens`, callable from a kernel as step(WeightGroup, LevelGroup, y, y_stride).
 
-    y is the address of float32; y_stride leads to the next token, and strips are neighbours. The float32 `unit`
-    includes 2**112, since float16 bits shifted into a float32 stand for 2**-112 of their value.
+    y is the address of float32. y_stride leads to the next token, and strips are neighbours.
     """
     sums_of = _sums_vnni if vnni else _sums_portable
 
     @intrinsic
-    def step(typingctx, weights, levels, y, y_stride, unit):  # noqa: ARG001
+    def step(typingctx, weights, levels, y, y_stride):  # noqa: ARG001
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
             e, b = Emitter(builder), builder
             w, a = e.record(WeightGroup, args[0]), e.record(LevelGroup, args[1])
-            y, y_stride, unit = args[2:]
-            by_unit = e.splat(unit, 16)
+            y, y_stride = args[2:]
+            by_unit = e.splat(w.unit, 16)
             factors = e.places(a.factors, a.stride, tokens)
             sums = sums_of(e, w, strips, a, tokens)
             scales = [b.fmul(e.halves(place), by_unit) for place in e.places(w.scales, w.scale_stride, strips)]
@@ -153,7 +156,7 @@ def group_step(strips: int, tokens: int, vnni: bool) -> Any:
                     e.add_product(b.add(out, I64(64 * s)), sums[s, t], b.fmul(scales[s], by))
             return context.get_dummy_value()
 
-        return types.void(weights, levels, types.int64, types.int64, types.float32), generate
+        return types.void(weights, levels, types.int64, types.int64), generate
 
     return step
 

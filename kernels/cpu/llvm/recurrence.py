@@ -73,7 +73,7 @@ class _Keys:
         return self.b.fadd(x, y, flags=_FMA)
 
     def sum(self, body: Callable[[Any, Any, Any], Any], state: Any) -> Any:
-        """What body(i, address of row i, sum so far) makes of a sum that begins with 0; size is at least 1."""
+        """Take a sum that begins with 0 through body(i, address of row i, sum so far); size is at least 1."""
 
         def step(i: Any, carried: list[Any]) -> list[Any]:
             row = self.b.add(state, self.b.mul(i, self.b.mul(self.size, I64(4))))

@@ -1,0 +1,220 @@
+"""Lowers matrix products to steps. What is fused, and why:
+
+- A factor that several products read is rounded once (`_factors`), and a lerp is computed while it is rounded.
+- Products of one `Linear` run at the same time, with one barrier after all of them.
+- Bias and activation are taken in the product's own kernel where the weight's rows are whole strips (`_product`).
+- `AddLinear` sums into the residual stream in place where it can.
+- One token reads only the rows of a sparse weight whose input is not zero (`_sparse_product`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rwkv_cli.kernels import program as p
+from rwkv_cli.kernels.cpu import elementwise, matmul, rounding, sparse
+from rwkv_cli.kernels.cpu.args import View
+from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP
+from rwkv_cli.kernels.cpu.lowering import PARTS, Lowering, by_size
+from rwkv_cli.kernels.cpu.steps import Share
+from rwkv_cli.kernels.cpu.weights import FloatWeight, Int8Weight
+from rwkv_cli.numbers import GROUP
+
+_PART_BYTES = 1 << 18
+"""Bytes of weights that one thread takes at a time when decoding. This is a few microseconds of work."""
+_NARROW = 64
+"""Outputs below which blocks of a sparse weight are not cut further."""
+
+
+class Rounded(NamedTuple):
+    """Activations as integers (see `rounding`)."""
+
+    levels: View
+    factors: View
+    offsets: View
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is left to do with a product: a bias and an activation, or to add it to `onto`."""
+
+    activation: int = 0
+    bias: Any = None
+    onto: View | None = None
+
+    @property
+    def nothing(self) -> bool:
+        return not self.activation and self.bias is None and self.onto is None
+
+
+def linear(low: Lowering, op: p.Linear) -> None:
+    factors = _factors(low, [(product.x, product.weight) for product in op.products])
+    for product, factor, out in zip(op.products, factors, op.out, strict=True):
+        ending = Ending(p.ACTIVATIONS.index(product.activation), product.bias)
+        low.put(out, _product(low, factor, product.weight, out.rows, ending))
+    low.steps.barrier()
+
+
+def add_linear(low: Lowering, op: p.AddLinear) -> None:
+    (factor,) = _factors(low, [(op.y, op.weight)])
+    _product(low, factor, op.weight, op.x.rows, Ending(onto=low.view(op.x)))
+    low.steps.barrier()
+
+
+def _factors(low: Lowering, reads: list[tuple[p.Factor, p.Weight]]) -> list[View | Rounded]:
+    """The factor of each product: integers for an int8 matrix, float32 for a float matrix. Each is made once."""
+    made: dict[tuple[int, bool], View | Rounded] = {}
+    keys = [(id(x), isinstance(weight, Int8Weight)) for x, weight in reads]
+    for key, (x, weight) in zip(keys, reads, strict=True):
+        if key not in made:
+            made[key] = round_factor(low, x) if isinstance(weight, Int8Weight) else _plain(low, x)
+    low.steps.barrier()
+    return [made[key] for key in keys]
+
+
+def _plain(low: Lowering, x: p.Factor) -> View:
+    """A factor as a contiguous array."""
+    if isinstance(x, p.Value):
+        return low.view(x)  # type: ignore[no-any-return]
+    rows, columns = p.rows_of(x), p.columns_of(x)
+    out = low.steps.empty((rows, columns))
+    if isinstance(x, p.Lerp):
+        shared = not isinstance(x.mix, p.Value)
+        lerp = elementwise.LerpArgs(low.view(x.x), low.view(x.delta), low.view(x.mix), shared, out)
+        low.by_rows(elementwise.lerp, lerp, out, barrier=False)
+    else:
+        part = elementwise.TakeColumnsArgs(low.view(x.x), x.first, out)
+        low.by_rows(elementwise.take_columns, part, out, barrier=False)
+    return out
+
+
+def round_factor(low: Lowering, x: p.Factor) -> Rounded:
+    """A factor as integers."""
+    rows, columns = p.rows_of(x), p.columns_of(x)
+    groups = -(-columns // GROUP)
+    rounded = Rounded(
+        low.steps.empty((rows, groups, rounding.PLANES, GROUP), rounding.LEVEL),
+        low.steps.empty((rows, groups)),
+        low.steps.empty((rows, groups), np.int32),
+    )
+    delta, mix, mix_stride = None, None, 0
+    if isinstance(x, p.Lerp):
+        delta, mix = low.view(x.delta), low.view(x.mix)
+        mix_stride = 4 * columns if isinstance(x.mix, p.Value) else 0
+    source = low.view(x if isinstance(x, p.Value) else x.x)
+    if isinstance(x, p.Columns):
+        source = source._replace(offset=source.offset + 4 * x.first)
+    arguments = rounding.QuantizeArgs(
+        x=source,
+        stride=4 * source.shape[1],
+        tokens=rows,
+        columns=columns,
+        delta=delta,
+        mix=mix,
+        mix_stride=mix_stride,
+        levels=rounded.levels,
+        factors=rounded.factors,
+        offsets=rounded.offsets,
+    )
+    low.steps.add(rounding.quantize, arguments, Share(rows, columns, groups, PARTS * low.threads), barrier=False)
+    return rounded
+
+
+def _product(low: Lowering, x: View | Rounded, weight: p.Weight, rows: p.Count, ending: Ending) -> View:
+    """The product of a factor and a weight, ended as `ending` says."""
+    N = weight.shape[0]
+    if isinstance(weight, FloatWeight):
+        assert isinstance(x, View)
+        y = low.steps.empty((rows, N))
+        parts = min(-(-N // 4), PARTS * low.threads)
+        low.steps.add(matmul.floats, matmul.FloatsArgs(*by_size(weight), x, y), Share.fixed(parts, rows))
+        return _finished(low, y, N, ending)
+    assert isinstance(weight, Int8Weight)
+    assert isinstance(x, Rounded)
+    padded = weight.values.shape[0] * weight.values.shape[2]
+    tile = weight.layout == "tile"
+    # Into place if every output is one of the matrix's own, and the kernel has a use for bias and activation.
+    direct = padded == N and (tile or (ending.bias is None and not ending.activation))
+    own = ending if direct else Ending()
+    y = low.steps.empty((rows, padded)) if own.onto is None else own.onto
+    if tile:
+        _tiled_product(low, x, weight, y, own)
+    elif rows.most == 1:
+        _sparse_product(low, x, weight, y, own.onto is not None)
+    else:
+        columns = matmul.ColumnsArgs(weight.values, weight.scales, weight.unit, *x, rows, y, own.onto is not None)
+        parts = padded // min(2 * STRIP, weight.values.shape[2])
+        low.steps.add(matmul.columns, columns, Share.fixed(parts, rows), barrier=False)
+    return y if direct else _finished(low, y, N, ending)
+
+
+def _tiled_product(low: Lowering, x: Rounded, weight: Int8Weight, y: View, ending: Ending) -> None:
+    rows = y.shape[0]
+    assert isinstance(rows, p.Count)
+    S, G = weight.scales.shape[:2]
+    strips = _strips_per_part(low, rows, S, G)
+    arguments = matmul.TilesArgs(
+        values=weight.values,
+        scales=weight.scales,
+        strips=S,
+        groups=G,
+        unit=weight.unit,
+        levels=x.levels,
+        factors=x.factors,
+        offsets=x.offsets,
+        tokens=rows,
+        y=y,
+        bias=ending.bias,
+        add=ending.onto is not None,
+        activation=ending.activation,
+        strips_per_part=strips,
+    )
+    low.steps.add(matmul.tiles, arguments, Share.fixed(-(-S // strips), rows), barrier=False)
+
+
+def _strips_per_part(low: Lowering, rows: p.Count, S: int, G: int) -> int:
+    """For one token as many as the bytes allow; for many as few as give every thread enough parts."""
+    size = G * (matmul.GROUP_BYTES + matmul.SCALE_BYTES)
+    most = _PART_BYTES // size if rows.most == 1 else min(8 * _PART_BYTES // size, S // (PARTS * low.threads))
+    return max(1, most // matmul.STRIPS) * matmul.STRIPS
+
+
+def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight, y: View, add: bool) -> None:
+    rows = y.shape[0]
+    assert isinstance(rows, p.Count)
+    B, K, W = weight.values.shape
+    G = K // GROUP
+    numbers, nonzero = low.steps.empty((G, GROUP), np.int64), low.steps.empty((G, GROUP), np.int16)
+    count = low.steps.empty((G,), np.int64)
+    bytes_, words = (x.levels, None) if rounding.VNNI else (None, x.levels)
+    find = sparse.NonzeroArgs(bytes_, words, numbers, nonzero, count)
+    low.steps.add(sparse.find_nonzero, find, Share.fixed(min(G, 2 * low.threads), rows))
+    # blocks are cut until every thread has as many pieces
+    width = W
+    while B * (W // width) % low.threads and width > _NARROW:
+        width //= 2
+    arguments = sparse.SparseArgs(
+        values=weight.values,
+        scales=weight.scales,
+        unit=weight.unit,
+        rows=numbers,
+        nonzero=nonzero,
+        count=count,
+        factors=x.factors,
+        y=y,
+        add=add,
+        width=width,
+    )
+    low.steps.add(sparse.sparse_columns, arguments, Share.fixed(B * (W // width), rows))
+
+
+def _finished(low: Lowering, y: View, N: int, ending: Ending) -> View:
+    """The first N columns of y, with what its kernel has left to do."""
+    low.steps.barrier()
+    if ending.nothing and y.shape[1] == N:
+        return y
+    out = low.steps.empty((y.shape[0], N)) if ending.onto is None else ending.onto
+    arguments = elementwise.FinishArgs(y, ending.bias, ending.activation, ending.onto is not None, out)
+    low.by_rows(elementwise.finish, arguments, out)
+    return out
