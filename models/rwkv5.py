@@ -52,17 +52,18 @@ def entries(c: Config) -> list[Entry]:
         """[H, N] of one value a head or of one value a channel."""
         return np.array(np.broadcast_to(a.reshape(H, -1), (H, N)))
 
-    first = (
-        Entry("att.time_first", "vector", (H, N), source_shape=shared, derive=lambda a: spread(exp(a)))
-        if c.version == "5.0"
-        else Entry("att.time_faaaa", "vector", (H, N), source_shape=shared, derive=spread)
+    def decay(a: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[1, D] of the stored logarithms of −log(decay)."""
+        return spread(exp(-exp(a))).reshape(1, D)
+
+    bonus = (
+        Entry("att.time_faaaa", "vector", (H, N), source_shape=shared, derive=spread)
+        if _gated(c)
+        else Entry("att.time_first", "vector", (H, N), source_shape=shared, derive=lambda a: spread(exp(a)))
     )
     return [
-        Entry(
-            "att.time_decay", "vector", (1, D), source_shape=shared,
-            derive=lambda a: spread(exp(-exp(a))).reshape(1, D),
-        ),
-        first,
+        Entry("att.time_decay", "vector", (1, D), source_shape=shared, derive=decay),
+        bonus,
         tuned_state(c),
         *(mix_of_current(f"att.time_mix_{x}", D) for x in ("kvrg" if _gated(c) else "kvr")),
         *(matrix(f"att.{x}", D, D) for x in ("receptance", "key", "value", "output")),
@@ -70,7 +71,7 @@ def entries(c: Config) -> list[Entry]:
         *norm("att.ln_x", D),
         *(mix_of_current(f"ffn.time_mix_{x}", D) for x in "kr"),
         *gated_channel_mix_entries(c),
-    ]  # fmt: skip
+    ]
 
 
 def wkv_state(c: Config) -> WkvState:

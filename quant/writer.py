@@ -152,10 +152,9 @@ def write(
         for name, array in contents.arrays.items():
             stream.append(name, array)
         behind.finish()
+        facts = {item.planned.name: item.facts for item in written}
         file.seek(0)
-        file.write(
-            header.encoded({item.planned.name: item.facts for item in written}, f"sha256:{stream.digest.hexdigest()}")
-        )
+        file.write(header.encoded(facts, f"sha256:{stream.digest.hexdigest()}"))
     _forget(path)
     return written
 

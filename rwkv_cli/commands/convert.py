@@ -58,8 +58,12 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
     conversion = Conversion.of(src, quant, tokenizer, template)
     check_destination(dst, conversion, overwrite=force or dry_run)
     if conversion.contents.metadata["tokenizer"] == "none":
-        click.echo(f"Warning: no tokenizer fits the vocabulary of {conversion.config.vocab}; the model will run by "
-                   "token ids from Python only. Give one with --tokenizer PATH.", err=True)  # fmt: skip
+        vocab = conversion.config.vocab
+        click.echo(
+            f"Warning: no tokenizer fits the vocabulary of {vocab}; the model will run by token ids from Python only. "
+            "Give one with --tokenizer PATH.",
+            err=True,
+        )
     done: list[Written] = []
     if not dry_run:
         announce_compilation()
@@ -75,7 +79,7 @@ def _report(conversion: Conversion, done: list[Written]) -> str:
     config, contents = conversion.config, conversion.contents
     tokenizer, template = contents.metadata["tokenizer"], contents.metadata["template"]
     heads = f", {config.heads} heads of {config.head_size}" if config.version != "4" else ""
-    facts = columns([
+    rows = [
         ("architecture", f"RWKV-{config.version}"),
         ("layers", config.layers),
         ("width", f"{config.width}{heads}, channel mix {config.ffn}"),
@@ -83,12 +87,12 @@ def _report(conversion: Conversion, done: list[Written]) -> str:
         ("parameters", f"{contents.weights / 1e6:,.1f} M"),
         ("size", f"{contents.source_bytes / 1e6:,.1f} MB → {contents.file_bytes / 1e6:,.1f} MB"),
         ("bits per weight", f"{contents.tensor_bytes * 8 / contents.weights:.2f}"),
-    ])  # fmt: skip
-    return f"{facts}\n\n{errors}" if (errors := _errors(done)) else facts
+    ]
+    return "\n\n".join(filter(None, [columns(rows), _errors(done)]))
 
 
 def _errors(done: list[Written]) -> str:
-    """The quantized tensors by kind, as a table: their size, and the error that quantizing cost them."""
+    """The size and the error of the quantized tensors by kind, as a table; "" if there are none."""
     from rwkv_cli.models.naming import kind_of
     from rwkv_cli.terminal.output import columns
 

@@ -203,6 +203,33 @@ def test_other_namings_are_the_same_model(
     assert len({Checkpoint(tmp_path / f"{name}.out").digest for name in ("hf", "official.pth")}) == 1
 
 
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize("dtype", tiny.STORAGES)
+def test_the_config_has_what_only_the_source_tells(tmp_path: Path, version: str, dtype: str) -> None:
+    weights = tiny.weights(version, layers=2, head=8)
+    config, tensors = registry.recognize(open_source(tiny.write_pth(tmp_path / "a.pth", weights, dtype)))
+    assert config.embedding_dtype == (dtype if version != "7" else "F32")
+    assert config.group_norm_eps == 64e-5
+    assert {tensor.dtype for _, tensor in tensors.values()} == {dtype}
+    if version == "7":
+        for form, stacked in (("b", False), ("c", True)):
+            path = tiny.write_safetensors(tmp_path / form, dict(fla(weights, stacked)), dtype)
+            config, _ = registry.recognize(open_source(path))
+            assert (config.embedding_dtype, config.group_norm_eps) == ("F32", 8e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("emb.weight", "emb"), ("head.weight", "head"), ("ln_out.bias", "ln_out.bias"),
+        ("blocks.0.att.key.weight", "att.key"), ("blocks.11.att.time_maa_w2.k", "att.time_maa_w2.k"),
+        ("blocks.3.ln1.weight", "ln1"), ("blocks.3.att.w1", "att.w1"),
+    ],
+)  # fmt: skip
+def test_tensors_of_all_layers_are_of_one_kind(name: str, kind: str) -> None:
+    assert naming.kind_of(name) == kind
+
+
 def test_a_tensor_under_two_namings_is_refused(rwkv: Run, tmp_path: Path) -> None:
     weights = tiny.weights("7", layers=1)
     path = tiny.write_pth(tmp_path / "a.pth", weights | {"_forward_module.emb.weight": weights["emb.weight"]})
