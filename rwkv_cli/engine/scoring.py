@@ -187,8 +187,8 @@ class Scorer:
         model: LanguageModel,
         other: LanguageModel | None = None,
         *,
-        context: int | None = None,
         start_token: int | None,
+        context: int | None = None,
         limit: int | None = None,
     ) -> None:
         """Prepare to score up to `limit` tokens, in contexts of `context` tokens that each begin after `start_token`.
@@ -210,8 +210,8 @@ class Scorer:
         `progress` is called with the share of the file that is read and the score so far.
         """
         size, read = max(file.stat().st_size, 1), 0
-        begin = time.perf_counter()
         states, last, position = self._new_context()
+        begin = time.perf_counter()
         try:
             for ids, widths in self._chunks(file):
                 if position == self.context:
