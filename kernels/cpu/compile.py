@@ -90,7 +90,7 @@ def has_vnni() -> bool:
 
 @functools.cache
 def pair_words() -> int:
-    """The number of int16 that `pmaddwd` takes: 16 with AVX2, 8 on any other x86-64, 0 on other machines, which have none."""
+    """The number of int16 that `pmaddwd` takes: 16 with AVX2, 8 on any other x86-64, 0 where there is none."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return 0
     return 16 if _has("avx2") else 8

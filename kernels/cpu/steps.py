@@ -19,7 +19,7 @@ SMALL = 1 << 14
 class Share(NamedTuple):
     """The number of parts of a step, for n rows.
 
-    There are none if n is 0, and one if n · `columns` numbers are few. Else there are n · `per_row`, but at most `most`.
+    There are none if n is 0, and one if n · `columns` numbers are few. Else there are n · `per_row`, at most `most`.
     """
 
     rows: Count | None
