@@ -3,14 +3,14 @@
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.errors import DeviceError, FormatError
+from rwkv_cli.errors import DeviceError, FormatError, UnsupportedModelError
 from rwkv_cli.kernels.contract import Backend, Executable
 from rwkv_cli.kernels.cpu.cores import usable_cores
 from rwkv_cli.kernels.devices import choose
@@ -38,7 +38,6 @@ from rwkv_cli.quant.formats import takes
 CHUNK = 252
 """Tokens that go through the layers together. This bounds the memory of a long prompt. It is a multiple of 4 and of 6,
 the blocks of tokens that matrix products take."""
-
 _PASSES = 8
 """Compiled passes that are kept, the last used ones."""
 
@@ -47,6 +46,12 @@ Floats32 = NDArray[np.float32]
 
 Head = Literal["last", "every", "losses"]
 """The end of a pass: logits after each sequence's last row, logits after every row, or cross entropies."""
+
+
+def chunks(tokens: int, most: int | None = None) -> Iterator[slice]:
+    """Yield slices of a text's tokens, each one pass of a model long and no longer than `most`."""
+    step = CHUNK if most is None else max(1, min(CHUNK, most))
+    return (slice(at, min(at + step, tokens)) for at in range(0, tokens, step))
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ class Model:
             self.config = Config.from_json(stored_config)
             self._arch = MODULES[self.config.version]
             entries = tensors(self.config)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{checkpoint.path}: {error}") from None
         except (KeyError, ValueError, TypeError) as error:
             raise FormatError(f"{checkpoint.path}: its config is damaged ({error}); convert the model again") from None
         self._layers: list[dict[str, Any]] = [{} for _ in range(self.config.layers)]
@@ -193,16 +200,16 @@ class Model:
         """Run the rows chunk by chunk, and return what `head` makes of each chunk."""
         results = []
         with self._turn:
-            for begin in range(0, len(tokens), CHUNK):
-                end = min(begin + CHUNK, len(tokens))
-                inside = np.clip(starts - begin, 0, end - begin)
-                over = inside[1:][(begin < starts[1:]) & (starts[1:] <= end)]
-                arrays = {"ids": tokens[begin:end], "starts": inside, **state.arrays()}
+            for part in chunks(len(tokens)):
+                rows = part.stop - part.start
+                inside = np.clip(starts - part.start, 0, rows)
+                over = inside[1:][(part.start < starts[1:]) & (starts[1:] <= part.stop)]
+                arrays = {"ids": tokens[part], "starts": inside, **state.arrays()}
                 if head == "last":
                     arrays["ends"] = over - 1
                 if targets is not None:
-                    arrays["targets"] = targets[begin:end]
-                executable, output = self._compiled(PassKind(head, end - begin == 1, len(starts) - 1))
+                    arrays["targets"] = targets[part]
+                executable, output = self._compiled(PassKind(head, rows == 1, len(starts) - 1))
                 executable.run(arrays)
                 if head != "last" or len(over):
                     results.append(executable.read(output))

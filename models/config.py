@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.errors import UnsupportedModelError
 from rwkv_cli.numbers import FLOAT_DTYPES
 from rwkv_cli.quant.formats.contract import Kind
 from rwkv_cli.quant.formats.contract import Shape as Shape
@@ -48,12 +49,13 @@ class Config:
     def from_json(cls, value: Mapping[str, Any]) -> "Config":
         """The config in a converted file. A field that the file lacks gets its default.
 
-        Raises ValueError where a field has no default and is missing, is unknown or is out of range.
+        Raises UnsupportedModelError for an unknown field, and ValueError where one without a default is missing or one
+        is out of range.
         """
         known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
         for name in value:
             if name not in known:
-                raise ValueError(f"this version of rwkv-cli does not know the field {name!r:.80}")
+                raise UnsupportedModelError(f"its config has a field {name!r:.80} of a newer version; upgrade rwkv-cli")
         for name, required in known.items():
             if required and name not in value:
                 raise ValueError(f"the field {name!r} is missing")

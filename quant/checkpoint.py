@@ -78,6 +78,12 @@ class Checkpoint:
             raise FormatError(f"{self._where(name)} is described wrongly; convert the model again")
         return value
 
+    def stored_bytes(self, name: str) -> int:
+        """The bytes of all arrays that hold `name`."""
+        layout = format_of(self.layout(name)["layout"])
+        suffixes = layout.SUFFIXES if layout else ("",)
+        return sum(self.array(name + suffix).nbytes for suffix in suffixes)
+
     def array(self, name: str) -> NDArray[Any]:
         """A stored array as its bits, read-only."""
         if name not in self.stored:

@@ -79,11 +79,10 @@ def describe(checkpoint: Any) -> dict[str, Any]:
     """Collect everything that a converted file tells without its weights."""
     rows = []
     for name in checkpoint.names():
-        scale = [name + ".scale"] if name + ".scale" in checkpoint.stored else []
-        stored = [checkpoint.array(part) for part in (name, *scale)]
         entry = checkpoint.layout(name)
         row = {"name": name, "layout": entry["layout"], "shape": entry["shape"]}
-        row |= {"dtype": checkpoint.stored[name].dtype, "bytes": sum(array.nbytes for array in stored)}
+        size = checkpoint.stored_bytes(name)  # and with it a check that every array is there
+        row |= {"dtype": checkpoint.stored[name].dtype, "bytes": size}
         rows.append(row | {"error": checkpoint.error(name)})
     parameters = sum(prod(row["shape"]) for row in rows)
     return {

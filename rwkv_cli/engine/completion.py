@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.engine.model import LanguageModel, check_finite, chunks
+from rwkv_cli.engine.model import LanguageModel, check_finite
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.engine.tokenizer import END_OF_TEXT
 from rwkv_cli.models import State
+from rwkv_cli.models.base import chunks
 
 Logits = NDArray[np.float32]
 

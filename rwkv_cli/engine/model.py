@@ -1,6 +1,6 @@
 """A model with its tokenizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, W
 from rwkv_cli.errors import FormatError, TokenizerError
 from rwkv_cli.kernels.cache import compiled_marker
 from rwkv_cli.models import Model
-from rwkv_cli.models.base import CHUNK
 from rwkv_cli.quant import Checkpoint
 
 
@@ -76,12 +75,6 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     except TokenizerError as error:
         raise FormatError(f"{checkpoint.path}: its tokenizer is damaged ({error}); convert the model again") from None
     raise FormatError(f"{checkpoint.path}: has a tokenizer of unknown kind {kind!r}; upgrade rwkv-cli")
-
-
-def chunks(tokens: int, most: int = CHUNK) -> Iterator[slice]:
-    """Yield slices of a text's tokens, each one pass of a model long and no longer than `most`."""
-    step = max(1, min(CHUNK, most))
-    return (slice(at, min(at + step, tokens)) for at in range(0, tokens, step))
 
 
 def check_finite(model: LanguageModel, values: NDArray[np.floating[Any]]) -> None:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.engine.model import LanguageModel, check_finite, chunks
+from rwkv_cli.engine.model import LanguageModel, check_finite
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.kernels.program import Count, CrossEntropy, Divergence, Input, InputMatrix, Program
 from rwkv_cli.models import State
+from rwkv_cli.models.base import chunks
 
 _BLOCK = 1 << 16
 """Bytes of the file that are encoded together."""

@@ -72,8 +72,7 @@ def test_each_gets_the_text_that_it_gets_alone(
     batch: Run, alone: Any, prompts: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = {i: alone(prompt, "-n", 7 * i - 2) for i, prompt in enumerate(PROMPTS, 1)}
-    monkeypatch.setattr(base, "CHUNK", 16)
-    monkeypatch.setattr("rwkv_cli.engine.model.CHUNK", 12)
+    monkeypatch.setattr(base, "CHUNK", 12)
     result = batch(prompts, "--batch-size", size)
     got = answers(result.stdout)
     assert got.keys() == want.keys()

@@ -226,8 +226,9 @@ CONFIG = {"version": "7", "layers": 2, "width": 16, "vocab": 256, "heads": 2, "h
         ({"tokenizer": '"world"'}, r"tokenizer\.bytes is missing; convert the model again"),
         ({"tensors": "{}"}, r"tensor emb\.weight is missing or described wrongly; convert the model again"),
         *(({"config": json.dumps(CONFIG | change)}, "config is damaged .*; convert the model again") for change in (
-            {"more": 1}, {"layers": 0}, {"layers": 1.0}, {"width": 17}, {"vocab": 1 << 30}, {"version": "9"},
+            {"layers": 0}, {"layers": 1.0}, {"width": 17}, {"vocab": 1 << 30}, {"version": "9"},
             {"version": []}, {"ranks": []}, {"ranks": {"w": 0}}, {"norm_eps": 0.0}, {"group_norm_eps": 2.0})),
+        ({"config": json.dumps(CONFIG | {"more": 1})}, "its config has a field 'more' of a newer version; upgrade"),
         *(({"config": json.dumps(CONFIG | change)}, "convert the model again") for change in (
             {"layers": 3}, {"layers": 1 << 20}, {"version": "6"}, {"version": "4"}, {"heads": 4, "head_size": 4},
             {"ffn": 33}, {"vocab": 257}, {"ranks": {"w": 8, "a": 12, "v": 20}},
