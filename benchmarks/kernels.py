@@ -10,12 +10,18 @@ NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma before it.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import naive
 
 from rwkv_cli.kernels.cpu import backend as cpu
 from rwkv_cli.kernels.cpu import limits
@@ -45,6 +51,12 @@ def median(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(times)
 
 
+def check(got: Any, want: Any) -> None:
+    """Raise AssertionError if a result is wrong."""
+    error = naive.error_ratio(got, want)
+    assert error < 1e-4, f"wrong by {error:.1e}; no figure is worth anything"
+
+
 def product(N: int, K: int, layout: str, T: int, nonzero: float, threads: int, rounds: int) -> tuple[float, float]:
     """Seconds of one x·wᵀ, and the share of x that is not zero."""
     stored = quantize(normal(N, K), layout, quantize_rows)
@@ -62,8 +74,7 @@ def product(N: int, K: int, layout: str, T: int, nonzero: float, threads: int, r
     executable = cpu.compile(program, threads)
     executable.run({"x": x})
     want = x @ stored.float32().astype(float).T
-    error = np.linalg.norm(executable.read(out[-1]) - want) / np.linalg.norm(want)
-    assert error < 1e-4, f"wrong by {error:.1e}; no figure is worth anything"
+    check(executable.read(out[-1]), want)
     return median(lambda: executable.run({"x": x}), rounds) / count, np.count_nonzero(x) / x.size
 
 
@@ -95,17 +106,10 @@ def recurrence(D: int, T: int, threads: int, rounds: int) -> float:
     executable = cpu.compile(program, threads)
     arrays = dict(zip(names, (r, w, k, v, a, g), strict=True)) | {"starts": np.array([0, T]), "state": state[None]}
     executable.run(arrays)
-    S, out = np.zeros((H, N, N)), np.empty((T, H, N))
-    for t in range(T):
-        rt, wt, kt, vt, at = (m[t].reshape(H, N).astype(float) for m in (r, w, k, v, a))
-        kappa = kt / np.linalg.norm(kt, axis=1, keepdims=True)
-        removed = np.einsum("hk,hkv->hv", kappa, S)
-        S = S * wt[:, :, None] - np.einsum("hk,hv->hkv", kappa * at, removed) + np.einsum("hk,hv->hkv", kt * at, vt)
-        out[t] = np.einsum("hk,hkv->hv", rt, S)
-    out = (out - out.mean(-1, keepdims=True)) / np.sqrt(out.var(-1, keepdims=True) + 64e-5)
-    want = out.reshape(T, D) * g
-    error = np.linalg.norm(executable.read(y) - want) / np.linalg.norm(want)
-    assert error < 1e-4, f"wrong by {error:.1e}; no figure is worth anything"
+    r, w, k, v, a = (m.reshape(T, H, N).astype(float) for m in (r, w, k, v, a))
+    kappa = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    out = naive.wkv7(r, w, k * a, v, kappa, kappa * a, np.zeros((H, N, N)))
+    check(executable.read(y), naive.group_norm(out.reshape(T, D), ones, zeros, H, 64e-5) * g)
     return median(lambda: executable.run(arrays), rounds)
 
 
