@@ -23,7 +23,7 @@ from rwkv_cli.quant import open_source
 
 
 def q8_0(w: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What a matrix [N, K] becomes in Q8_0; K is a multiple of 32."""
+    """A matrix [N, K] as Q8_0 keeps it; K is a multiple of 32."""
     blocks = w.reshape(-1, 32)
     scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)

@@ -67,7 +67,7 @@ class Figures:
 
 
 def alternate(a: Callable[[], T], b: Callable[[], T], repetitions: int) -> list[tuple[T, T]]:
-    """What the two calls give, one pair after the other. They take turns in coming first."""
+    """The results of the two calls, one pair after the other. They take turns in coming first."""
     pairs = []
     for turn in range(repetitions):
         if turn % 2:

@@ -68,7 +68,7 @@ class Lab:
         return ids
 
     def starts(self, lengths: tuple[int, ...]) -> Input:
-        """Where sequences of these lengths begin."""
+        """The starts of sequences of these lengths."""
         node = Input(f"starts{len(self.inputs)}", (len(lengths) + 1,), "I64")
         starts: Input = self._given(node, begins(lengths))
         return starts
@@ -81,7 +81,7 @@ class Lab:
         return LayerState(self._given(node, self.backend.device_array(layers)), 1)
 
     def state_after(self, state: LayerState) -> Any:
-        """What a run has left in a state."""
+        """The state as a run has left it."""
         layers = np.asarray(self.arrays[state.array.name])
         assert (layers[[0, 2]] == 7).all()
         return layers[1]
@@ -102,7 +102,7 @@ class Lab:
         return self.backend.compile(program, self.threads)
 
     def run(self, *outputs: Value) -> Any:
-        """What the program computes: an array for each output, or the only one."""
+        """Run the program: an array for each output, or the only one."""
         executable = self.compile(*outputs)
         with guarded(executable) if self.backend is cpu else unguarded():
             executable.run(self.arrays)
@@ -178,7 +178,7 @@ def outliers(T: int, K: int) -> Any:
 
 
 def begins(lengths: tuple[int, ...]) -> Any:
-    """Where each sequence begins, and where the last one ends."""
+    """The first row of each sequence, and the end of the last one."""
     return np.cumsum([0, *lengths])
 
 

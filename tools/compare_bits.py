@@ -86,7 +86,7 @@ def run(python: Path, *command: str | Path, folder: Path, cpu: str | None) -> su
 
 
 def digests(python: Path, source: Path, quant: str, options: argparse.Namespace) -> Digests:
-    """What one version makes of a checkpoint. A refusal to convert it counts as the file."""
+    """The digests of all that one version makes of a checkpoint. A refusal to convert it counts as the file."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "model.safetensors"

@@ -37,7 +37,7 @@ class Rounded(NamedTuple):
 
 @dataclass(frozen=True)
 class Ending:
-    """What is left to do with a product: a bias and an activation, or to add it to `onto`."""
+    """The work that is left on a product: a bias and an activation, or to add it to `onto`."""
 
     activation: int = 0
     bias: Any = None

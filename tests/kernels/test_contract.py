@@ -1,4 +1,4 @@
-"""What every device owes: each operation against the float64 oracle.
+"""The debts of every device: each operation against the float64 oracle.
 
 Odd sizes, several blocks, sequences without rows, decay over its real range, and outputs that start as NaN.
 """
@@ -70,7 +70,7 @@ def test_layer_norm(device: str, threads: int, room: int) -> None:
 )
 @pytest.mark.parametrize("normed", [False, True])
 def test_token_shift(device: str, lengths: tuple[int, ...], D: int, normed: bool) -> None:
-    """Of a matrix, and of a norm that comes just before."""
+    """The shift of a matrix, and of a norm that comes just before."""
     T, lab = sum(lengths), Lab(device)
     x, last = normal(T, D), normal(len(lengths), D)
     w, b = normal(D), normal(D)

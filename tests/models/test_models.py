@@ -43,7 +43,7 @@ def test_floats_match_the_oracle(converted: Convert, version: str, width: int, h
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
 def test_int8_is_near_the_oracle_on_the_weights_it_stores(converted: Convert, version: str) -> None:
-    """What is left beyond the weights' rounding is that of activations to 15 bits."""
+    """Beyond the weights' rounding only that of activations to 15 bits is left."""
     model = rwkv_cli.load(converted(version))
     exact = rwkv_cli.load(converted(version, "none"))
     got, _ = model.forward(IDS, all_logits=True)

@@ -1,4 +1,4 @@
-"""Which model a checkpoint is: every version found by shapes alone, other namings undone, anything else refused."""
+"""The model that a checkpoint is: every version found by shapes alone, other namings undone, anything else refused."""
 
 import re
 from collections.abc import Callable, Iterator

@@ -52,7 +52,7 @@ def read_stories(path: Path) -> list[str]:
 
 
 class Requests:
-    """What someone might have asked to be told a given story."""
+    """Requests that someone might have made to be told a given story."""
 
     def __init__(self, stories: Sequence[str], rng: random.Random) -> None:
         self.rng = rng

@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 def bits_per_byte(
     model: RWKV7, tokenizer: Tokenizer, stories: Sequence[str], prompts: Sequence[str] | None = None
 ) -> float:
-    """Of stories and their end, alone or each after its prompt."""
+    """Bits per byte of stories and their end, alone or each after its prompt."""
     model.eval()
     nll = 0.0
     with torch.no_grad():
