@@ -34,7 +34,7 @@ from rwkv_cli.kernels.program import (
 from rwkv_cli.quant.dtypes import to_float32
 from rwkv_cli.quant.formats import Floats
 
-DEVICES = ["cpu"]
+DEVICES = ["cpu", "cuda"]
 # tokens of each sequence, heads, head size
 HEADS = [
     ((1,), 1, 8), ((5,), 3, 16), ((33,), 2, 64), ((2, 0, 9), 5, 24), ((1, 1, 1, 1), 2, 16), ((0, 4, 30, 1), 1, 64),
