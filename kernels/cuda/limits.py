@@ -1,13 +1,16 @@
-"""What this GPU can do at most, to hold the other kernels against: moving memory, and multiplying int8."""
+"""The most that this GPU can do, to hold the other kernels against: moving memory, and multiplying int8."""
 
 import numpy as np
 
 from rwkv_cli.kernels.cpu.limits import best
-from rwkv_cli.kernels.cuda.device.compile import SIMULATED, cuda, kernel, products, put_i32
+from rwkv_cli.kernels.cuda.device.compile import SIMULATED, Address, Int, cuda, kernel, products, put_i32
+from rwkv_cli.kernels.cuda.device.levels import TOKENS
+from rwkv_cli.kernels.cuda.device.matmul import STRIP
 from rwkv_cli.kernels.cuda.driver import Block, move, multiprocessors, stream, synchronize
+from rwkv_cli.numbers import GROUP
 
 _BYTES = 1 << 30
-"""To copy: many times what a cache holds."""
+"""Bytes to copy: many times what a cache holds."""
 _REPEATS = 8
 _ROUNDS = 1 << 12
 _CHAINS = 4
@@ -15,9 +18,9 @@ _CHAINS = 4
 _THREADS = 256
 
 
-@kernel("ii", _THREADS)
-def multiply(out, rounds):  # type: ignore[no-untyped-def]
-    """`rounds` × `_CHAINS` tensor-core products of a warp, on numbers that change; a sum of them for each thread."""
+@kernel(_THREADS)
+def multiply(out: Address, rounds: Int) -> None:
+    """Do `rounds` × `_CHAINS` tensor-core products a warp, on numbers that change. Each thread puts a sum of them."""
     lane, total = np.int64(cuda.threadIdx.x % 32), np.int64(0)
     at = out + 16 * lane
     for i in range(rounds):
@@ -29,7 +32,7 @@ def multiply(out, rounds):  # type: ignore[no-untyped-def]
     put_i32(out + 4 * np.int64(cuda.grid(1)), total)
 
 
-def read_bandwidth(threads: int, rounds: int = 5) -> float:  # noqa: ARG001 - those of the CPU
+def read_bandwidth(threads: int, rounds: int = 5) -> float:  # noqa: ARG001 - they are the CPU's
     """Bytes a second that a copy within the GPU's memory reads and writes: the best of some rounds."""
     size = _BYTES >> (8 if SIMULATED else 0)
     source, target = Block(size), Block(size)
@@ -42,7 +45,7 @@ def read_bandwidth(threads: int, rounds: int = 5) -> float:  # noqa: ARG001 - th
     return 2 * _REPEATS * size / best(copy, rounds)
 
 
-def int8_peak(threads: int, rounds: int = 5) -> float | None:  # noqa: ARG001 - those of the CPU
+def int8_peak(threads: int, rounds: int = 5) -> float | None:  # noqa: ARG001 - they are the CPU's
     """int8 multiply-adds a second that the tensor cores reach by `mma.sync`; None in the simulator."""
     if SIMULATED:
         return None
@@ -53,5 +56,5 @@ def int8_peak(threads: int, rounds: int = 5) -> float | None:  # noqa: ARG001 - 
         multiply.dispatcher[blocks, _THREADS, stream()](out.address, _ROUNDS)
         synchronize()
 
-    # a product is of 16 × 8 × 32, twice: the two planes of a level
-    return _ROUNDS * _CHAINS * blocks * (_THREADS // 32) * 16 * 8 * 32 * 2 / best(run, rounds)
+    one = STRIP * TOKENS * GROUP * 2  # the two planes of a level
+    return _ROUNDS * _CHAINS * blocks * (_THREADS // 32) * one / best(run, rounds)

@@ -1,7 +1,7 @@
-"""Compile every CUDA kernel without a GPU: compile_cuda.py MAJOR.MINOR, prints a JSON object by kernel.
+"""Compile every CUDA kernel without a GPU, and print a JSON object by kernel: compile_cuda.py MAJOR.MINOR
 
-To PTX by numba-cuda, then to machine code by nvJitLink, which tells registers, shared memory and spills. A process of
-its own, since numba decides at import whether it simulates.
+numba-cuda compiles to PTX, then nvJitLink to machine code, and tells registers, shared memory and spills. This is a
+process of its own, since numba decides at import whether it simulates.
 """
 
 import json
@@ -16,7 +16,7 @@ def main(capability: tuple[int, int]) -> None:
     from numba import cuda
     from numba.cuda import dispatcher
 
-    # what device functions are compiled for
+    # numba compiles device functions for this GPU
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
     from rwkv_cli.kernels.cuda import limits as cuda_limits  # noqa: F401
     from rwkv_cli.kernels.cuda.device import matmul as cuda_matmul
@@ -24,7 +24,7 @@ def main(capability: tuple[int, int]) -> None:
     from rwkv_cli.kernels.cuda.device.compile import KERNELS
 
     for shape in cuda_matmul.SHAPES:
-        cuda_matmul.matmul(*shape)
+        cuda_matmul.matmul(shape)
     for size in (64, 24):
         cuda_wkv.wkv6(size)
         cuda_wkv.wkv7(size)
@@ -32,7 +32,7 @@ def main(capability: tuple[int, int]) -> None:
 
 
 def facts(cuda: Any, nvjitlink: Any, kernel: Any, capability: tuple[int, int]) -> dict[str, Any]:
-    """What the compilers say of one kernel."""
+    """The compilers' facts on one kernel."""
     ptx, _ = cuda.compile_ptx(kernel.body, kernel.signature, cc=capability, launch_bounds=kernel.bounds)
     data = ptx.encode()
     linker = nvjitlink.create(2, ["-arch=sm_{}{}".format(*capability), "-verbose"])

@@ -1,11 +1,16 @@
-"""How CUDA kernels are compiled: lazily, into a cache that is never stale, and known by signature to whoever asks.
+"""How CUDA kernels are compiled: lazily, and into a cache that is never stale.
 
-Only the CUDA twin imports this, and with it numba.cuda. In numba's simulator (NUMBA_ENABLE_CUDASIM=1) the same kernels
-are run by Python. Kernels take addresses (int64, global memory), sizes (int64) and numbers (float32), nothing else.
+Only kernels.cuda imports this, and with it numba.cuda. In numba's simulator (NUMBA_ENABLE_CUDASIM=1) Python runs the
+same kernels. The arguments of a kernel have one of the kinds `Address`, `Slot`, `Int` and `Float`, which its own
+signature names:
+
+    @kernel(THREADS)
+    def add_gated(x: Address, y: Address, gate: Address, D: Int) -> None:
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import numba.cuda
 from numba.cuda.core import config, event
@@ -16,12 +21,32 @@ cuda: Any = numba.cuda
 types: Any = numba.cuda.types
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
-# a token of a small model has kernels of a few blocks: that is no mistake to warn of
+# A token of a small model has kernels of a few blocks. That is no mistake to warn of.
 config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+
+Address = Annotated[Any, "address"]
+"""The beginning of an array in global memory, or 0 if the array may be missing and is."""
+Slot = Annotated[Any, "slot"]
+"""The place of an address: that of an array that a run brings. So one CUDA graph serves any state."""
+Int = Annotated[Any, "int"]
+Float = Annotated[Any, "float"]
+
+_TYPES = {"address": types.int64, "slot": types.int64, "int": types.int64, "float": types.float32}
+
+
+@functools.cache
+def kinds_of(annotated: Any) -> dict[str, str]:
+    """The kind of each parameter of a kernel, or of each field of a table's row, in order."""
+    hints = get_type_hints(annotated, include_extras=True)
+    hints.pop("return", None)
+    kinds: dict[str, str] = {}
+    for name, hint in hints.items():
+        (kinds[name],) = hint.__metadata__
+    return kinds
 
 
 class _Relay(event.Listener):  # type: ignore[misc]
-    """numba.cuda has events of its own, which numba's listeners do not hear."""
+    """Passes on the events of numba.cuda, which numba's own listeners do not hear."""
 
     def on_start(self, event: Any) -> None:
         for announcer in ANNOUNCERS:
@@ -34,7 +59,7 @@ class _Relay(event.Listener):  # type: ignore[misc]
 event.register("numba-cuda:compile", _Relay())
 
 function: Any = cuda.jit(device=True)
-"""Decorator: a function that kernels call."""
+"""Decorator: make a function that kernels call."""
 
 primitives: Any
 if SIMULATED:
@@ -54,40 +79,42 @@ exp, log, sqrt, tanh = primitives.exp, primitives.log, primitives.sqrt, primitiv
 class Kernel:
     """A function that is compiled when it is first launched.
 
-    `signature` has an i (int64) or f (float32) for each argument. `bounds` are the most threads of a block, and how
-    many such blocks a multiprocessor should hold: without them, ptxas saves registers by waiting for each load alone.
+    A block has at most `threads` threads, and a multiprocessor should hold `blocks` such blocks. Without these bounds
+    ptxas saves registers by waiting for each load alone.
     """
 
-    def __init__(self, body: Callable[..., None], name: str, signature: str, bounds: tuple[int, int]) -> None:
-        self.body, self.name, self.bounds = body, name, bounds
-        self.signature = tuple({"i": types.int64, "f": types.float32}[kind] for kind in signature)
+    def __init__(self, body: Callable[..., None], name: str, threads: int, blocks: int) -> None:
+        self.body, self.name, self.threads = body, name, threads
+        self.kinds = kinds_of(body)
+        self.signature = tuple(_TYPES[kind] for kind in self.kinds.values())
+        self.bounds = threads, blocks
         before, config.CACHE_DIR = config.CACHE_DIR, str(cache_folder())
         try:
-            options = {} if SIMULATED else {"cache": True, "launch_bounds": bounds}
+            options = {} if SIMULATED else {"cache": True, "launch_bounds": self.bounds}
             self.dispatcher: Any = cuda.jit(**options)(body)
         finally:
             config.CACHE_DIR = before
 
 
 KERNELS: list[Kernel] = []
-"""All that were made."""
+"""Every kernel that was made."""
 
 
-def kernel(signature: str, threads: int, blocks: int = 1, name: str = "") -> Callable[[Callable[..., None]], Kernel]:
-    """Decorator: a `Kernel`. `name` tells the variants of one body apart."""
+def kernel(threads: int, blocks: int = 1, name: str = "") -> Callable[[Callable[..., None]], Kernel]:
+    """Decorator: make a `Kernel` of a function. `name` tells the variants of one function apart."""
 
     def make(body: Callable[..., None]) -> Kernel:
-        KERNELS.append(Kernel(body, name or body.__name__, signature, (threads, blocks)))
+        KERNELS.append(Kernel(body, name or body.__name__, threads, blocks))
         return KERNELS[-1]
 
     return make
 
 
 @function
-def block_sum(value, scratch):  # type: ignore[no-untyped-def]
-    """The sum of `value` over a block, in every thread; in an order that depends on the block's size alone.
+def block_sum(value: Float, scratch: Any) -> Any:
+    """The sum of `value` over a block, in every thread. The order of the sum depends only on the block's size.
 
-    The block has a multiple of 32 threads, `scratch` (shared) 32 more elements than those.
+    The block has a multiple of 32 threads. `scratch`, in shared memory, has 32 more elements than there are threads.
     """
     tid, n = cuda.threadIdx.x, cuda.blockDim.x
     scratch[tid] = value
@@ -106,8 +133,8 @@ def block_sum(value, scratch):  # type: ignore[no-untyped-def]
 
 
 @function
-def block_max(value, scratch):  # type: ignore[no-untyped-def]
-    """The largest `value` of a block, as `block_sum`; NaN is passed over."""
+def block_max(value: Float, scratch: Any) -> Any:
+    """The largest `value` of a block, in every thread. NaN is passed over. `scratch` is that of `block_sum`."""
     tid, n = cuda.threadIdx.x, cuda.blockDim.x
     scratch[tid] = value
     cuda.syncthreads()

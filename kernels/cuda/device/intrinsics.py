@@ -1,8 +1,9 @@
-"""What kernels need of a GPU beyond numba's own: memory by address, int8 products, bits of floats.
+"""Functions that kernels need beyond numba's own: memory by address, int8 products, bits of floats.
 
-Every function has a twin of the same name in `cuda_simulated`. Addresses are int64 and lie in global memory.
+Every function has a twin of the same name in `simulated`. Addresses are int64 and lie in global memory.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,35 +25,43 @@ _GLOBAL = 1
 """LLVM's address space of global memory."""
 
 
+def _emits(result: Any, *given: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: make a kernel's function of one that emits its code.
+
+    The decorated function gets an IR builder and the arguments, which have the types `given`. It returns what the
+    kernel's function returns, which is of type `result`: nothing, one value, or a list for a tuple.
+    """
+
+    def make(emit: Callable[..., Any]) -> Any:
+        @functools.wraps(emit)  # numba reads how many arguments there are
+        def typed(typingctx: Any, *arguments: Any) -> Any:  # noqa: ARG001
+            def generate(context: Any, b: Any, signature: Any, operands: Any) -> Any:  # noqa: ARG001
+                made = emit(b, *operands)
+                if isinstance(result, types.UniTuple):
+                    return context.make_tuple(b, result, made)
+                return context.get_dummy_value() if result == types.void else made
+
+            return result(*given), generate
+
+        return intrinsic(typed)
+
+    return make
+
+
 def _pointer(b: Any, address: Any, kind: Any) -> Any:
     return b.inttoptr(address, ir.PointerType(kind, _GLOBAL))
 
 
-def _load(kind: Any, result: Any, widen: Callable[[Any, Any], Any] | None = None) -> Any:
-    """A function (address) → the element of type `kind` there, made a `result` by `widen`."""
-
-    def load(typingctx, address):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-            value = b.load(_pointer(b, args[0], kind))
-            return widen(b, value) if widen else value
-
-        return result(types.int64), generate
-
-    return intrinsic(load)
+def _load(kind: Any, result: Any, widen: Callable[[Any, Any], Any] = lambda _, value: value) -> Any:
+    """A function of an address: the element of type `kind` there, made a `result` by `widen`."""
+    return _emits(result, types.int64)(lambda b, address: widen(b, b.load(_pointer(b, address, kind))))
 
 
-def _store(kind: Any, given: Any, narrow: Callable[[Any, Any], Any] | None = None) -> Any:
-    """A function (address, value) that puts `value` there as a `kind`."""
-
-    def store(typingctx, address, value):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-            value = narrow(b, args[1]) if narrow else args[1]
-            b.store(value, _pointer(b, args[0], kind))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, given), generate
-
-    return intrinsic(store)
+def _store(kind: Any, given: Any, narrow: Callable[[Any, Any], Any] = lambda _, value: value) -> Any:
+    """A function of an address and a value, which it puts there as a `kind`."""
+    return _emits(types.void, types.int64, given)(
+        lambda b, address, value: b.store(narrow(b, value), _pointer(b, address, kind))
+    )
 
 
 f32 = _load(F32, types.float32)
@@ -68,117 +77,91 @@ put_i32 = _store(I32, types.int64, lambda b, value: b.trunc(value, I32))
 put_i16 = _store(I16, types.int64, lambda b, value: b.trunc(value, I16))
 put_u8 = _store(I8, types.int64, lambda b, value: b.trunc(value, I8))
 
+_FOUR = types.UniTuple(types.int32, 4)
 
-def _words(typingctx, address):  # type: ignore[no-untyped-def]  # noqa: ARG001
+
+@_emits(_FOUR, types.int64)
+def words(b: Any, address: Any) -> list[Any]:
     """Four int32 at a multiple of 16, in one load."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        vector = b.load(_pointer(b, args[0], ir.VectorType(I32, 4)), align=16)
-        parts = [b.extract_element(vector, I32(i)) for i in range(4)]
-        return context.make_tuple(b, signature.return_type, parts)
-
-    return types.UniTuple(types.int32, 4)(types.int64), generate
+    vector = b.load(_pointer(b, address, ir.VectorType(I32, 4)), align=16)
+    return [b.extract_element(vector, I32(i)) for i in range(4)]
 
 
-def _half(typingctx, word):  # type: ignore[no-untyped-def]  # noqa: ARG001
+@_emits(types.float32, types.int32)
+def half(b: Any, word: Any) -> Any:
     """The float16 in an int32's lower bits, as float32."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return b.fpext(b.bitcast(b.trunc(args[0], I16), F16), F32)
-
-    return types.float32(types.int32), generate
+    return b.fpext(b.bitcast(b.trunc(word, I16), F16), F32)
 
 
-def _bits(typingctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
+@_emits(types.int32, types.float32)
+def bits(b: Any, x: Any) -> Any:
     """The bits of a float32 as int32."""
-    return types.int32(types.float32), lambda _context, b, _signature, args: b.bitcast(args[0], I32)
+    return b.bitcast(x, I32)
 
 
-def _float_of(typingctx, bits):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """The float32 that has these bits (int64, the upper half is ignored)."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return b.bitcast(b.trunc(args[0], I32), F32)
-
-    return types.float32(types.int64), generate
+@_emits(types.float32, types.int64)
+def float_of(b: Any, bits: Any) -> Any:
+    """The float32 that has the lower 32 bits of an int64."""
+    return b.bitcast(b.trunc(bits, I32), F32)
 
 
-def _through_half(typingctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
+@_emits(types.float32, types.float32)
+def through_half(b: Any, x: Any) -> Any:
     """float32 rounded to the nearest float16, ties to even, as float32."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return b.fpext(b.fptrunc(args[0], F16), F32)
-
-    return types.float32(types.float32), generate
+    return b.fpext(b.fptrunc(x, F16), F32)
 
 
-def _rounded(typingctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """float32 to the nearest int32, ties to even; NaN is 0."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return b.call(ir.InlineAsm(ir.FunctionType(I32, [F32]), "cvt.rni.s32.f32 $0, $1;", "=r,f"), args)
-
-    return types.int32(types.float32), generate
+@_emits(types.int32, types.float32)
+def rounded(b: Any, x: Any) -> Any:
+    """float32 to the nearest int32, ties to even. NaN gives 0."""
+    return b.call(ir.InlineAsm(ir.FunctionType(I32, [F32]), "cvt.rni.s32.f32 $0, $1;", "=r,f"), [x])
 
 
-def _dp4a(typingctx, a, b, c):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """c + Σ of the products of the four int8 in a and in b."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        kind = ir.FunctionType(I32, [I32] * 3)
-        return builder.call(ir.InlineAsm(kind, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r"), args)
-
-    return types.int32(types.int32, types.int32, types.int32), generate
+@_emits(types.int32, types.int32, types.int32, types.int32)
+def dp4a(b: Any, left: Any, right: Any, onto: Any) -> Any:
+    """onto + Σ of the products of the four int8 in `left` and in `right`."""
+    kind = ir.FunctionType(I32, [I32] * 3)
+    return b.call(ir.InlineAsm(kind, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r"), [left, right, onto])
 
 
-def _mma(b: Any, shape: str, parts: list[Any], sums: list[Any]) -> list[Any]:
-    """One int8 mma.sync of `shape`: `parts` are the registers of A and B, `sums` those of C."""
+def _mma(b: Any, shape: str, weights: list[Any], levels: list[Any], sums: list[Any]) -> list[Any]:
+    """sums + weights · levels by one int8 mma.sync of `shape`. Each list has the registers of one matrix."""
     n, at, groups = len(sums), 0, []
-    for count in (n, len(parts) - max(1, len(parts) // 3), max(1, len(parts) // 3), n):
+    for count in (n, len(weights), len(levels), n):
         groups.append("{" + ", ".join(f"${at + i}" for i in range(count)) + "}")
         at += count
+    operands = [*weights, *levels, *sums]
     text = f"mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32 {', '.join(groups)};"
-    constraints = ",".join(["=r"] * n + ["r"] * (len(parts) + n))
-    kind = ir.FunctionType(ir.LiteralStructType([I32] * n), [I32] * (len(parts) + n))
-    # the whole warp takes part: volatile, so that it is moved into no branch
-    done = b.call(ir.InlineAsm(kind, text, constraints, side_effect=True), [*parts, *sums])
+    constraints = ",".join(["=r"] * n + ["r"] * len(operands))
+    kind = ir.FunctionType(ir.LiteralStructType([I32] * n), [I32] * len(operands))
+    # The whole warp takes part. A volatile call is moved into no branch.
+    done = b.call(ir.InlineAsm(kind, text, constraints, side_effect=True), operands)
     return [b.extract_value(done, i) for i in range(n)]
 
 
-def _products(typingctx, weights, levels, weights_at, levels_at, lane):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _add_products(b: Any, weights: list[Any], levels: list[Any], sums: list[Any]) -> list[Any]:
+    """sums + one plane of levels times weights, for 16 rows × 8 tokens × 32 columns."""
+    if targetconfig.ConfigStack().top().compute_capability >= (8, 0):
+        return _mma(b, "m16n8k32", weights, levels, sums)
+    # Turing's tensor cores take 8 rows × 8 tokens × 16 columns at a time: columns and then rows in halves.
+    left, left_8, right, right_8 = weights
+    first, second = levels
+    sum_0, sum_1, sum_2, sum_3 = sums
+    upper = _mma(b, "m8n8k16", [left], [first], [sum_0, sum_1])
+    upper = _mma(b, "m8n8k16", [right], [second], upper)
+    lower = _mma(b, "m8n8k16", [left_8], [first], [sum_2, sum_3])
+    return [*upper, *_mma(b, "m8n8k16", [right_8], [second], lower)]
+
+
+@_emits(_FOUR, _FOUR, _FOUR, types.int64, types.int64, types.int64)
+def products(b: Any, weights: Any, levels: Any, weights_at: Any, levels_at: Any, lane: Any) -> list[Any]:  # noqa: ARG001
     """A warp's 16 rows × 8 tokens over 32 columns: Σ w·(256·high + low), int32, four of them in each lane.
 
-    weights, levels: this lane's words of a weight and an activation fragment (docs/cuda.md), which lie at weights_at
-    and levels_at. Lane 4g + t gets (row g, token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+    weights and levels are this lane's words of a weight and an activation fragment (docs/cuda.md). These lie at
+    weights_at and levels_at, which only the simulator reads. Lane 4g + t gets (row g, token 2t), (g, 2t + 1),
+    (g + 8, 2t), (g + 8, 2t + 1).
     """
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        w = [b.extract_value(args[0], i) for i in range(4)]
-        high, low = ([b.extract_value(args[1], i) for i in pair] for pair in ((0, 1), (2, 3)))
-        capability = targetconfig.ConfigStack().top().compute_capability
-
-        def multiply(x: list[Any], sums: list[Any]) -> list[Any]:
-            if capability >= (8, 0):
-                return _mma(b, "m16n8k32", [*w, *x], sums)
-            # Turing's tensor cores take 8 rows × 8 tokens × 16 columns at a time
-            for half, row in ((0, 0), (1, 0), (0, 1), (1, 1)):
-                sums[2 * row : 2 * row + 2] = _mma(
-                    b, "m8n8k16", [w[2 * half + row], x[half]], sums[2 * row : 2 * row + 2]
-                )
-            return sums
-
-        sums = [b.shl(total, I32(8)) for total in multiply(high, [I32(0)] * 4)]
-        return context.make_tuple(b, signature.return_type, multiply(low, sums))
-
-    four = types.UniTuple(types.int32, 4)
-    return four(four, four, types.int64, types.int64, types.int64), generate
-
-
-words: Any = intrinsic(_words)
-half: Any = intrinsic(_half)
-bits: Any = intrinsic(_bits)
-float_of: Any = intrinsic(_float_of)
-through_half: Any = intrinsic(_through_half)
-rounded: Any = intrinsic(_rounded)
-dp4a: Any = intrinsic(_dp4a)
-products: Any = intrinsic(_products)
+    w = [b.extract_value(weights, i) for i in range(4)]
+    high_0, high_1, low_0, low_1 = (b.extract_value(levels, i) for i in range(4))
+    high = _add_products(b, w, [high_0, high_1], [I32(0)] * 4)
+    return _add_products(b, w, [low_0, low_1], [b.shl(total, I32(8)) for total in high])

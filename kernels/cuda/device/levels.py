@@ -1,12 +1,18 @@
 """Activations rounded to int16 in groups of 32, as two int8 planes in the order of fragments (docs/cuda.md).
 
-x ≈ (256·high + low) · factor, factor = max|x| / 32512 of its group, NaN if an x of the group is not finite. Either a
-launch rounds all inputs of a `linear`, or the kernel that makes an activation puts its levels beside it.
+x ≈ (256·high + low) · factor. The factor is max|x| / 32512 of its group, and NaN if an x of the group is not finite.
+Either one launch rounds all inputs of several products, or the kernel that computes an activation puts its levels
+beside it.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rwkv_cli.kernels.cuda.device.compile import (
+    Address,
+    Float,
+    Int,
     bits,
     cuda,
     f32,
@@ -19,78 +25,117 @@ from rwkv_cli.kernels.cuda.device.compile import (
     rounded,
     types,
 )
+from rwkv_cli.numbers import GROUP, MOST_LEVEL
 
-INPUT = 9
-"""Numbers, int64, in a row of the table of inputs: x, its stride, delta (0: none), its stride, mix, its stride (0: one
-row), K, levels, factors."""
-LEVEL_BYTES, FACTOR_BYTES = 512, 32
-"""Of 8 tokens and a group of 32 columns."""
+TOKENS = 8
+"""Tokens of a block of levels, which has one group of columns of each."""
+LEVEL_BYTES, FACTOR_BYTES = TOKENS * GROUP * 2, TOKENS * 4
+"""Sizes of such a block and of its factors."""
+QUADS = GROUP // 4
+"""Threads that round a group, each four columns."""
 THREADS = 256
-"""Of `quantize`, at most; 8 threads a group."""
-_LEVELS = np.float32(32512)  # 127 · 256: both byte planes of any level fit in int8
-_PER_LEVEL = np.float32(1 / 32512)
+"""Most threads of a block of `quantize`."""
+_LEVELS = np.float32(MOST_LEVEL)
+_PER_LEVEL = np.float32(1 / MOST_LEVEL)
+
+
+class FactorRow(NamedTuple):
+    """A row of the table that `quantize` reads: one matrix [T, K] to round, x or x + delta ∘ mix.
+
+    Strides are in elements from row to row. That of mix is 0 where one row serves all.
+    """
+
+    x: Address
+    x_stride: Int
+    delta: Address
+    """0 for x itself."""
+    delta_stride: Int
+    mix: Address
+    mix_stride: Int
+    K: Int
+    levels: Address
+    factors: Address
+
+
+FACTOR = FactorRow(*range(0, 8 * len(FactorRow._fields), 8))
+"""The offset of each column in a row, in bytes."""
+_FACTOR_ROW_BYTES = 8 * len(FACTOR)
 
 
 @function
-def _magnitude(y):  # type: ignore[no-untyped-def]
-    """Bits of |y|: they order as the numbers do, and what is not finite comes last."""
+def _magnitude(y: Float) -> Any:
+    """Bits of |y|. They are in the order of the numbers, and what is not finite comes last."""
     return bits(y) & 0x7FFFFFFF
 
 
 @function
-def _level(y, inverse):  # type: ignore[no-untyped-def]
+def _level(y: Float, inverse: Float) -> Any:
     return np.int64(rounded(y * inverse))
 
 
 @function
-def _put(levels, factors, block, t, quad, largest, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
-    """Four columns, the `quad`-th of a group, of token t; `block` counts tokens' eights × groups; `largest`: bits."""
+def levels_at(levels: Address, factors: Address, block: Int) -> Any:
+    """The addresses of a block's levels and factors. `block` counts by 8 tokens and then by group."""
+    return levels + LEVEL_BYTES * block, factors + FACTOR_BYTES * block
+
+
+@function
+def _put(at: Any, token: Int, quad: Int, largest: Int, columns: Any) -> None:
+    """Put four columns of a token, the group's `quad`, into the block at `at`.
+
+    `largest` is the group's largest magnitude.
+    """
+    levels, factors = at
+    y0, y1, y2, y3 = columns
     top = float_of(largest)
     inverse = _LEVELS / top if top > np.float32(1e-30) else np.float32(0)
     q0, q1, q2, q3 = _level(y0, inverse), _level(y1, inverse), _level(y2, inverse), _level(y3, inverse)
     h0, h1, h2, h3 = (q0 + 128) >> 8, (q1 + 128) >> 8, (q2 + 128) >> 8, (q3 + 128) >> 8
-    at = levels + LEVEL_BYTES * block + 16 * (t % 8 * 4 + quad % 4) + 4 * (quad // 4)
-    put_i32(at, (h0 & 255) | (h1 & 255) << 8 | (h2 & 255) << 16 | (h3 & 255) << 24)
-    # the lower byte of a level is that of level − 256 · high
-    put_i32(at + 8, (q0 & 255) | (q1 & 255) << 8 | (q2 & 255) << 16 | (q3 & 255) << 24)
+    words = levels + 16 * (token * 4 + quad % 4) + 4 * (quad // 4)
+    put_i32(words, (h0 & 255) | (h1 & 255) << 8 | (h2 & 255) << 16 | (h3 & 255) << 24)
+    # The lower byte of a level is that of level − 256 · high.
+    put_i32(words + 8, (q0 & 255) | (q1 & 255) << 8 | (q2 & 255) << 16 | (q3 & 255) << 24)
     if quad == 0:
-        put_f32(factors + FACTOR_BYTES * block + 4 * (t % 8), top * _PER_LEVEL + top * np.float32(0))
+        put_f32(factors + 4 * token, top * _PER_LEVEL + top * np.float32(0))
 
 
 @function
-def put_levels(values, first, quad, levels, factors, block, t):  # type: ignore[no-untyped-def]
-    """`_put` for one of the 8 threads of a group whose numbers are values[first] to values[first + 31] (shared)."""
+def put_levels(values: Any, first: Int, quad: Int, at: Any, token: Int) -> None:
+    """Round a group whose numbers begin at values[first] in shared memory. One of its 8 threads puts one quad."""
     largest = _magnitude(values[first])
-    for i in range(1, 32):
+    for i in range(1, GROUP):
         largest = max(largest, _magnitude(values[first + i]))
-    at = first + 4 * quad
-    _put(levels, factors, block, t, quad, largest, values[at], values[at + 1], values[at + 2], values[at + 3])
+    own = first + 4 * quad
+    _put(at, token, quad, largest, (values[own], values[own + 1], values[own + 2], values[own + 3]))
 
 
 @function
-def _mixed(row, t, k):  # type: ignore[no-untyped-def]
-    """Element (t, k) of the input whose facts are at `row`: x, or x + delta ∘ mix; 0 beyond its columns."""
-    if k >= i64(row + 48):
+def _mixed(row: Address, t: Int, k: Int) -> Any:
+    """Element (t, k) of the matrix that a `FactorRow` describes, and 0 beyond its columns."""
+    if k >= i64(row + FACTOR.K):
         return np.float32(0)
-    y = f32(i64(row) + 4 * (i64(row + 8) * t + k))
-    if i64(row + 16) != 0:
-        y += f32(i64(row + 16) + 4 * (i64(row + 24) * t + k)) * f32(i64(row + 32) + 4 * (i64(row + 40) * t + k))
+    y = f32(i64(row + FACTOR.x) + 4 * (i64(row + FACTOR.x_stride) * t + k))
+    if i64(row + FACTOR.delta) != 0:
+        delta = f32(i64(row + FACTOR.delta) + 4 * (i64(row + FACTOR.delta_stride) * t + k))
+        y += delta * f32(i64(row + FACTOR.mix) + 4 * (i64(row + FACTOR.mix_stride) * t + k))
     return y
 
 
-@kernel("i", THREADS)
-def quantize(inputs):  # type: ignore[no-untyped-def]
-    """Inputs to levels and factors. Blocks: (groups, T, inputs)."""
+@kernel(THREADS)
+def quantize(table: Address) -> None:
+    """Round each matrix of a table of `FactorRow` to levels and factors. Blocks: (groups, T, matrices)."""
     tops = cuda.shared.array(THREADS, types.int32)
-    row = inputs + 8 * INPUT * np.int64(cuda.blockIdx.z)
+    row = table + _FACTOR_ROW_BYTES * np.int64(cuda.blockIdx.z)
     t, quad, tid = np.int64(cuda.blockIdx.y), np.int64(cuda.grid(1)), cuda.threadIdx.x
-    groups, k = (i64(row + 48) + 31) // 32, 4 * quad
+    groups, k = (i64(row + FACTOR.K) + GROUP - 1) // GROUP, 4 * quad
     y0, y1, y2, y3 = _mixed(row, t, k), _mixed(row, t, k + 1), _mixed(row, t, k + 2), _mixed(row, t, k + 3)
     tops[tid] = max(max(_magnitude(y0), _magnitude(y1)), max(_magnitude(y2), _magnitude(y3)))
     cuda.syncthreads()
-    if quad < groups * 8:
-        largest = np.int64(tops[tid - tid % 8])
-        for i in range(1, 8):
-            largest = max(largest, np.int64(tops[tid - tid % 8 + i]))
-        block = t // 8 * groups + quad // 8
-        _put(i64(row + 56), i64(row + 64), block, t, quad % 8, largest, y0, y1, y2, y3)
+    if quad < groups * QUADS:
+        own = tid - tid % QUADS
+        largest = np.int64(tops[own])
+        for i in range(1, QUADS):
+            largest = max(largest, np.int64(tops[own + i]))
+        block = t // TOKENS * groups + quad // QUADS
+        at = levels_at(i64(row + FACTOR.levels), i64(row + FACTOR.factors), block)
+        _put(at, t % TOKENS, quad % QUADS, largest, (y0, y1, y2, y3))

@@ -1,14 +1,18 @@
-"""y[T, N] = x[T, K] · wᵀ on the GPU, weights in int8 or float. Numbers as on the CPU, fragments as in docs/cuda.md.
+"""y = x · wᵀ on the GPU: x [T, K], w [N, K] in int8 or float, y [T, N]. Fragments are those of docs/cuda.md.
 
-int8: x is rounded to levels (`cuda_levels`), sums of a group are exact integers. One token is a matter of reading the
-weights (dp4a), many of multiplying (tensor cores). A launch does all products of one `linear`.
+int8: x is rounded to levels (`levels`), and sums of a group are exact integers. One token is a matter of reading the
+weights (dp4a), many of multiplying (tensor cores). One launch does all int8 products of a `Linear`.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rwkv_cli.kernels.cuda.device.compile import (
+    Address,
+    Float,
+    Int,
     Kernel,
     cuda,
     dp4a,
@@ -27,31 +31,77 @@ from rwkv_cli.kernels.cuda.device.compile import (
     put_i32,
     types,
     words,
-)  # fmt: skip
-from rwkv_cli.kernels.cuda.device.elementwise import activate, stored_float
-from rwkv_cli.kernels.cuda.device.levels import FACTOR_BYTES, put_levels
+)
+from rwkv_cli.kernels.cuda.device.elementwise import activate, float_size, stored_float
+from rwkv_cli.kernels.cuda.device.levels import FACTOR_BYTES, LEVEL_BYTES, QUADS, TOKENS, levels_at, put_levels
+from rwkv_cli.numbers import GROUP
 
-PRODUCT = 15
-"""Numbers, int64, in a row of the table of products: weights, scales, strips, groups, levels, factors, unit (bits),
-bias (0: none), activation, whether to add, y, its stride, N; of one token also levels and factors of y (0: none)."""
-GROUP_BYTES, SCALE_BYTES = 512, 32
-"""A fragment, 16 rows × 32 columns of weights; its scales."""
-_MOST_WARPS, _FEW_STRIPS = 16, 512
-SHAPES = ((1, 1, 8, 4), (1, 4, 8, 2), (1, 8, 8, 2), (2, 8, 4, 3))
-"""Of `matmul`: strips and tiles of 8 tokens that a block has, warps that share its groups, blocks at a time."""
+
+class ProductRow(NamedTuple):
+    """A row of the table that `matvec` and `matmul` read: y = activation(x · wᵀ + bias), or y += that."""
+
+    weights: Address
+    scales: Address
+    strips: Int
+    groups: Int
+    levels: Address
+    factors: Address
+    unit: Float
+    bias: Address
+    """0 for none."""
+    activation: Int
+    add: Int
+    y: Address
+    y_stride: Int
+    N: Int
+    y_levels: Address
+    """The place for levels of y, which `matvec` can put; 0 for none."""
+    y_factors: Address
+
+
+PRODUCT = ProductRow(*range(0, 8 * len(ProductRow._fields), 8))
+"""The offset of each column in a row, in bytes."""
+_PRODUCT_ROW_BYTES = 8 * len(PRODUCT)
+
+STRIP = 16
+"""Rows of a fragment of weights, which has a group of columns of each."""
+FRAGMENT_BYTES, SCALE_BYTES = STRIP * GROUP, STRIP * 2
+"""Sizes of a fragment and of its scales."""
 REPACK_THREADS = 256
 SIDE = 16
 """Rows and tokens of a block of `matmul_float`."""
+_MOST_WARPS, _FEW_STRIPS = 16, 512
 _SQUARE = (SIDE, SIDE + 1)
 _VECTOR_THREADS = 2 * 32 * _MOST_WARPS
 _PAIRS = (2, _VECTOR_THREADS)
 
 
-@kernel("iiiii", REPACK_THREADS)
-def repack(source, width, out, strips, groups):  # type: ignore[no-untyped-def]
-    """Stored int8 tiles (width 0: [S, K/4, 16, 4]) or columns ([N/width, K, width]) to fragments, 16 bytes a lane.
+class Shape(NamedTuple):
+    """The shape of a block of `matmul`."""
 
-    Word i of lane 4g + t: row g + 8 (i mod 2), columns 4 (t + 4 (i div 2)) to 3 more. A thread a word, in turns.
+    strips: int
+    tiles: int
+    """Tiles of 8 tokens."""
+    warps: int
+    """Most warps, which share the groups."""
+    blocks: int
+    """Blocks that a multiprocessor should hold."""
+
+    @property
+    def tokens(self) -> int:
+        return TOKENS * self.tiles
+
+
+SHAPES = (Shape(1, 1, 8, 4), Shape(1, 4, 8, 2), Shape(1, 8, 8, 2), Shape(2, 8, 4, 3))
+"""Each serves as many tokens as a block has; the last serves all beyond."""
+
+
+@kernel(REPACK_THREADS)
+def repack(source: Address, width: Int, out: Address, strips: Int, groups: Int) -> None:
+    """Put a stored int8 matrix into the order of fragments.
+
+    It is stored as tiles [S, K/4, 16, 4] if width is 0, else as columns [N/width, K, width]. Word i of lane 4g + t has
+    row g + 8 (i mod 2) and the 4 columns from 4 (t + 4 (i div 2)). Threads take the words in turns.
     """
     total = strips * groups * 128
     for at in range(cuda.grid(1), total, cuda.gridsize(1)):
@@ -69,9 +119,12 @@ def repack(source, width, out, strips, groups):  # type: ignore[no-untyped-def]
         put_i32(out + 4 * at, word)
 
 
-@kernel("iiiii", REPACK_THREADS)
-def repack_scales(source, width, out, strips, groups):  # type: ignore[no-untyped-def]
-    """Their float16 scales [N/width, K/32, width] (of tiles: width 16) to [strips, groups, 8, 2]: rows g and g + 8."""
+@kernel(REPACK_THREADS)
+def repack_scales(source: Address, width: Int, out: Address, strips: Int, groups: Int) -> None:
+    """Put float16 scales [N/width, K/GROUP, width] into the order [strips, groups, 8, 2]: rows g and g + 8.
+
+    The width is 16 for scales of tiles.
+    """
     for at in range(cuda.grid(1), strips * groups * 16, cuda.gridsize(1)):
         block = at // 16
         n = block // groups * 16 + at // 2 % 8 + at % 2 * 8
@@ -79,56 +132,60 @@ def repack_scales(source, width, out, strips, groups):  # type: ignore[no-untype
 
 
 @function
-def _finish(row, total, t, n):  # type: ignore[no-untyped-def]
-    """Put output (t, n) of the product whose facts are at `row`, from its sum without the weights' unit; return it."""
-    y = total * float_of(i64(row + 48))
-    bias = i64(row + 56)
+def _finish(row: Address, total: Float, t: Int, n: Int) -> Any:
+    """Put output (t, n) of the product that `row` describes, and return it. `total` lacks the weights' unit."""
+    y = total * float_of(i64(row + PRODUCT.unit))
+    bias = i64(row + PRODUCT.bias)
     if bias != 0:
         y += f32(bias + 4 * n)
-    y = activate(y, i64(row + 64))
-    at = i64(row + 80) + 4 * (i64(row + 88) * t + n)
-    if i64(row + 72) != 0:
+    y = activate(y, i64(row + PRODUCT.activation))
+    at = i64(row + PRODUCT.y) + 4 * (i64(row + PRODUCT.y_stride) * t + n)
+    if i64(row + PRODUCT.add) != 0:
         y += f32(at)
     put_f32(at, y)
     return y
 
 
 @function
-def _dots(w, x):  # type: ignore[no-untyped-def]
-    """Of a lane's 8 columns: the sums of rows g and g + 8 with the one token's levels."""
-    high = dp4a(w[2], x[1], dp4a(w[0], x[0], 0))
-    high_8 = dp4a(w[3], x[1], dp4a(w[1], x[0], 0))
-    return dp4a(w[2], x[3], dp4a(w[0], x[2], high * 256)), dp4a(w[3], x[3], dp4a(w[1], x[2], high_8 * 256))
+def _dots(weights: Any, levels: Any) -> Any:
+    """The sums of rows g and g + 8 over a lane's 8 columns with the one token's levels."""
+    left, left_8, right, right_8 = weights
+    high_left, high_right, low_left, low_right = levels
+    high = dp4a(right, high_right, dp4a(left, high_left, 0))
+    high_8 = dp4a(right_8, high_right, dp4a(left_8, high_left, 0))
+    low = dp4a(right, low_right, dp4a(left, low_left, high * 256))
+    return low, dp4a(right_8, low_right, dp4a(left_8, low_left, high_8 * 256))
 
 
-@kernel("i", _VECTOR_THREADS)
-def matvec(table):  # type: ignore[no-untyped-def]
-    """All products with one token. A block has two strips, half of its warps each, which share the groups.
+@kernel(_VECTOR_THREADS)
+def matvec(table: Address) -> None:
+    """All products of a table of `ProductRow` with one token. Blocks: (pairs of strips, products).
 
-    So its outputs are a group of what reads them, and their levels can be put here. Blocks: (pairs, products).
+    Half of a block's warps have one strip, half the other, and they share the groups. So a block's outputs are a group
+    of what reads them, and their levels can be put here.
     """
     sums = cuda.shared.array(_PAIRS, types.float32)
     outputs = cuda.shared.array(32, types.float32)
-    row = table + 8 * PRODUCT * np.int64(cuda.blockIdx.y)
-    pair, groups, tid = np.int64(cuda.blockIdx.x), i64(row + 24), np.int64(cuda.threadIdx.x)
-    if 2 * pair >= i64(row + 16):
+    row = table + _PRODUCT_ROW_BYTES * np.int64(cuda.blockIdx.y)
+    pair, groups, tid = np.int64(cuda.blockIdx.x), i64(row + PRODUCT.groups), np.int64(cuda.threadIdx.x)
+    if 2 * pair >= i64(row + PRODUCT.strips):
         return
     lane, warps = tid % 32, np.int64(cuda.blockDim.x // 64)
     half_of_block = 1 if tid >= 32 * warps else 0
     strip = 2 * pair + half_of_block
-    w = i64(row) + GROUP_BYTES * strip * groups + 16 * lane
-    s = i64(row + 8) + SCALE_BYTES * strip * groups + lane // 4 * 4
-    x, f = i64(row + 32) + lane % 4 * 16, i64(row + 40)
+    w = i64(row + PRODUCT.weights) + FRAGMENT_BYTES * strip * groups + 16 * lane
+    s = i64(row + PRODUCT.scales) + SCALE_BYTES * strip * groups + lane // 4 * 4
+    x, f = i64(row + PRODUCT.levels) + lane % 4 * 16, i64(row + PRODUCT.factors)
     a, a_8 = np.float32(0), np.float32(0)
     g = tid // 32 - warps * half_of_block
-    if strip >= i64(row + 16):  # of an odd number the last block has one
+    if strip >= i64(row + PRODUCT.strips):  # the last block of an odd number has one
         g = groups
-    # four groups at a time, so that their loads are under way together
+    # Four groups at a time: their loads are under way together.
     while g + 3 * warps < groups:
         g1, g2, g3 = g + warps, g + 2 * warps, g + 3 * warps
         w0, w1, w2, w3 = (
-            words(w + GROUP_BYTES * g), words(w + GROUP_BYTES * g1), words(w + GROUP_BYTES * g2),
-            words(w + GROUP_BYTES * g3),
+            words(w + FRAGMENT_BYTES * g), words(w + FRAGMENT_BYTES * g1), words(w + FRAGMENT_BYTES * g2),
+            words(w + FRAGMENT_BYTES * g3),
         )  # fmt: skip
         s0, s1, s2, s3 = (
             i32(s + SCALE_BYTES * g), i32(s + SCALE_BYTES * g1), i32(s + SCALE_BYTES * g2), i32(s + SCALE_BYTES * g3)
@@ -137,18 +194,18 @@ def matvec(table):  # type: ignore[no-untyped-def]
             f32(f + FACTOR_BYTES * g), f32(f + FACTOR_BYTES * g1), f32(f + FACTOR_BYTES * g2),
             f32(f + FACTOR_BYTES * g3),
         )  # fmt: skip
-        p, p_8 = _dots(w0, words(x + GROUP_BYTES * g))
+        p, p_8 = _dots(w0, words(x + LEVEL_BYTES * g))
         a, a_8 = a + np.float32(p) * (half(s0) * f0), a_8 + np.float32(p_8) * (half(s0 >> 16) * f0)
-        p, p_8 = _dots(w1, words(x + GROUP_BYTES * g1))
+        p, p_8 = _dots(w1, words(x + LEVEL_BYTES * g1))
         a, a_8 = a + np.float32(p) * (half(s1) * f1), a_8 + np.float32(p_8) * (half(s1 >> 16) * f1)
-        p, p_8 = _dots(w2, words(x + GROUP_BYTES * g2))
+        p, p_8 = _dots(w2, words(x + LEVEL_BYTES * g2))
         a, a_8 = a + np.float32(p) * (half(s2) * f2), a_8 + np.float32(p_8) * (half(s2 >> 16) * f2)
-        p, p_8 = _dots(w3, words(x + GROUP_BYTES * g3))
+        p, p_8 = _dots(w3, words(x + LEVEL_BYTES * g3))
         a, a_8 = a + np.float32(p) * (half(s3) * f3), a_8 + np.float32(p_8) * (half(s3 >> 16) * f3)
         g += 4 * warps
     while g < groups:
         scale, factor = i32(s + SCALE_BYTES * g), f32(f + FACTOR_BYTES * g)
-        p, p_8 = _dots(words(w + GROUP_BYTES * g), words(x + GROUP_BYTES * g))
+        p, p_8 = _dots(words(w + FRAGMENT_BYTES * g), words(x + LEVEL_BYTES * g))
         a, a_8 = a + np.float32(p) * (half(scale) * factor), a_8 + np.float32(p_8) * (half(scale >> 16) * factor)
         g += warps
     sums[0, tid], sums[1, tid] = a, a_8
@@ -156,65 +213,71 @@ def matvec(table):  # type: ignore[no-untyped-def]
     if tid < 32:
         n, first = 32 * pair + tid, tid // 16 * warps
         outputs[tid] = np.float32(0)
-        if n < i64(row + 96):
+        if n < i64(row + PRODUCT.N):
             total = np.float32(0)
             for warp in range(first, first + warps):
                 for t in range(4):
                     total += sums[tid // 8 % 2, 32 * warp + tid % 8 * 4 + t]
             outputs[tid] = _finish(row, total, 0, n)
     cuda.syncthreads()
-    levels = i64(row + 104)
-    if levels != 0 and tid < 8:
-        put_levels(outputs, 0, tid, levels, i64(row + 112), pair, 0)
+    levels = i64(row + PRODUCT.y_levels)
+    if levels != 0 and tid < QUADS:
+        put_levels(outputs, 0, tid, levels_at(levels, i64(row + PRODUCT.y_factors), pair), 0)
 
 
 def warps(strips: int) -> int:
-    """How many should share a strip's groups in `matvec`: of few strips more, so that enough loads are under way."""
+    """How many warps share a strip's groups in `matvec`. Few strips need more of them, to have loads under way."""
     return _MOST_WARPS if strips <= _FEW_STRIPS else _MOST_WARPS // 2
 
 
 @functools.cache
-def matmul(STRIPS: int, COLUMNS: int, WARPS: int, BLOCKS: int) -> Kernel:
-    """The kernel whose blocks have STRIPS strips of weights, COLUMNS tiles of 8 tokens and at most WARPS warps."""
-    COUNT = STRIPS * COLUMNS * 4
+def matmul(shape: Shape) -> Kernel:
+    """The kernel whose blocks have this shape."""
+    STRIPS, TILES, WARPS, BLOCKS = shape
+    COUNT = STRIPS * TILES * 4
     ALL, WORDS, SCALES = WARPS * COUNT * 32, (STRIPS, 4), (STRIPS, 2)
 
-    @kernel("ii", 32 * WARPS, BLOCKS, f"matmul {STRIPS}×{COLUMNS}")
-    def matmul(table, T):  # type: ignore[no-untyped-def]
-        """All products with T tokens; a block's warps share the groups. Blocks: (strips, tiles, products)."""
+    @kernel(32 * WARPS, BLOCKS, f"matmul {STRIPS}×{TILES}")
+    def matmul(table: Address, T: Int) -> None:
+        """All products of a table of `ProductRow` with T tokens. Blocks: (strips, tiles, products).
+
+        A block's warps share the groups.
+        """
         sums = cuda.shared.array(ALL, types.float32)
         own = cuda.local.array(COUNT, types.float32)
         weight = cuda.local.array(WORDS, types.int32)
         scale = cuda.local.array(SCALES, types.float32)
         place = cuda.local.array(STRIPS, types.int64)
-        row = table + 8 * PRODUCT * np.int64(cuda.blockIdx.z)
-        first, strips, groups = STRIPS * np.int64(cuda.blockIdx.x), i64(row + 16), i64(row + 24)
+        row = table + _PRODUCT_ROW_BYTES * np.int64(cuda.blockIdx.z)
+        first = STRIPS * np.int64(cuda.blockIdx.x)
+        strips, groups = i64(row + PRODUCT.strips), i64(row + PRODUCT.groups)
         if first >= strips:
             return
-        tile, tid = COLUMNS * np.int64(cuda.blockIdx.y), np.int64(cuda.threadIdx.x)
+        tile, tid = TILES * np.int64(cuda.blockIdx.y), np.int64(cuda.threadIdx.x)
         lane, warp, warps = tid % 32, tid // 32, np.int64(cuda.blockDim.x // 32)
         for i in range(COUNT):
             own[i] = np.float32(0)
         for i in range(STRIPS):
-            place[i] = min(first + i, strips - 1) * groups  # beyond the last strip that one again, and not put
-        levels, factors = i64(row + 32) + 16 * lane, i64(row + 40) + lane % 4 * 8
-        values, scales = i64(row) + 16 * lane, i64(row + 8) + lane // 4 * 4
+            # Beyond the last strip that one is read again, and nothing is put.
+            place[i] = min(first + i, strips - 1) * groups
+        levels, factors = i64(row + PRODUCT.levels) + 16 * lane, i64(row + PRODUCT.factors) + lane % 4 * 8
+        values, scales = i64(row + PRODUCT.weights) + 16 * lane, i64(row + PRODUCT.scales) + lane // 4 * 4
         for g in range(warp, groups, warps):
             for i in range(STRIPS):
-                loaded = words(values + GROUP_BYTES * (place[i] + g))
+                loaded = words(values + FRAGMENT_BYTES * (place[i] + g))
                 weight[i, 0], weight[i, 1], weight[i, 2], weight[i, 3] = loaded[0], loaded[1], loaded[2], loaded[3]
                 two = i32(scales + SCALE_BYTES * (place[i] + g))
                 scale[i, 0], scale[i, 1] = half(two), half(two >> 16)
-            for c in range(COLUMNS):
+            for c in range(TILES):
                 block = (tile + c) * groups + g
-                x = words(levels + GROUP_BYTES * block)
+                x = words(levels + LEVEL_BYTES * block)
                 f0, f1 = f32(factors + FACTOR_BYTES * block), f32(factors + FACTOR_BYTES * block + 4)
                 for i in range(STRIPS):
                     p0, p1, p2, p3 = products(
                         (weight[i, 0], weight[i, 1], weight[i, 2], weight[i, 3]), x,
-                        values + GROUP_BYTES * (place[i] + g), levels + GROUP_BYTES * block, lane,
+                        values + FRAGMENT_BYTES * (place[i] + g), levels + LEVEL_BYTES * block, lane,
                     )  # fmt: skip
-                    at = (i * COLUMNS + c) * 4
+                    at = (i * TILES + c) * 4
                     own[at] += np.float32(p0) * (scale[i, 0] * f0)
                     own[at + 1] += np.float32(p1) * (scale[i, 0] * f1)
                     own[at + 2] += np.float32(p2) * (scale[i, 1] * f0)
@@ -227,24 +290,40 @@ def matmul(STRIPS: int, COLUMNS: int, WARPS: int, BLOCKS: int) -> Kernel:
             total = sums[e]
             for other in range(1, warps):
                 total += sums[other * COUNT * 32 + e]
-            n = 16 * (first + i // (4 * COLUMNS)) + owner // 4 + i % 4 // 2 * 8
-            t = 8 * (tile + i // 4 % COLUMNS) + owner % 4 * 2 + i % 2
-            if n < i64(row + 96) and t < T:
+            n = STRIP * (first + i // (4 * TILES)) + owner // 4 + i % 4 // 2 * 8
+            t = TOKENS * (tile + i // 4 % TILES) + owner % 4 * 2 + i % 2
+            if n < i64(row + PRODUCT.N) and t < T:
                 _finish(row, total, t, n)
 
     return matmul
 
 
-@kernel("iiiiiiiiiiii", SIDE * SIDE)
-def matmul_float(x, x_stride, weight, kind, bias, activation, add, y, y_stride, T, N, K):  # type: ignore[no-untyped-def]
-    """activation(x · wᵀ + bias), w [N, K] of FLOATS[kind]; `add`: added to y. Blocks of 16 × 16: (N, T)."""
+@kernel(SIDE * SIDE)
+def matmul_float(
+    x: Address,
+    x_stride: Int,
+    weight: Address,
+    kind: Int,
+    bias: Address,
+    activation: Int,
+    add: Int,
+    y: Address,
+    y_stride: Int,
+    T: Int,
+    N: Int,
+    K: Int,
+) -> None:
+    """y = activation(x · wᵀ + bias), or y += that if `add` is not 0, with w [N, K] of FLOAT_DTYPES[kind].
+
+    Strides are in elements from row to row, and a bias of 0 is none. Blocks of 16 × 16 threads: (N, T).
+    """
     left = cuda.shared.array(_SQUARE, types.float32)
     right = cuda.shared.array(_SQUARE, types.float32)
     i, j = np.int64(cuda.threadIdx.x), np.int64(cuda.threadIdx.y)
     n, t = SIDE * np.int64(cuda.blockIdx.x) + i, SIDE * np.int64(cuda.blockIdx.y) + j
-    size, total = 4 if kind == 0 else 2, np.float32(0)
+    size, total = float_size(kind), np.float32(0)
     for k in range(0, K, SIDE):
-        # neighbouring threads read neighbouring columns, of x as of the weight
+        # Neighbouring threads read neighbouring columns, both of x and of the weight.
         row = SIDE * np.int64(cuda.blockIdx.x) + j
         left[j, i] = f32(x + 4 * (x_stride * t + k + i)) if t < T and k + i < K else np.float32(0)
         right[j, i] = stored_float(weight + size * (K * row + k + i), kind) if row < N and k + i < K else np.float32(0)

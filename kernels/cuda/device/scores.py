@@ -1,8 +1,13 @@
-"""What perplexity needs of logits [T, V] on the GPU; a block a row, sums in float64."""
+"""Scores of logits [T, V] on the GPU: a block a row, sums in float64."""
+
+from typing import Any
 
 import numpy as np
 
 from rwkv_cli.kernels.cuda.device.compile import (
+    Address,
+    Float,
+    Int,
     block_max,
     block_sum,
     cuda,
@@ -18,12 +23,12 @@ from rwkv_cli.kernels.cuda.device.compile import (
 )
 
 THREADS = 256
-"""Of a block; at most, and a multiple of 32."""
+"""Most threads of a block, a multiple of 32."""
 _SCRATCH = THREADS + 32
 
 
 @function
-def _top(row, V, scratch):  # type: ignore[no-untyped-def]
+def _top(row: Address, V: Int, scratch: Any) -> Any:
     """The largest of V floats at address `row`."""
     top = np.float32(-np.inf)
     for i in range(cuda.threadIdx.x, V, cuda.blockDim.x):
@@ -32,8 +37,8 @@ def _top(row, V, scratch):  # type: ignore[no-untyped-def]
 
 
 @function
-def _first(row, V, top, scratch):  # type: ignore[no-untyped-def]
-    """Where the first number that is `top` stands; V where none is. Exact in float64."""
+def _first(row: Address, V: Int, top: Float, scratch: Any) -> Any:
+    """The index of the first number that is `top`, or V where none is. It is exact in float64."""
     at = np.float64(V)
     for i in range(cuda.threadIdx.x, V, cuda.blockDim.x):
         if np.float64(f32(row + 4 * i)) == top:
@@ -41,9 +46,12 @@ def _first(row, V, top, scratch):  # type: ignore[no-untyped-def]
     return -block_max(-at, scratch)
 
 
-@kernel("iiii", THREADS)
-def cross_entropy(logits, targets, nll, V):  # type: ignore[no-untyped-def]
-    """nll[t] = log Σ_v exp(logits[t, v]) − logits[t, targets[t]], targets int64."""
+@kernel(THREADS)
+def cross_entropy(logits: Address, targets: Address, nll: Address, V: Int) -> None:
+    """nll[t] = log Σ_v exp(logits[t, v]) − logits[t, targets[t]].
+
+    logits is [T, V], targets int64 [T], nll float64 [T]. Blocks: (T).
+    """
     narrow = cuda.shared.array(_SCRATCH, types.float32)
     wide = cuda.shared.array(_SCRATCH, types.float64)
     t = np.int64(cuda.blockIdx.x)
@@ -57,9 +65,12 @@ def cross_entropy(logits, targets, nll, V):  # type: ignore[no-untyped-def]
         put_f64(nll + 8 * t, log(total) + top - np.float64(f32(row + 4 * i64(targets + 8 * t))))
 
 
-@kernel("iiiii", THREADS)
-def divergence(p, q, kl, same, V):  # type: ignore[no-untyped-def]
-    """kl[t] = KL(softmax(p[t]) ‖ softmax(q[t])), same[t] = whether both have the same likeliest token (bool)."""
+@kernel(THREADS)
+def divergence(p: Address, q: Address, kl: Address, same: Address, V: Int) -> None:
+    """kl[t] = KL(softmax(p[t]) ‖ softmax(q[t])); same[t] says whether both have the same likeliest token.
+
+    p and q are [T, V], kl float64 [T], same bool [T]. Blocks: (T).
+    """
     narrow = cuda.shared.array(_SCRATCH, types.float32)
     wide = cuda.shared.array(_SCRATCH, types.float64)
     t = np.int64(cuda.blockIdx.x)

@@ -1,4 +1,4 @@
-"""`cuda_intrinsics` in Python, for numba's CUDA simulator: the same functions of addresses, which are the host's."""
+"""The functions of `intrinsics` in Python, for numba's CUDA simulator. Addresses are the host's."""
 
 import ctypes
 from typing import Any

@@ -1,15 +1,20 @@
 """The recurrences on the GPU: a block has a head of a sequence and goes through its tokens, the state in registers.
 
-Rows are those of B sequences, `starts` int64 [B + 1]. State b is at the address found at `state`, `offset` bytes on.
-A matrix S [N, N] is [key, value]: thread j of a part has its share of column j, so neighbours read neighbours.
+Rows are those of B sequences, and `starts` is int64 [B + 1]. The states begin `offset` bytes after the address at
+`state`. A matrix S [N, N] is [key, value]: thread j of a part has its share of column j, so neighbours read neighbours.
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 
 from rwkv_cli.kernels.cuda.device.compile import (
+    Address,
+    Float,
+    Int,
     Kernel,
+    Slot,
     block_sum,
     cuda,
     exp,
@@ -20,18 +25,31 @@ from rwkv_cli.kernels.cuda.device.compile import (
     put_f32,
     sqrt,
     types,
-)  # fmt: skip
-from rwkv_cli.kernels.cuda.device.levels import put_levels
+)
+from rwkv_cli.kernels.cuda.device.levels import QUADS, TOKENS, levels_at, put_levels
+from rwkv_cli.numbers import GROUP
 
 CHANNELS = 64
-"""Threads of a block of `wkv4`."""
+"""Channels of a block of `wkv4`, each with a thread."""
 
 
-@kernel("iiiiiiiiii", CHANNELS)
-def wkv4(r, k, v, w, u, starts, state, offset, y, D):  # type: ignore[no-untyped-def]
-    """y = r ∘ RWKV-4's average (arXiv 2305.13048, appendix); w = −exp(time_decay), u [D]. Blocks: (D, B).
+@kernel(CHANNELS)
+def wkv4(
+    r: Address,
+    k: Address,
+    v: Address,
+    w: Address,
+    u: Address,
+    starts: Address,
+    state: Slot,
+    offset: Int,
+    y: Address,
+    D: Int,
+) -> None:
+    """y = r ∘ RWKV-4's average (arXiv 2305.13048, appendix), with w = −exp(time_decay).
 
-    State [3, D]: numerator and denominator, both scaled by e^{−p}, and the running maximum p.
+    r, k, v and y are [T, D], w and u [D]. A state [3, D] holds numerator and denominator, both scaled by e^{−p}, and
+    the running maximum p. Blocks: (D, B).
     """
     d, b = np.int64(cuda.grid(1)), np.int64(cuda.blockIdx.y)
     if d < D:
@@ -55,34 +73,42 @@ def wkv4(r, k, v, w, u, starts, state, offset, y, D):  # type: ignore[no-untyped
 
 
 def parts(N: int) -> int:
-    """How many threads share a column of N keys: a block has `parts` · N threads, rounded up to whole warps."""
+    """How many threads share a column of N keys. A block has `parts` · N threads, rounded up to whole warps."""
     return 4 if N % 4 == 0 and N <= 256 else 1
 
 
 def threads(N: int) -> int:
-    """Of a block for heads of size N, which is 992 at most: with 32 more, a scratch of 1024."""
+    """Threads of a block for heads of size N: at most 992, since the scratch has 32 more."""
     return -(-N * parts(N) // 32) * 32
 
 
 @function
-def _column(sums, N, shares, j):  # type: ignore[no-untyped-def]
-    """Σ over the parts of column j."""
+def _column(sums: Any, N: Int, shares: Int, j: Int) -> Any:
+    """The sum of column j's parts."""
     total = sums[j]
     for part in range(1, shares):
         total += sums[part * N + j]
     return total
 
 
+def puts_levels(N: int) -> bool:
+    """True if heads of size N are whole groups. Their kernel can then put levels."""
+    return N % GROUP == 0
+
+
 @function
-def _put_head(values, out, N, h, levels, factors, D, t):  # type: ignore[no-untyped-def]
-    """Levels of head h's outputs for token t, `out` in the first N threads; N is a multiple of 32, `values` shared."""
+def _put_head(values: Any, out: Float, N: Int, at: Any, token: Int) -> None:
+    """Put the levels of a head's outputs for one token into the blocks at `at`.
+
+    Each of the first N threads has its output in `out`. `values` is shared memory.
+    """
     tid = np.int64(cuda.threadIdx.x)
     values[tid] = out
     cuda.syncthreads()
     if tid < N // 4:
-        group = tid // 8
-        block = t // 8 * (D // 32) + h * (N // 32) + group
-        put_levels(values, 32 * group, tid % 8, levels, factors, block, t)
+        levels, factors = at
+        group = tid // QUADS
+        put_levels(values, GROUP * group, tid % QUADS, levels_at(levels, factors, group), token)
 
 
 @functools.cache
@@ -91,12 +117,32 @@ def wkv6(N: int) -> Kernel:
     P, B = parts(N), threads(N)
     ROWS, SCRATCH, SHARED = N // P, B + 32, (4, N)
 
-    @kernel("iiiiiiiiifiiiiiii", B, name=f"wkv6 N={N}")
-    def wkv6(r, k, v, w, w_stride, u, weight, bias, gate, eps, starts, state, offset, y, levels, factors, D):  # type: ignore[no-untyped-def]
-        """RWKV-5 and 6 (arXiv 2404.05892, section 4.1). Blocks: (H, B).
+    @kernel(B, name=f"wkv6 N={N}")
+    def wkv6(
+        r: Address,
+        k: Address,
+        v: Address,
+        w: Address,
+        w_stride: Int,
+        u: Address,
+        weight: Address,
+        bias: Address,
+        gate: Address,
+        eps: Float,
+        starts: Address,
+        state: Slot,
+        offset: Int,
+        y: Address,
+        levels: Address,
+        factors: Address,
+        D: Int,
+    ) -> None:
+        """RWKV-5 and 6 (arXiv 2404.05892, section 4.1), normed by head, ∘ gate if there is one:
 
-        y = r·(S + diag(u)·kᵀv) · S ← diag(w)·S + kᵀv; y normed by head (weight, bias [D]), ∘ gate (0: none).
-        Levels as in `cuda_levels` (0: none). w_stride is D, or 0 where one row serves all tokens.
+            y = norm(r·(S + diag(u)·kᵀv)) ∘ gate · S ← diag(w)·S + kᵀv
+
+        r, k, v, gate and y are [T, D], u, weight and bias [D], w [T, D] with w_stride = D or [1, D] with 0. A state S
+        is [H, N, N]. Levels and factors of y are put too, if their addresses are not 0. Blocks: (H, B).
         """
         rk = cuda.shared.array(SHARED, types.float32)
         sums = cuda.shared.array(B, types.float32)
@@ -135,7 +181,8 @@ def wkv6(N: int) -> Kernel:
                     out *= f32(gate + at)
                 put_f32(y + at, out)
             if levels != 0:
-                _put_head(sums, out, N, h, levels, factors, D, t)
+                block = t // TOKENS * (D // GROUP) + h * (N // GROUP)
+                _put_head(sums, out, N, levels_at(levels, factors, block), t % TOKENS)
         if active:
             for i in range(ROWS):
                 put_f32(kept + 4 * (N * (first + i) + j), S[i])
@@ -149,33 +196,36 @@ def wkv7(N: int) -> Kernel:
     P, B = parts(N), threads(N)
     ROWS, SCRATCH, SHARED = N // P, B + 32, (5, N)
 
-    @kernel("iiiiiiiiiiiiifiiiiiii", B, name=f"wkv7 N={N}")
-    def wkv7(  # type: ignore[no-untyped-def]
-        r,
-        w,
-        k,
-        v,
-        a,
-        g,
-        v_first,
-        v_gate,
-        k_k,
-        k_a,
-        r_k,
-        weight,
-        bias,
-        eps,
-        starts,
-        state,
-        offset,
-        y,
-        levels,
-        factors,
-        D,
-    ):
-        """RWKV-7 (arXiv 2503.14456, section 4), `Recorder.wkv7` with S as [key, value]. Blocks: (H, B).
+    @kernel(B, name=f"wkv7 N={N}")
+    def wkv7(
+        r: Address,
+        w: Address,
+        k: Address,
+        v: Address,
+        a: Address,
+        g: Address,
+        v_first: Address,
+        v_gate: Address,
+        k_k: Address,
+        k_a: Address,
+        r_k: Address,
+        weight: Address,
+        bias: Address,
+        eps: Float,
+        starts: Address,
+        state: Slot,
+        offset: Int,
+        y: Address,
+        levels: Address,
+        factors: Address,
+        D: Int,
+    ) -> None:
+        """RWKV-7 (arXiv 2503.14456, section 4), as `program.Wkv7` says:
 
-        S ← diag(w)·S − (κ∘a)ᵀ·(κ·S) + kᵀv · y = r·S. v_first 0: no value residual.
+            S ← diag(w)·S − (κ∘a)ᵀ·(κ·S) + kᵀv · y = (norm(r·S) + (Σ r∘k∘r_k) · v) ∘ g
+
+        r, w, k, v, a, g, v_first, v_gate and y are [T, D], k_k, k_a, r_k, weight and bias [D]. A state S is [H, N, N].
+        There is no value residual if v_first is 0. Levels and factors are those of `wkv6`. Blocks: (H, B).
         """
         rows = cuda.shared.array(SHARED, types.float32)  # r, w, k, κ before its norm, κ∘a likewise
         sums = cuda.shared.array(B, types.float32)
@@ -203,7 +253,7 @@ def wkv7(N: int) -> Kernel:
                 rows[0, j], rows[1, j], rows[2, j] = f32(r + at), f32(w + at), key
                 rows[3, j], rows[4, j] = kappa, kappa * rate
                 square, weighed = kappa * kappa, rows[0, j] * key * bonus
-            # of ‖κ‖: the first factor belongs to κ·S, the second to κ∘a
+            # 1 / ‖κ‖ is taken twice, for κ·S and for κ∘a.
             inverse = np.float32(1) / max(sqrt(block_sum(square, scratch)), np.float32(1e-12))
             extra = block_sum(weighed, scratch)
             total = np.float32(0)
@@ -230,7 +280,8 @@ def wkv7(N: int) -> Kernel:
                 out *= f32(g + at)
                 put_f32(y + at, out)
             if levels != 0:
-                _put_head(sums, out, N, h, levels, factors, D, t)
+                block = t // TOKENS * (D // GROUP) + h * (N // GROUP)
+                _put_head(sums, out, N, levels_at(levels, factors, block), t % TOKENS)
         if active:
             for i in range(ROWS):
                 put_f32(kept + 4 * (N * (first + i) + j), S[i])
