@@ -1,4 +1,4 @@
-"""Arrays in the GPU's memory, with as much of numpy's manners as states need."""
+"""Arrays in the GPU's memory, which behave as numpy's do as far as states need it."""
 
 from collections.abc import Callable, Iterator
 from math import prod
@@ -18,7 +18,7 @@ class Flags(NamedTuple):
 
 
 class DeviceArray:
-    """A view of a block: shape, strides in bytes, dtype. Basic indexing gives views; a copy has a block of its own."""
+    """A view of a block: shape, strides in bytes, dtype. Basic indexing gives views, `copy` a block of its own."""
 
     def __init__(
         self, block: Any, shape: tuple[int, ...], dtype: Any = np.float32, offset: int = 0,
@@ -27,12 +27,10 @@ class DeviceArray:
         self.block, self.offset = block, offset
         self.shape, self.dtype = tuple(map(int, shape)), np.dtype(dtype)
         self.strides = contiguous(self.shape, self.dtype.itemsize) if strides is None else strides
-        self.levels: Any = None
-        """Of an activation in a program, where its kernel can put its levels too."""
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> "DeviceArray":
-        """A copy of an array of the host's."""
+        """A copy of an array that the host has."""
         array = cls(Block(values.nbytes), values.shape, values.dtype)
         upload(array.address, np.ascontiguousarray(values))
         return array
@@ -60,7 +58,7 @@ class DeviceArray:
         return self.shape[0]
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> "DeviceArray":
-        """A view: integers, slices with step 1, None."""
+        """A view. An index may be an integer, a slice with step 1, or None."""
         offset, shape, strides = self.offset, list[int](), list[int]()
         dims = iter(zip(self.shape, self.strides, strict=True))
         for part in index if isinstance(index, tuple) else (index,):
@@ -92,7 +90,7 @@ class DeviceArray:
             upload(at, np.ascontiguousarray(part))
 
     def _runs(self) -> Iterator[int]:
-        """Addresses of its contiguous pieces, in order."""
+        """Addresses of this array's contiguous pieces, in order."""
         if self.flags.c_contiguous:
             yield self.address
         else:
@@ -100,13 +98,13 @@ class DeviceArray:
                 yield from self[i]._runs()
 
     def copy(self) -> "DeviceArray":
-        """A contiguous one in a block of its own."""
+        """A contiguous copy in a block of its own."""
         out = DeviceArray(Block(self.nbytes), self.shape, self.dtype)
         self._copy_to(out)
         return out
 
     def _copy_to(self, out: "DeviceArray") -> None:
-        """Into another of the same shape."""
+        """Copy this array into another of the same shape."""
         if self.flags.c_contiguous and out.flags.c_contiguous:
             move(out.address, self.address, self.nbytes)
         else:
@@ -123,7 +121,7 @@ class DeviceArray:
         return np.asarray(self).tobytes()
 
     def __array_function__(self, function: Callable[..., Any], _types: Any, args: Any, options: Any) -> Any:
-        """np.stack stays on the device; any other function gets copies of the host's."""
+        """Do np.stack on the device. Any other function of numpy's gets copies on the host."""
         if function is np.stack:
             return _stack(*args, **options)
         return function(*map(_host, args), **options)
@@ -135,7 +133,7 @@ def contiguous(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 
 def _pieces(values: NDArray[Any], like: DeviceArray) -> Iterator[NDArray[Any]]:
-    """What goes to each of the runs of `like`."""
+    """The part of `values` for each of the contiguous pieces of `like`."""
     if like.flags.c_contiguous:
         yield values
     else:
@@ -150,7 +148,7 @@ def _host(value: Any) -> Any:
 
 
 def _stack(arrays: Any, axis: int = 0) -> DeviceArray:
-    """np.stack."""
+    """Do what np.stack does, on the device."""
     arrays = [array if isinstance(array, DeviceArray) else DeviceArray.of(array) for array in arrays]
     first = arrays[0]
     shape = (*first.shape[:axis], len(arrays), *first.shape[axis:])

@@ -1,6 +1,6 @@
-"""The CUDA driver as far as the twin needs it: the device, memory by address, one stream, graphs of launches.
+"""The CUDA driver as far as this package needs it: memory by address, one stream, graphs of launches.
 
-In numba's simulator the device is the host: its memory is numpy's, and there are no graphs.
+In numba's simulator the device is the host. Its memory is numpy's, and there are no graphs.
 """
 
 import ctypes
@@ -8,7 +8,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from cuda.bindings import driver
@@ -19,27 +19,34 @@ from rwkv_cli.kernels.cuda.device.compile import SIMULATED, cuda
 
 
 def checked(result: tuple[Any, ...]) -> Any:
-    """What a call of the driver returned beside its status. Raises DeviceError for a status that is none of success."""
+    """The value that a call of the driver returned beside its status. Raises DeviceError unless it succeeded."""
     status, *values = result
     if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         raise DeviceError("the GPU has no memory left; take a smaller model or batch, or --device cpu")
     if status != driver.CUresult.CUDA_SUCCESS:
         raise DeviceError(f"the GPU's driver reports {status.name}")
-    return values[0] if values else None
+    return next(iter(values), None)
 
 
 _ONE_AT_A_TIME = threading.Lock()
 
 
+class Streams(NamedTuple):
+    """The stream that everything goes through, in order, and one that is only used to capture graphs."""
+
+    main: Any
+    capturing: Any
+
+
 @functools.cache
-def _streams() -> tuple[Any, Any]:
-    return cuda.stream(), cuda.stream()
+def _streams() -> Streams:
+    return Streams(cuda.stream(), cuda.stream())
 
 
 def stream() -> Any:
     """The one stream that everything goes through, in order."""
     with _ONE_AT_A_TIME:
-        return _streams()[0]
+        return _streams().main
 
 
 def _handle() -> int:
@@ -49,12 +56,12 @@ def _handle() -> int:
 
 
 class Block:
-    """Memory of the device, freed with its last reference. Where it begins is a multiple of 16."""
+    """Memory of the device, freed with its last reference. It begins at a multiple of 16."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         if SIMULATED:
-            # what is not written is seen: all bits set are NaN
+            # What a kernel reads before it is written is seen: all bits set are NaN.
             self._host = np.full(size + 16, 0xFF, np.uint8)
             self.address = -(-self._host.ctypes.data // 16) * 16
         else:
@@ -64,23 +71,23 @@ class Block:
 
 
 def _free(address: int) -> None:
-    cuda.current_context()  # this may be a thread that has none yet
+    cuda.current_context()  # this thread may have none yet
     driver.cuMemFree(address)
 
 
 def upload(address: int, values: NDArray[Any]) -> None:
-    """Copy a contiguous array of the host's to the device. It may be changed as soon as this returns."""
+    """Copy a contiguous array of the host's to the device. The caller may change it as soon as this returns."""
     if SIMULATED:
         ctypes.memmove(address, values.ctypes.data, values.nbytes)
     elif values.nbytes:
-        # from pageable memory: the driver has its own copy when the call returns
+        # The array lies in pageable memory, so the driver has its own copy when the call returns.
         checked(driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, _handle()))
         if getattr(cuda.get_current_device(), "PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES", False):
             synchronize()  # such a GPU reads the host's memory itself
 
 
 def download(values: NDArray[Any], address: int) -> None:
-    """Copy from the device into a contiguous array of the host's, after all that was begun before."""
+    """Copy from the device into a contiguous array of the host's, when everything begun before is done."""
     if SIMULATED:
         ctypes.memmove(values.ctypes.data, address, values.nbytes)
     elif values.nbytes:
@@ -97,32 +104,34 @@ def move(target: int, source: int, size: int) -> None:
 
 
 def synchronize() -> None:
-    """Wait until all that was begun is done."""
+    """Wait until everything that was begun is done."""
     if not SIMULATED:
         checked(driver.cuStreamSynchronize(_handle()))
 
 
 def multiprocessors() -> int:
-    """How many the GPU has."""
+    """How many multiprocessors the GPU has."""
     return int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
 
 
 def pinned(size: int) -> NDArray[np.uint8]:
-    """Bytes of the host's that the device copies to without a detour."""
+    """Memory of the host that the device copies to without a detour."""
     array: NDArray[np.uint8] = cuda.pinned_array(size, np.uint8)
     return array
 
 
 class Graph:
-    """Launches captured once, to be repeated in one call."""
+    """Launches that are captured once and then repeated in one call."""
 
     def __init__(self, launch: Callable[[Any], None]) -> None:
-        """Captures what `launch` begins on the stream that it is given: one that nobody else uses meanwhile, since what
-        another thread began on it would be captured too. Raises DeviceError where the driver cannot."""
+        """Capture what `launch` begins on the stream that it is given. Raises DeviceError where the driver cannot.
+
+        Nobody else uses that stream meanwhile, since what another thread began on it would be captured too.
+        """
         relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         _handle()
         with _ONE_AT_A_TIME:
-            on = _streams()[1]
+            on = _streams().capturing
             checked(driver.cuStreamBeginCapture(int(on), relaxed))
             try:
                 launch(on)

@@ -1,4 +1,4 @@
-"""Which GPUs there are and whether one can be used. Needs nothing of CUDA to be imported."""
+"""Finds the GPUs, and says whether one can be used. This module needs nothing of CUDA to be imported."""
 
 import importlib.util
 from typing import Any, NamedTuple
@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 from rwkv_cli.errors import DeviceError
 
 _OLDEST = (7, 5)
-"""Compute capability: dp4a and int8 tensor cores."""
+"""The least compute capability: it has dp4a and int8 tensor cores."""
 _WORKSPACE = 512 << 20
 """Bytes left free beside the weights, for activations, states and compiled kernels."""
 _INSTALL = "pip install 'rwkv-cli[cuda]' (or [cuda12] for CUDA 12 drivers)"
 
 
 class Gpu(NamedTuple):
-    """Memory in bytes, compute capability as (major, minor)."""
+    """A GPU: its memory in bytes, its compute capability as (major, minor)."""
 
     name: str
     memory: int
@@ -21,8 +21,10 @@ class Gpu(NamedTuple):
 
 
 def found() -> list[Gpu]:
-    """The GPUs that the driver knows, the first being the one that is used. Raises DeviceError that says why there is
-    none."""
+    """The GPUs that the driver knows. The first is the one that is used.
+
+    Raises DeviceError where there is none, and says why.
+    """
     if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("cuda") is None:
         raise DeviceError(f"the CUDA packages are not installed: {_INSTALL}")
     from cuda.bindings import driver
@@ -33,13 +35,13 @@ def found() -> list[Gpu]:
             raise DeviceError("the NVIDIA driver finds no GPU: use --device cpu")
         if status != driver.CUresult.CUDA_SUCCESS:
             raise DeviceError(f"the NVIDIA driver reports {status.name}")
-        return values[0] if values else None
+        return next(iter(values), None)
 
     try:
         ask(driver.cuInit, 0)
     except DeviceError:
         raise
-    except Exception:  # the bindings have a class of their own for each release
+    except Exception:  # each release of the bindings has a class of its own
         raise DeviceError("there is no NVIDIA driver on this machine: install one, or use --device cpu") from None
     version, wheels = ask(driver.cuDriverGetVersion), driver.CUDA_VERSION
     if version // 1000 < wheels // 1000:
@@ -51,7 +53,7 @@ def found() -> list[Gpu]:
     attribute = driver.CUdevice_attribute
     for i in range(ask(driver.cuDeviceGetCount)):
         device = ask(driver.cuDeviceGet, i)
-        capability = tuple(
+        major, minor = (
             ask(driver.cuDeviceGetAttribute, kind, device)
             for kind in (
                 attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
@@ -59,16 +61,16 @@ def found() -> list[Gpu]:
             )
         )
         name = ask(driver.cuDeviceGetName, 256, device).split(b"\0")[0].decode(errors="replace").strip()
-        gpus.append(Gpu(name, int(ask(driver.cuDeviceTotalMem, device)), (capability[0], capability[1])))
+        gpus.append(Gpu(name, int(ask(driver.cuDeviceTotalMem, device)), (major, minor)))
     if not gpus:
         raise DeviceError("the NVIDIA driver finds no GPU: use --device cpu")
     return gpus
 
 
 def require(size: int, simulated: bool) -> None:
-    """Raises DeviceError where there is no GPU that has room for `size` bytes of weights, with the figures.
+    """Raise DeviceError, with the figures, if no GPU has room for `size` bytes of weights.
 
-    numba's simulator (NUMBA_ENABLE_CUDASIM=1) counts as one if `simulated`.
+    numba's simulator (NUMBA_ENABLE_CUDASIM=1) counts as a GPU if `simulated`.
     """
     if importlib.util.find_spec("numba_cuda") is not None:
         from rwkv_cli.kernels.cuda.device.compile import SIMULATED
@@ -77,11 +79,11 @@ def require(size: int, simulated: bool) -> None:
             return
         if SIMULATED:
             raise DeviceError("numba only simulates a GPU (NUMBA_ENABLE_CUDASIM)")
-    gpu = found()[0]
+    gpu, *_ = found()
     if gpu.capability < _OLDEST:
+        has, least = (".".join(map(str, each)) for each in (gpu.capability, _OLDEST))
         raise DeviceError(
-            f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, "
-            f"{_OLDEST[0]}.{_OLDEST[1]} is the least that is supported: use --device cpu"
+            f"{gpu.name} has compute capability {has}, {least} is the least that is supported: use --device cpu"
         )
     free = free_memory()
     if size + _WORKSPACE > free:
