@@ -1,11 +1,12 @@
-"""What the CUDA kernels give on this machine's GPU, in one run of a few minutes: first whether they are right, then how
-fast they are. Makes its models itself, with random weights in the converted format.
+"""Tests and measures the CUDA kernels on this machine's GPU: first whether they are right, then how fast they are.
+
+It takes a few minutes, and makes its own models with random weights in the converted format.
 
     python benchmarks/gpu.py --json report.json
     python benchmarks/gpu.py --text wiki.test.raw --checkpoints FOLDER
     python benchmarks/gpu.py --tiny          # tiny sizes in numba's simulator, without a GPU
 
-FOLDER holds checkpoints NAME.pth with NAME.golden.json beside each: {"prompt_ids": […], "logits": […]}.
+FOLDER holds checkpoints NAME.pth, and beside each a NAME.golden.json: {"prompt_ids": […], "logits": […]}.
 """
 
 import argparse
@@ -27,14 +28,15 @@ import numpy as np
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(-127, 128, 1 << 24, np.int8)
-"""Weights are pieces of it."""
+"""Numbers whose pieces are weights."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: layers, width and low ranks of each model, and how much of it."""
+    """The models and the amounts that are measured."""
 
     sizes: dict[str, tuple[int, int, dict[str, int]]]
+    """Layers, width and low ranks of each model."""
     small: tuple[int, int, int]
     """Layers, width and head size of the models that are compared."""
     vocab: int
@@ -94,7 +96,7 @@ def vector(version: str, name: str, shape: tuple[int, ...]) -> Any:
 
 
 def write_model(path: Path, config: Any) -> int:
-    """A converted file with random weights; how many bytes of matrices a token reads."""
+    """Write a converted file with random weights, and return how many bytes of matrices a token reads."""
     from rwkv_cli.models.registry import tensors
     from rwkv_cli.quant.formats import int8
     from rwkv_cli.quant.formats.contract import Spec
@@ -111,7 +113,7 @@ def write_model(path: Path, config: Any) -> int:
             continue
         layout = int8.LAYOUTS[entry.kind]
         stored, scales = (part.shape for part in int8.parts(Spec(layout, entry.shape)))
-        # int8 noise has a deviation of 73
+        # The noise has a standard deviation of 73.
         scale = 1 / 146 if layout == "rows" else 1 / (73 * math.sqrt(entry.shape[1]))
         unit = math.floor(math.log2(scale)) - 14
         values = scale / 2.0**unit * RNG.uniform(0.8, 1.2, scales[-1])
@@ -159,7 +161,7 @@ def error_ratio(got: Any, want: Any) -> float:
 
 
 def correctness(report: Report, plan: Plan, folder: Path) -> None:
-    """Each version beside the CPU twin, same weights: a prompt, tokens one by one, a batch; logits and states."""
+    """Compare logits and states of each version with the CPU's: after a prompt, single tokens and a batch."""
     import rwkv_cli
     from rwkv_cli.models import State
 
@@ -184,7 +186,7 @@ def correctness(report: Report, plan: Plan, folder: Path) -> None:
 
 
 def goldens(report: Report, checkpoints: Path, folder: Path) -> None:
-    """Float conversions of real checkpoints beside the reference package's logits."""
+    """Compare float conversions of real checkpoints with the reference package's logits."""
     from click.testing import CliRunner
 
     import rwkv_cli
@@ -240,11 +242,11 @@ def speed(report: Report, plan: Plan, folder: Path, text: Path | None, simulated
 
 
 def decode(report: Report, plan: Plan, name: str, model: Any, read: int, bandwidth: float) -> None:
-    """One sequence, token by token; `read`: the bytes of matrices that a token reads."""
+    """Measure one sequence, token by token. `read` is how many bytes of matrices a token reads."""
     state = model.new_state()
-    for token in (1, 2, 3):  # compiles, captures
+    for token in (1, 2, 3):  # the first compiles kernels, the second captures a graph
         model.advance([token], state)
-    graph = next(reversed(model._passes.values())).program._graph is not None
+    graph = next(reversed(model._passes.values())).executable.is_graph
     tokens = RNG.integers(0, plan.vocab, plan.steps)
     per_second = rate(lambda: [model.advance([token], state) for token in tokens], plan.steps)
     share = per_second * (read + 2 * sum(array.nbytes for array in state.arrays().values())) / bandwidth
@@ -255,7 +257,7 @@ def decode(report: Report, plan: Plan, name: str, model: Any, read: int, bandwid
 
 
 def together(report: Report, plan: Plan, name: str, model: Any) -> None:
-    """Many sequences, and a long prompt."""
+    """Measure many sequences together, and a long prompt."""
     from rwkv_cli.models import State
 
     for size in plan.batches:
@@ -270,12 +272,12 @@ def together(report: Report, plan: Plan, name: str, model: Any) -> None:
 
 
 def depths(report: Report, plan: Plan, model: Any, simulated: bool) -> None:
-    """Time and memory of a token at the beginning and after many."""
+    """Measure time and memory of a token at the beginning and after many."""
     from rwkv_cli.kernels.cuda.gpus import free_memory
     from rwkv_cli.models.base import CHUNK
 
     state, figures, steps = model.new_state(), [], 1 if simulated else 64
-    # what the programs of all lengths hold, they hold before the first look
+    # Programs and graphs for all numbers of rows take their memory before the first look at it.
     model.forward(RNG.integers(0, plan.vocab, min(plan.depth, plan.depth % CHUNK + 2 * CHUNK)))
     for tokens in (1, plan.depth):
         model.advance(RNG.integers(0, plan.vocab, tokens), state)
@@ -290,7 +292,7 @@ def depths(report: Report, plan: Plan, model: Any, simulated: bool) -> None:
 
 
 def scoring(report: Report, plan: Plan, model: Any, path: Path, text: Path | None) -> None:
-    """Perplexity's inner loop, and the CPU's losses on the same tokens."""
+    """Measure perplexity's inner loop, and compare losses with the CPU's on the same tokens."""
     import rwkv_cli
 
     many, few = plan.score
@@ -305,7 +307,7 @@ def scoring(report: Report, plan: Plan, model: Any, path: Path, text: Path | Non
 
 
 def peers(report: Report, layers: int, width: int, ours: float) -> None:
-    """The matrix products of a token in PyTorch, fp16, nothing else: what a float model could reach at most."""
+    """Measure only the matrix products of a token, in PyTorch and fp16: a float model could reach no more."""
     if importlib.util.find_spec("torch") is None:
         report.add("PyTorch fp16", None, "not installed")
         return
@@ -347,10 +349,10 @@ def main() -> None:
 
     from rwkv_cli import __version__
     from rwkv_cli.errors import DeviceError
-    from rwkv_cli.kernels.devices import pick
+    from rwkv_cli.kernels.devices import choose
 
     try:
-        gpu = pick("cuda")
+        gpu = choose("cuda")
     except DeviceError as error:
         raise SystemExit(str(error)) from None
     report = Report()

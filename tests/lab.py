@@ -1,5 +1,8 @@
 """Small programs over numpy arrays, run on any device: what a kernel test needs."""
 
+import ctypes
+import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -10,7 +13,9 @@ import pytest
 
 from rwkv_cli.kernels.cpu import backend as cpu
 from rwkv_cli.kernels.cpu import steps
+from rwkv_cli.kernels.cpu.lower import CpuProgram
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
+from rwkv_cli.kernels.memory import Buffer
 from rwkv_cli.kernels.program import Count, Input, InputMatrix, LayerState, Product, Program, TakeRows, Value
 from rwkv_cli.quant.formats import Floats, Int8
 from rwkv_cli.quant.formats.int8 import quantize as quantize_with
@@ -103,11 +108,15 @@ class Lab:
 
     def run(self, *outputs: Value) -> Any:
         """Run the program: an array for each output, or the only one."""
-        executable = self.compile(*outputs)
-        with guarded(executable) if self.backend is cpu else unguarded():
-            executable.run(self.arrays)
-        got = [executable.read(value) for value in outputs]
+        got = self.run_all(*outputs)
         return got[0] if len(got) == 1 else got
+
+    def run_all(self, *outputs: Value) -> list[Any]:
+        """Run the program, and return an array for each output."""
+        executable = self.compile(*outputs)
+        with guarded(*memory_of(executable)):
+            executable.run(self.arrays)
+        return [executable.read(value) for value in outputs]
 
 
 def linear(x: Any, stored: Any, activation: Any = "", bias: Any = None, **options: Any) -> Any:
@@ -118,29 +127,54 @@ def linear(x: Any, stored: Any, activation: Any = "", bias: Any = None, **option
     return lab.run(*lab.ops.linear(product))
 
 
-@contextmanager
-def unguarded() -> Iterator[None]:
-    yield
+def memory_of(executable: Any) -> tuple[Any, dict[Buffer, int]]:
+    """A compiled program's memory as bytes, and where each of its arrays lies there."""
+    if isinstance(executable, CpuProgram):
+        return executable._runnable._workspace, executable._runnable._offsets
+    block = executable._workspace  # a simulated GPU's memory is the host's
+    return np.frombuffer((ctypes.c_uint8 * block.size).from_address(block.address), np.uint8), executable._offsets
 
 
 @contextmanager
-def guarded(executable: Any) -> Iterator[None]:
-    """Fill the CPU's workspace with NaN, or the largest integers, so that what is not written is seen.
+def guarded(memory: Any, offsets: dict[Buffer, int]) -> Iterator[None]:
+    """Fill a program's memory with NaN, or the largest integers, so that what is not written is seen.
 
     Where `lone_arrays` has laid the arrays out, the bands between them must stay what they are.
     """
-    runnable = executable._runnable
-    workspace = runnable._workspace
-    workspace[:] = _PATTERN if LONE else 0xFF
+    memory[:] = _PATTERN if LONE else 0xFF
     if LONE:
-        for buffer, offset in runnable._offsets.items():
-            workspace[offset : offset + buffer.size] = 0xFF
+        for buffer, offset in offsets.items():
+            memory[offset : offset + buffer.size] = 0xFF
     yield
     if LONE:
-        used = np.zeros(len(workspace), bool)
-        for buffer, offset in runnable._offsets.items():
+        used = np.zeros(len(memory), bool)
+        for buffer, offset in offsets.items():
             used[offset : offset + buffer.size] = True
-        assert (workspace[~used] == _PATTERN).all(), "a kernel wrote beyond its array"
+        assert (memory[~used] == _PATTERN).all(), "a kernel wrote beyond its array"
+
+
+@contextmanager
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have bands around all memory of the simulated GPU, which nothing may touch. The memory begins as NaN."""
+    from rwkv_cli.kernels.cuda import driver
+
+    blocks: list[Any] = []
+
+    def make(block: Any, size: int) -> None:
+        whole = np.full(size + 2 * BAND + 16, _PATTERN, np.uint8)
+        first = -whole.ctypes.data % 16 + BAND
+        whole[first : first + size] = 0xFF
+        block.size, block.address, block.host = size, whole.ctypes.data + first, whole
+        blocks.append((whole[:first], whole[first + size :]))
+
+    monkeypatch.setattr(driver.Block, "__init__", make)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5e-4)  # the simulator's threads wait for each other
+    yield
+    sys.setswitchinterval(interval)
+    for before, behind in blocks:
+        assert (before == _PATTERN).all()
+        assert (behind == _PATTERN).all()
 
 
 LONE: list[bool] = []
@@ -150,7 +184,8 @@ LONE: list[bool] = []
 def lone_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every array of a program lie alone, with a band on each side."""
 
-    def plan(buffers: Any) -> Any:
+    def plan(buffers: Any, align: int = BAND) -> Any:
+        assert BAND % align == 0
         offsets, end = {}, BAND
         for buffer in buffers:
             if buffer.first is not None:
@@ -159,6 +194,8 @@ def lone_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
         return offsets, end
 
     monkeypatch.setattr(steps, "plan", plan)
+    if importlib.util.find_spec("numba_cuda") is not None:
+        monkeypatch.setattr("rwkv_cli.kernels.cuda.executable.plan", plan)
     monkeypatch.setattr("lab.LONE", [True])
 
 

@@ -1,23 +1,23 @@
-"""The CUDA twin's Backend: weights, vectors and states in the GPU's memory. Contracts are in `backend.Backend`."""
+"""The GPU as a `contract.Backend`: weights, vectors and states lie in its memory."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.contract import Array
 from rwkv_cli.kernels.cuda.array import DeviceArray
 from rwkv_cli.kernels.cuda.device.compile import SIMULATED
+from rwkv_cli.kernels.cuda.executable import CudaProgram
 from rwkv_cli.kernels.cuda.gpus import found
-from rwkv_cli.kernels.cuda.limits import int8_peak, read_bandwidth
-from rwkv_cli.kernels.cuda.lower import Recorder
-from rwkv_cli.kernels.cuda.weights import float_weight, int8_weight, weight_size
+from rwkv_cli.kernels.cuda.limits import int8_peak as int8_peak
+from rwkv_cli.kernels.cuda.limits import read_bandwidth as read_bandwidth
+from rwkv_cli.kernels.cuda.lower import lower
+from rwkv_cli.kernels.cuda.weights import weight as weight
+from rwkv_cli.kernels.program import Array, Program
 
-__all__ = [
-    "Recorder", "describe", "device_array", "float_weight", "int8_peak", "int8_weight", "read_bandwidth", "record",
-    "vector", "weight_size",
-]  # fmt: skip
+name = "cuda"
+
+__all__ = ["compile", "describe", "device_array", "int8_peak", "name", "read_bandwidth", "vector", "weight"]
 
 
 def vector(values: NDArray[np.float32]) -> Array:
@@ -28,9 +28,12 @@ def device_array(values: Any) -> Array:
     return values if isinstance(values, DeviceArray) else DeviceArray.of(np.asarray(values, np.float32))
 
 
-def record(inputs: Sequence[Array], threads: int) -> Recorder:  # noqa: ARG001 - those of the CPU
-    return Recorder(inputs)
+def compile(program: Program, threads: int) -> CudaProgram:  # noqa: ARG001 - they are the CPU's
+    return lower(program)
 
 
 def describe() -> str:
-    return "a simulated GPU" if SIMULATED else found()[0].name
+    if SIMULATED:
+        return "a simulated GPU"
+    gpu, *_ = found()
+    return gpu.name

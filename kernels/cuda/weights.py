@@ -1,16 +1,20 @@
-"""Weights in the GPU's memory: int8 in the order of tensor-core fragments (docs/cuda.md), floats as they are stored."""
+"""Weights in the GPU's memory: int8 in the order of fragments (docs/cuda.md), floats as they are stored."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.cuda.device import matmul as cuda_matmul
-from rwkv_cli.kernels.cuda.device.elementwise import FLOATS
+from rwkv_cli.kernels.contract import StoredFloats, StoredInt8, StoredMatrix
+from rwkv_cli.kernels.cuda.device import matmul
 from rwkv_cli.kernels.cuda.driver import Block, stream, synchronize, upload
 
+_REPACK_BLOCKS = 1024
 
-class Fragments(NamedTuple):
+
+@dataclass(frozen=True, eq=False)
+class Fragments:
     """An int8 matrix [N, K] that multiplies."""
 
     shape: tuple[int, int]
@@ -19,9 +23,16 @@ class Fragments(NamedTuple):
     strips: int
     groups: int
     unit: float
+    """A power of two that all scales are multiplied by."""
+    skips_zeros = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.size + self.scales.size
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Int8Table:
     """An int8 matrix [V, K] that is read by row."""
 
     shape: tuple[int, int]
@@ -30,42 +41,54 @@ class Rows(NamedTuple):
     width: int
     """K padded to whole groups."""
     unit: float
+    skips_zeros = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.size + self.scales.size
 
 
-class FloatMatrix(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class FloatMatrix:
+    """A float matrix [N, K], which multiplies or is read by row."""
+
     shape: tuple[int, int]
     bits: Block
-    kind: int
-    """Which of FLOATS."""
+    dtype: str
+    skips_zeros = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.bits.size
 
 
-Weight = Fragments | Rows | FloatMatrix
-
-_REPACK_BLOCKS = 1024
+CudaWeight = Fragments | Int8Table | FloatMatrix
 
 
-def _uploaded(values: NDArray[Any]) -> Block:
-    block = Block(values.nbytes)
-    upload(block.address, np.ascontiguousarray(values))
-    return block
+def weight(stored: StoredMatrix) -> CudaWeight:
+    """The matrix for kernels."""
+    N, K = stored.shape
+    if stored.format == "float":
+        floats = cast(StoredFloats, stored)
+        return FloatMatrix((N, K), _uploaded(floats.bits), floats.dtype)
+    int8 = cast(StoredInt8, stored)
+    if int8.layout == "rows":
+        _, width = int8.values.shape
+        return Int8Table((N, K), _uploaded(int8.values), _uploaded(int8.scales), width, 2.0**int8.unit)
+    return _fragments((N, K), int8)
 
 
-def int8_weight(
-    layout: str, shape: tuple[int, int], values: NDArray[np.int8], scales: NDArray[np.uint16], unit: int
-) -> Weight:
-    if layout == "rows":
-        return Rows(shape, _uploaded(values), _uploaded(scales), values.shape[1], 2.0**unit)
-    if layout == "tile":
-        strips, groups, width = len(scales), scales.shape[1], 0
-    else:
-        blocks, groups, width = scales.shape
-        strips = blocks * width // 16
-    stored, stored_scales = _uploaded(values), _uploaded(scales)
-    out = Fragments(shape, Block(values.nbytes), Block(scales.nbytes), strips, groups, 2.0**unit)
-    threads = min(cuda_matmul.REPACK_THREADS, 32 * strips)
+def _fragments(shape: tuple[int, int], stored: StoredInt8) -> Fragments:
+    """A matrix that is stored as tiles or columns, repacked on the GPU."""
+    blocks, groups, width = stored.scales.shape
+    strips = blocks * width // matmul.STRIP
+    values, scales = _uploaded(stored.values), _uploaded(stored.scales)
+    out = Fragments(shape, Block(values.size), Block(scales.size), strips, groups, 2.0**stored.unit)
+    threads = min(matmul.REPACK_THREADS, 32 * strips)
+    tiles = stored.layout == "tile"
     for kernel, source, to, wide, words in (
-        (cuda_matmul.repack, stored, out.values, width, strips * groups * 128),
-        (cuda_matmul.repack_scales, stored_scales, out.scales, width or 16, strips * groups * 16),
+        (matmul.repack, values, out.values, 0 if tiles else width, values.size // 4),
+        (matmul.repack_scales, scales, out.scales, width, scales.size // 2),
     ):
         grid = min(_REPACK_BLOCKS, -(-words // (8 * threads)))
         kernel.dispatcher[grid, threads, stream()](source.address, wide, to.address, strips, groups)
@@ -73,11 +96,7 @@ def int8_weight(
     return out
 
 
-def float_weight(dtype: str, bits: NDArray[Any]) -> Weight:
-    return FloatMatrix((bits.shape[0], bits.shape[1]), _uploaded(bits), FLOATS.index(dtype))
-
-
-def weight_size(weight: Weight) -> tuple[int, int, bool]:
-    if isinstance(weight, FloatMatrix):
-        return weight.bits.size, weight.shape[0] * weight.shape[1], False
-    return weight.values.size + weight.scales.size, weight.values.size, False
+def _uploaded(values: NDArray[Any]) -> Block:
+    block = Block(values.nbytes)
+    upload(block.address, np.ascontiguousarray(values))
+    return block

@@ -1,0 +1,233 @@
+"""A program as launches with memory of its own: it runs with any numbers of rows, from the second run as a CUDA graph.
+
+Launches have fixed addresses. So what a run brings is copied to fixed places first (`BroughtInputs`).
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_cli.errors import DeviceError
+from rwkv_cli.kernels.cuda.array import DeviceArray
+from rwkv_cli.kernels.cuda.device.compile import SIMULATED, kinds_of
+from rwkv_cli.kernels.cuda.driver import Block, Graph, download, move, pinned, stream, upload
+from rwkv_cli.kernels.cuda.launches import (
+    DTYPES,
+    AddressOf,
+    Argument,
+    Launch,
+    Launches,
+    Place,
+    Table,
+    Tiles,
+    operands,
+    round_up,
+)
+from rwkv_cli.kernels.memory import Buffer, plan
+from rwkv_cli.kernels.program import Array, Count, Input, InputMatrix, Value
+
+_ALIGN = 256
+"""Bytes. Every buffer begins at a multiple of it."""
+_LENGTHS = 8
+"""Numbers of rows whose launches and graph are kept, the last used ones."""
+
+
+class BroughtInputs:
+    """Fixed places on the device for the inputs of a run.
+
+    Kernels find a state through its address, and so it stays where it is. Small arrays, and these addresses, are copied
+    in one go. Each matrix is copied by itself.
+    """
+
+    def __init__(self, inputs: Sequence[Input | InputMatrix], launches: Sequence[Launch]) -> None:
+        """Only the inputs that launches read have a place."""
+        arguments = [argument for launch in launches for argument in operands(launch.arguments.values())]
+        self._by_address = {argument.array for argument in arguments if isinstance(argument, AddressOf)}
+        read = self._by_address | {argument.base for argument in arguments if isinstance(argument, Place)}
+        self._places: dict[Input | InputMatrix, int] = {}
+        at = staged = 0
+        for each in sorted(inputs, key=lambda each: isinstance(each, InputMatrix)):
+            if each not in read:
+                continue
+            self._places[each] = at
+            at += round_up(8 if each in self._by_address else _most_bytes(each), 16)
+            staged = staged if isinstance(each, InputMatrix) else at
+        self._block, self._staged = Block(at), np.zeros(staged, np.uint8)
+
+    def address(self, of: Input | InputMatrix) -> int:
+        """The address of an input's place, or of the place of its address."""
+        return self._block.address + self._places[of]
+
+    def bring(self, arrays: Mapping[str, Array]) -> None:
+        """Copy the inputs of a run to their places."""
+        for each, at in self._places.items():
+            array = arrays[each.name]
+            if isinstance(each, InputMatrix):
+                _copy(self._block.address + at, array)
+                continue
+            values = [array.address] if each in self._by_address else array
+            raw: NDArray[Any] = np.ascontiguousarray(values, DTYPES["I64" if each in self._by_address else each.dtype])
+            self._staged[at : at + raw.nbytes] = raw.reshape(-1).view(np.uint8)
+        upload(self._block.address, self._staged)
+
+
+class CudaProgram:
+    """A program, compiled for the GPU (`contract.Executable`)."""
+
+    def __init__(
+        self, launches: Launches, inputs: Sequence[Input | InputMatrix], outputs: Mapping[Value, Place]
+    ) -> None:  # fmt: skip
+        self._launches = launches.all  # they keep the weights alive
+        self._outputs = outputs
+        self._offsets, size = plan(launches.buffers, _ALIGN)
+        self._workspace = Block(size)
+        self._inputs = BroughtInputs(inputs, launches.all)
+        self._sized = {count: each.name for each in inputs for count in each.shape if isinstance(count, Count)}
+        self._tables, self._table_block = self._upload_tables()
+        self._resolved = [self._resolve(launch) for launch in launches.all]
+        self._bound: OrderedDict[tuple[int, ...], BoundLaunches] = OrderedDict()
+        self._rows: dict[Count, int] = {}
+        self._read: NDArray[np.uint8] | None = None
+
+    @property
+    def is_graph(self) -> bool:
+        """True if the last run was a graph."""
+        return next(reversed(self._bound.values())).graph is not None
+
+    def run(self, arrays: Mapping[str, Array]) -> None:
+        self._inputs.bring(arrays)
+        self._rows = {count: len(arrays[name]) for count, name in self._sized.items()}
+        lengths = tuple(self._rows.values())
+        bound = self._bound.pop(lengths, None) or BoundLaunches(self._resolved, self._rows)
+        self._bound[lengths] = bound
+        while len(self._bound) > _LENGTHS:
+            self._bound.popitem(last=False)
+        bound.run()
+
+    def read(self, value: Value) -> NDArray[Any]:
+        shape, dtype = (self._rows[value.rows], value.columns), np.dtype(DTYPES[value.dtype])
+        size = prod(shape) * dtype.itemsize
+        if self._read is None or self._read.size < size:
+            self._read = pinned(max(size, 1))
+        part = self._read[:size]
+        download(part, self._address(self._outputs[value]))
+        values: NDArray[Any] = part.view(dtype).reshape(shape)
+        return values.copy()
+
+    def _address(self, of: Argument) -> int:
+        """The address that a kernel gets. It is 0 for None."""
+        match of:
+            case None:
+                return 0
+            case Place(Buffer() as buffer, offset):
+                return self._workspace.address + self._offsets[buffer] + offset
+            case Place(Input() | InputMatrix() as brought, offset):
+                return self._inputs.address(brought) + offset
+            case AddressOf(brought):
+                return self._inputs.address(brought)
+            case Table():
+                return self._table_block.address + self._tables[of]
+            case Block() | DeviceArray():
+                return of.address
+        raise TypeError(f"{type(of).__name__} has no address")
+
+    def _upload_tables(self) -> tuple[dict[Table, int], Block]:
+        """The offset of each table in a block that has them all."""
+        offsets: dict[Table, int] = {}
+        numbers: list[int] = []
+        for launch in self._launches:
+            for table in launch.arguments.values():
+                if isinstance(table, Table) and table not in offsets:
+                    offsets[table] = 8 * len(numbers)
+                    for row in table.rows:
+                        numbers += self._pack(row, kinds_of(table.row))
+        values = np.array(numbers, np.int64)
+        block = Block(values.nbytes)
+        upload(block.address, values)
+        return offsets, block
+
+    def _pack(self, row: Any, kinds: Mapping[str, str]) -> list[int]:
+        """A row of a table as int64. A float32 is its bits."""
+        numbers = [self._number(kind, value) for kind, value in zip(kinds.values(), row, strict=True)]
+        return [int(n.view(np.int32)) if isinstance(n, np.float32) else n for n in numbers]
+
+    def _number(self, kind: str, argument: Any) -> Any:
+        """An argument as a kernel gets it. A Count stays one until there is a run."""
+        if kind == "float":
+            return np.float32(argument)
+        if kind == "int":
+            return argument if isinstance(argument, Count) else int(argument)
+        return self._address(argument)
+
+    def _resolve(self, launch: Launch) -> "ResolvedLaunch":
+        arguments = tuple(self._number(kind, launch.arguments[name]) for name, kind in launch.kernel.kinds.items())
+        return ResolvedLaunch(launch, arguments)
+
+
+class ResolvedLaunch(NamedTuple):
+    """A launch with its arguments as numbers, in the kernel's order. Numbers of rows are still a Count."""
+
+    launch: Launch
+    arguments: tuple[Any, ...]
+
+
+class Call(NamedTuple):
+    """A launch as numba gets it."""
+
+    dispatcher: Any
+    grid: tuple[int, ...]
+    threads: int | tuple[int, int]
+    arguments: tuple[Any, ...]
+
+
+class BoundLaunches:
+    """The launches of a run with certain numbers of rows. The second run captures them as a graph."""
+
+    def __init__(self, resolved: Sequence[ResolvedLaunch], rows: Mapping[Count, int]) -> None:
+        assert all(n <= count.most for count, n in rows.items())
+        self.graph: Graph | None = None
+        self._runs = 0
+        self._calls: list[Call] = []
+        for launch, arguments in resolved:
+            blocks, only = launch.blocks, launch.blocks.only
+            grid = tuple(-(-rows[n.rows] // n.size) if isinstance(n, Tiles) else n for n in blocks.grid)
+            if 0 in grid or (only is not None and not only.first <= rows[only.rows] <= only.last):
+                continue
+            numbers = tuple(rows[n] if isinstance(n, Count) else n for n in arguments)
+            self._calls.append(Call(launch.kernel.dispatcher, grid, blocks.threads, numbers))
+
+    def run(self) -> None:
+        """Begin the launches, in order."""
+        self._runs += 1
+        # The first run compiles and loads kernels, which a capture must not.
+        if self._runs == 2 and not SIMULATED:
+            try:
+                self.graph = Graph(self._launch)
+            except DeviceError:
+                self.graph = None
+        if self.graph is not None:
+            self.graph()
+        else:
+            self._launch(stream())
+
+    def _launch(self, on: Any) -> None:
+        for dispatcher, grid, threads, arguments in self._calls:
+            dispatcher[grid, threads, on](*arguments)
+
+
+def _most_bytes(of: Input | InputMatrix) -> int:
+    """The size of an input at its most rows."""
+    shape = (n.most if isinstance(n, Count) else n for n in of.shape)
+    return prod(shape) * np.dtype(DTYPES[of.dtype]).itemsize
+
+
+def _copy(address: int, array: Array) -> None:
+    """Copy a float32 matrix of the host's or the device's own."""
+    if isinstance(array, DeviceArray):
+        move(address, array.address, array.nbytes)
+    else:
+        upload(address, np.ascontiguousarray(array, np.float32))

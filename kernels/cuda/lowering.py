@@ -1,0 +1,81 @@
+"""A program being lowered: its launches so far, and where each value and its levels lie."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rwkv_cli.kernels import program as p
+from rwkv_cli.kernels.cuda.device import levels, matmul
+from rwkv_cli.kernels.cuda.device.compile import Kernel
+from rwkv_cli.kernels.cuda.launches import DTYPES, Argument, Between, Blocks, Launches, Place, Tiles, round_up
+from rwkv_cli.numbers import GROUP
+
+
+class Levels(NamedTuple):
+    """A factor as integers (see `levels`)."""
+
+    levels: Place | None
+    factors: Place | None
+
+
+class Lowering:
+    """The launches so far, and where each value lies."""
+
+    def __init__(self, with_levels: set[p.Value]) -> None:
+        self.launches = Launches()
+        self._with_levels = with_levels
+        self._places: dict[p.Value, Place] = {}
+        self._levels: dict[p.Factor, Levels] = {}
+
+    def place(self, x: p.Value | p.Input) -> Place:
+        """The place of a value or an input."""
+        return Place(x) if isinstance(x, p.Input | p.InputMatrix) else self._places[x]
+
+    def at(self, x: p.Value | p.Array | None) -> Any:
+        """The place of a value. An array of the device's own, and None, stay what they are."""
+        return self.place(x) if isinstance(x, p.Value) else x
+
+    def new(self, value: p.Value) -> Place:
+        """Memory for a value that the next launch computes."""
+        numbers = value.rows.most * value.columns
+        self._places[value] = self.launches.buffer(numbers * np.dtype(DTYPES[value.dtype]).itemsize)
+        return self._places[value]
+
+    def levels(self, x: p.Factor) -> Levels:
+        """The places of a factor's levels."""
+        return self._levels[x]
+
+    def new_levels(self, x: p.Factor) -> Levels:
+        """Memory for the levels of a factor, in whole blocks of the kernel that reads them."""
+        rows, columns = p.rows_of(x), p.columns_of(x)
+        *_, (shape, _) = shapes_of(rows)
+        blocks = -(-rows.most // shape.tokens) * shape.tiles * -(-columns // GROUP)
+        sizes = blocks * levels.LEVEL_BYTES, blocks * levels.FACTOR_BYTES
+        self._levels[x] = Levels(*map(self.launches.buffer, sizes))
+        return self._levels[x]
+
+    def new_levels_if_wanted(self, x: p.Value) -> Levels:
+        """Memory for the levels of a value that the next launch computes, or none if it is not to put any."""
+        return self.new_levels(x) if x in self._with_levels else Levels(None, None)
+
+    def by_rows(self, kernel: Kernel, like: p.Value, /, **arguments: Argument) -> None:
+        """Launch a block for each row of `like`, with a thread for each column as far as that goes."""
+        threads = min(kernel.threads, round_up(like.columns, 32))
+        self.launches.add(kernel, Blocks((Tiles(like.rows),), threads), **arguments)
+
+    def by_columns(self, kernel: Kernel, like: p.Value, /, **arguments: Argument) -> None:
+        """Launch a thread for each column of each row of `like`."""
+        threads = min(kernel.threads, round_up(like.columns, 32))
+        self.launches.add(kernel, Blocks((-(-like.columns // threads), Tiles(like.rows)), threads), **arguments)
+
+
+def shapes_of(rows: p.Count) -> Iterator[tuple[matmul.Shape, Between]]:
+    """The shapes of `matmul` for up to so many rows, and the numbers of rows that each serves. `matvec` serves one."""
+    first = 2
+    for shape in matmul.SHAPES:
+        last = rows.most if shape is matmul.SHAPES[-1] else min(shape.tokens, rows.most)
+        yield shape, Between(rows, first, last)
+        if last == rows.most:
+            return
+        first = last + 1

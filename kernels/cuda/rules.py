@@ -1,0 +1,143 @@
+"""Rules that say what is one launch: they turn a program's operations into steps. None of them needs a GPU.
+
+1. `join_norms`: a layer norm and the token shift of its result are one launch.
+2. `gather_products`: all int8 products of one `Linear` are one launch.
+3. `insert_rounding`: the factors of that launch are rounded in one launch before it. A factor whose own kernel can put
+   its levels is not among them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rwkv_cli.kernels import program as p
+from rwkv_cli.kernels.cuda.device.wkv import puts_levels
+from rwkv_cli.kernels.cuda.weights import Fragments
+
+
+@dataclass(frozen=True, eq=False)
+class NormShift:
+    """A layer norm and the token shift of its result."""
+
+    norm: p.LayerNorm
+    shift: p.TokenShift
+
+
+@dataclass(frozen=True, eq=False)
+class Multiply:
+    """A product that becomes `out`, or is added to it."""
+
+    product: p.Product
+    out: p.Value
+    add: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class RoundFactors:
+    """Round each factor to levels."""
+
+    factors: tuple[p.Factor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Products:
+    """Products of the same rows with int8 matrices."""
+
+    parts: tuple[Multiply, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FloatProduct:
+    """A product with a float matrix."""
+
+    part: Multiply
+
+
+Step = p.Operation[Any] | NormShift | RoundFactors | Int8Products | FloatProduct
+
+
+def steps_of(operations: Sequence[p.Operation[Any]]) -> tuple[list[Step], set[p.Value]]:
+    """The steps of a program, and the values that get their levels from the kernel that computes them."""
+    return insert_rounding(gather_products(join_norms(operations)))
+
+
+def join_norms(steps: Sequence[Step]) -> list[Step]:
+    """Join each layer norm with the token shift of its result, if that is the next step."""
+    joined: list[Step] = []
+    for step in steps:
+        match joined[-1:], step:
+            case [p.LayerNorm() as norm], p.TokenShift() if step.x is norm.out:
+                joined[-1] = NormShift(norm, step)
+            case _:
+                joined.append(step)
+    return joined
+
+
+def gather_products(steps: Sequence[Step]) -> list[Step]:
+    """Gather the int8 products of each Linear, and do those with float matrices one by one."""
+    gathered: list[Step] = []
+    for step in steps:
+        if not isinstance(step, p.Linear | p.AddLinear):
+            gathered.append(step)
+            continue
+        parts = list(_parts(step))
+        int8 = tuple(part for part in parts if isinstance(part.product.weight, Fragments))
+        if int8:
+            gathered.append(Int8Products(int8))
+        gathered += [FloatProduct(part) for part in parts if part not in int8]
+    return gathered
+
+
+def _parts(operation: p.Linear | p.AddLinear) -> Iterator[Multiply]:
+    """Each product of an operation, and where it goes."""
+    if isinstance(operation, p.Linear):
+        yield from map(Multiply, operation.products, operation.out)
+    else:
+        yield Multiply(p.Product(operation.y, operation.weight), operation.x, add=True)
+
+
+def insert_rounding(steps: Sequence[Step]) -> tuple[list[Step], set[p.Value]]:
+    """Insert a step that rounds the factors of each Int8Products; the values whose own kernel is to put their levels.
+
+    These are the factors that such a kernel has computed (`computed_with_levels`) and nothing has changed since.
+    """
+    inserted: list[Step] = []
+    fresh: set[p.Factor] = set()
+    wanted: set[p.Value] = set()
+    for step in steps:
+        if isinstance(step, Int8Products):
+            factors = dict.fromkeys(part.product.x for part in step.parts)
+            wanted |= {x for x in factors if isinstance(x, p.Value) and x in fresh}
+            left = tuple(x for x in factors if x not in fresh)
+            if left:
+                inserted.append(RoundFactors(left))
+        inserted.append(step)
+        fresh -= changed_by(step)
+        fresh |= computed_with_levels(step)
+    return inserted, wanted
+
+
+def computed_with_levels(step: Step) -> set[p.Value]:
+    """The values that a step computes with a kernel that can put their levels too.
+
+    Such kernels are the product with one token, and a recurrence whose heads are whole groups of columns.
+    """
+    match step:
+        case Int8Products():
+            return {part.out for part in step.parts if part.out.rows.most == 1 and not part.add}
+        case p.Wkv6() | p.Wkv7():
+            _, head_size = step.bonus.shape
+            return {step.out} if puts_levels(head_size) else set()
+    return set()
+
+
+def changed_by(step: Step) -> set[p.Value]:
+    """The values that a step changes in place."""
+    match step:
+        case Int8Products():
+            return {part.out for part in step.parts if part.add}
+        case FloatProduct():
+            return {step.part.out} if step.part.add else set()
+        case p.AddGated() | p.RoundTo():
+            return {step.x}
+    return set()
