@@ -2,6 +2,19 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rwkv_cli.kernels.program import Dtype
+
+NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The numbers of a program as numpy knows them."""
 
 ALIGN = 64
 """Bytes. Every array begins at a multiple of it, so that none shares a cache line with another."""

@@ -9,11 +9,11 @@ from rwkv_cli.kernels.cpu.args import View
 from rwkv_cli.kernels.cpu.compile import Kernel
 from rwkv_cli.kernels.cpu.steps import Share, Steps
 from rwkv_cli.kernels.cpu.weights import FloatWeight
+from rwkv_cli.kernels.memory import NUMPY_DTYPES
 from rwkv_cli.numbers import FLOAT_DTYPES
 
 PARTS = 8
 """Parts for each thread, where there is enough work: the last to finish is then not far behind."""
-_DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "BOOL": np.bool_}
 
 
 class Lowering:
@@ -26,7 +26,7 @@ class Lowering:
     def view(self, x: p.Value | p.Input | p.LayerState | Any) -> Any:
         """The place of a value, an input or a layer's state. An array of the device's own is itself."""
         if isinstance(x, p.Input | p.InputMatrix):
-            return View(x, x.shape, np.dtype(_DTYPES[x.dtype]))
+            return View(x, x.shape, NUMPY_DTYPES[x.dtype])
         if isinstance(x, p.LayerState):
             shape = x.array.shape[1:]
             size = int(np.prod([n for n in shape if isinstance(n, int)])) * 4
@@ -35,7 +35,7 @@ class Lowering:
 
     def place(self, value: p.Value) -> View:
         """Memory for a value that the next steps compute."""
-        self._views[value] = self.steps.empty((value.rows, value.columns), _DTYPES[value.dtype])
+        self._views[value] = self.steps.empty((value.rows, value.columns), NUMPY_DTYPES[value.dtype])
         return self._views[value]
 
     def put(self, value: p.Value, view: View) -> None:

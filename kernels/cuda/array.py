@@ -21,9 +21,13 @@ class DeviceArray:
     """A view of a block: shape, strides in bytes, dtype. Basic indexing gives views, `copy` a block of its own."""
 
     def __init__(
-        self, block: Any, shape: tuple[int, ...], dtype: Any = np.float32, offset: int = 0,
+        self,
+        block: Any,
+        shape: tuple[int, ...],
+        dtype: Any = np.float32,
+        offset: int = 0,
         strides: tuple[int, ...] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.block, self.offset = block, offset
         self.shape, self.dtype = tuple(map(int, shape)), np.dtype(dtype)
         self.strides = contiguous(self.shape, self.dtype.itemsize) if strides is None else strides

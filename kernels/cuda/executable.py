@@ -16,7 +16,6 @@ from rwkv_cli.kernels.cuda.array import DeviceArray
 from rwkv_cli.kernels.cuda.device.compile import SIMULATED, kinds_of
 from rwkv_cli.kernels.cuda.driver import Block, Graph, download, move, pinned, stream, upload
 from rwkv_cli.kernels.cuda.launches import (
-    DTYPES,
     AddressOf,
     Argument,
     Launch,
@@ -27,7 +26,7 @@ from rwkv_cli.kernels.cuda.launches import (
     operands,
     round_up,
 )
-from rwkv_cli.kernels.memory import Buffer, plan
+from rwkv_cli.kernels.memory import NUMPY_DTYPES, Buffer, plan
 from rwkv_cli.kernels.program import Array, Count, Input, InputMatrix, Value
 
 _ALIGN = 256
@@ -68,11 +67,14 @@ class BroughtInputs:
             array = arrays[each.name]
             if isinstance(each, InputMatrix):
                 _copy(self._block.address + at, array)
-                continue
-            values = [array.address] if each in self._by_address else array
-            raw: NDArray[Any] = np.ascontiguousarray(values, DTYPES["I64" if each in self._by_address else each.dtype])
-            self._staged[at : at + raw.nbytes] = raw.reshape(-1).view(np.uint8)
+            elif each in self._by_address:
+                self._stage(at, np.array([array.address], np.int64))
+            else:
+                self._stage(at, np.ascontiguousarray(array, NUMPY_DTYPES[each.dtype]))
         upload(self._block.address, self._staged)
+
+    def _stage(self, at: int, values: NDArray[Any]) -> None:
+        self._staged[at : at + values.nbytes] = values.reshape(-1).view(np.uint8)
 
 
 class CudaProgram:
@@ -80,7 +82,7 @@ class CudaProgram:
 
     def __init__(
         self, launches: Launches, inputs: Sequence[Input | InputMatrix], outputs: Mapping[Value, Place]
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._launches = launches.all  # they keep the weights alive
         self._outputs = outputs
         self._offsets, size = plan(launches.buffers, _ALIGN)
@@ -99,17 +101,17 @@ class CudaProgram:
         return next(reversed(self._bound.values())).graph is not None
 
     def run(self, arrays: Mapping[str, Array]) -> None:
-        self._inputs.bring(arrays)
         self._rows = {count: len(arrays[name]) for count, name in self._sized.items()}
         lengths = tuple(self._rows.values())
         bound = self._bound.pop(lengths, None) or BoundLaunches(self._resolved, self._rows)
         self._bound[lengths] = bound
         while len(self._bound) > _LENGTHS:
             self._bound.popitem(last=False)
+        self._inputs.bring(arrays)
         bound.run()
 
     def read(self, value: Value) -> NDArray[Any]:
-        shape, dtype = (self._rows[value.rows], value.columns), np.dtype(DTYPES[value.dtype])
+        shape, dtype = (self._rows[value.rows], value.columns), NUMPY_DTYPES[value.dtype]
         size = prod(shape) * dtype.itemsize
         if self._read is None or self._read.size < size:
             self._read = pinned(max(size, 1))
@@ -188,7 +190,7 @@ class BoundLaunches:
     """The launches of a run with certain numbers of rows. The second run captures them as a graph."""
 
     def __init__(self, resolved: Sequence[ResolvedLaunch], rows: Mapping[Count, int]) -> None:
-        assert all(n <= count.most for count, n in rows.items())
+        assert all(n <= count.most for count, n in rows.items()), "more rows than there is memory for"
         self.graph: Graph | None = None
         self._runs = 0
         self._calls: list[Call] = []
@@ -222,7 +224,7 @@ class BoundLaunches:
 def _most_bytes(of: Input | InputMatrix) -> int:
     """The size of an input at its most rows."""
     shape = (n.most if isinstance(n, Count) else n for n in of.shape)
-    return prod(shape) * np.dtype(DTYPES[of.dtype]).itemsize
+    return prod(shape) * NUMPY_DTYPES[of.dtype].itemsize
 
 
 def _copy(address: int, array: Array) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from rwkv_cli.kernels.cuda.array import DeviceArray
 from rwkv_cli.kernels.cuda.device.compile import Kernel, kinds_of
 from rwkv_cli.kernels.cuda.driver import Block
@@ -65,9 +63,6 @@ class Blocks(NamedTuple):
     only: Between | None = None
     """None for all runs. A grid that a run leaves empty is not launched either."""
 
-
-DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "BOOL": np.bool_}
-"""numpy's type for each `program.Dtype`."""
 
 Argument = Place | AddressOf | Table | Block | DeviceArray | Count | int | float | None
 

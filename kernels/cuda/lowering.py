@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from rwkv_cli.kernels import program as p
 from rwkv_cli.kernels.cuda.device import levels, matmul
 from rwkv_cli.kernels.cuda.device.compile import Kernel
-from rwkv_cli.kernels.cuda.launches import DTYPES, Argument, Between, Blocks, Launches, Place, Tiles, round_up
+from rwkv_cli.kernels.cuda.launches import Argument, Between, Blocks, Launches, Place, Tiles, round_up
+from rwkv_cli.kernels.memory import NUMPY_DTYPES
 from rwkv_cli.numbers import GROUP
 
 
@@ -39,7 +38,7 @@ class Lowering:
     def new(self, value: p.Value) -> Place:
         """Memory for a value that the next launch computes."""
         numbers = value.rows.most * value.columns
-        self._places[value] = self.launches.buffer(numbers * np.dtype(DTYPES[value.dtype]).itemsize)
+        self._places[value] = self.launches.buffer(numbers * NUMPY_DTYPES[value.dtype].itemsize)
         return self._places[value]
 
     def levels(self, x: p.Factor) -> Levels:

@@ -157,6 +157,13 @@ def _dots(weights: Any, levels: Any) -> Any:
     return low, dp4a(right_8, low_right, dp4a(left_8, low_left, high_8 * 256))
 
 
+@function
+def _added(a: Float, a_8: Float, dots: Any, scales: Int, factor: Float) -> Any:
+    """The sums a and a_8 of rows g and g + 8, with a group's `_dots` added. `scales` has both rows' float16 bits."""
+    dot, dot_8 = dots
+    return a + np.float32(dot) * (half(scales) * factor), a_8 + np.float32(dot_8) * (half(scales >> 16) * factor)
+
+
 @kernel(_VECTOR_THREADS)
 def matvec(table: Address) -> None:
     """All products of a table of `ProductRow` with one token. Blocks: (pairs of strips, products).
@@ -183,30 +190,20 @@ def matvec(table: Address) -> None:
     # Four groups at a time: their loads are under way together.
     while g + 3 * warps < groups:
         g1, g2, g3 = g + warps, g + 2 * warps, g + 3 * warps
-        w0, w1, w2, w3 = (
-            words(w + FRAGMENT_BYTES * g), words(w + FRAGMENT_BYTES * g1), words(w + FRAGMENT_BYTES * g2),
-            words(w + FRAGMENT_BYTES * g3),
-        )  # fmt: skip
-        s0, s1, s2, s3 = (
-            i32(s + SCALE_BYTES * g), i32(s + SCALE_BYTES * g1), i32(s + SCALE_BYTES * g2), i32(s + SCALE_BYTES * g3)
-        )  # fmt: skip
-        f0, f1, f2, f3 = (
-            f32(f + FACTOR_BYTES * g), f32(f + FACTOR_BYTES * g1), f32(f + FACTOR_BYTES * g2),
-            f32(f + FACTOR_BYTES * g3),
-        )  # fmt: skip
-        p, p_8 = _dots(w0, words(x + LEVEL_BYTES * g))
-        a, a_8 = a + np.float32(p) * (half(s0) * f0), a_8 + np.float32(p_8) * (half(s0 >> 16) * f0)
-        p, p_8 = _dots(w1, words(x + LEVEL_BYTES * g1))
-        a, a_8 = a + np.float32(p) * (half(s1) * f1), a_8 + np.float32(p_8) * (half(s1 >> 16) * f1)
-        p, p_8 = _dots(w2, words(x + LEVEL_BYTES * g2))
-        a, a_8 = a + np.float32(p) * (half(s2) * f2), a_8 + np.float32(p_8) * (half(s2 >> 16) * f2)
-        p, p_8 = _dots(w3, words(x + LEVEL_BYTES * g3))
-        a, a_8 = a + np.float32(p) * (half(s3) * f3), a_8 + np.float32(p_8) * (half(s3 >> 16) * f3)
+        w0, w1 = words(w + FRAGMENT_BYTES * g), words(w + FRAGMENT_BYTES * g1)
+        w2, w3 = words(w + FRAGMENT_BYTES * g2), words(w + FRAGMENT_BYTES * g3)
+        s0, s1 = i32(s + SCALE_BYTES * g), i32(s + SCALE_BYTES * g1)
+        s2, s3 = i32(s + SCALE_BYTES * g2), i32(s + SCALE_BYTES * g3)
+        f0, f1 = f32(f + FACTOR_BYTES * g), f32(f + FACTOR_BYTES * g1)
+        f2, f3 = f32(f + FACTOR_BYTES * g2), f32(f + FACTOR_BYTES * g3)
+        a, a_8 = _added(a, a_8, _dots(w0, words(x + LEVEL_BYTES * g)), s0, f0)
+        a, a_8 = _added(a, a_8, _dots(w1, words(x + LEVEL_BYTES * g1)), s1, f1)
+        a, a_8 = _added(a, a_8, _dots(w2, words(x + LEVEL_BYTES * g2)), s2, f2)
+        a, a_8 = _added(a, a_8, _dots(w3, words(x + LEVEL_BYTES * g3)), s3, f3)
         g += 4 * warps
     while g < groups:
-        scale, factor = i32(s + SCALE_BYTES * g), f32(f + FACTOR_BYTES * g)
-        p, p_8 = _dots(words(w + FRAGMENT_BYTES * g), words(x + LEVEL_BYTES * g))
-        a, a_8 = a + np.float32(p) * (half(scale) * factor), a_8 + np.float32(p_8) * (half(scale >> 16) * factor)
+        scales, factor = i32(s + SCALE_BYTES * g), f32(f + FACTOR_BYTES * g)
+        a, a_8 = _added(a, a_8, _dots(words(w + FRAGMENT_BYTES * g), words(x + LEVEL_BYTES * g)), scales, factor)
         g += warps
     sums[0, tid], sums[1, tid] = a, a_8
     cuda.syncthreads()
@@ -274,9 +271,12 @@ def matmul(shape: Shape) -> Kernel:
                 f0, f1 = f32(factors + FACTOR_BYTES * block), f32(factors + FACTOR_BYTES * block + 4)
                 for i in range(STRIPS):
                     p0, p1, p2, p3 = products(
-                        (weight[i, 0], weight[i, 1], weight[i, 2], weight[i, 3]), x,
-                        values + FRAGMENT_BYTES * (place[i] + g), levels + LEVEL_BYTES * block, lane,
-                    )  # fmt: skip
+                        (weight[i, 0], weight[i, 1], weight[i, 2], weight[i, 3]),
+                        x,
+                        values + FRAGMENT_BYTES * (place[i] + g),
+                        levels + LEVEL_BYTES * block,
+                        lane,
+                    )
                     at = (i * TILES + c) * 4
                     own[at] += np.float32(p0) * (scale[i, 0] * f0)
                     own[at + 1] += np.float32(p1) * (scale[i, 0] * f1)
