@@ -2,6 +2,7 @@
 # make demo    set up .venv, convert the bundled storyteller (or CHECKPOINT=…), measure it on a text, let it write,
 #              chat if there is a terminal
 # make pictures  the terminal pictures of README (needs tmux)
+# make coverage  the tests, and how much of the code they reach: fails below the floor in .coveragerc
 # make lint    formatting, style, types
 # EXTRAS=dev,reference adds torch and the reference package to the tests
 
@@ -12,7 +13,7 @@ TEXT ?= docs/story.txt
 CHECKPOINT ?= rwkv_cli/storyteller.pth
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint demo docs pictures clean
+.PHONY: setup test coverage lint demo docs pictures clean
 
 setup: $(VENV)/installed-$(EXTRAS)
 
@@ -24,6 +25,10 @@ $(VENV)/installed-$(EXTRAS): pyproject.toml
 
 test: setup
 	$(BIN)/pytest
+
+coverage: setup
+	$(BIN)/coverage run $(BIN)/pytest
+	$(BIN)/coverage report
 
 lint: setup
 	$(BIN)/ruff check .
@@ -45,4 +50,4 @@ demo: setup
 	@if test -t 0; then $(BIN)/rwkv chat -m demo/model.safetensors; fi
 
 clean:
-	rm -rf $(VENV) .links build dist demo *.egg-info
+	rm -rf $(VENV) .links build dist demo *.egg-info .coverage
