@@ -35,6 +35,6 @@ def test_the_format_page_is_of_this_version() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in ("README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))):
+    for page in ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))):
         for target in re.findall(r"\]\(([^)#:]+)\)", read(page)):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
