@@ -16,6 +16,7 @@ A kernel declares its arguments as a NamedTuple whose fields have the kinds belo
 An array that may be missing is passed as None: its address and its shape are then 0.
 """
 
+import functools
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,7 @@ I64_2 = Annotated[Any, Kind("array", "I64", 2)]
 U64_1 = Annotated[Any, Kind("array", "U64", 1)]
 
 
+@functools.cache
 def kinds_of(record: type[NamedTuple]) -> list[Kind]:
     """The kind of each field of a record of arguments."""
     hints = get_type_hints(record, include_extras=True)

@@ -1,5 +1,6 @@
 """Steps: kernels with their arguments, written once, then run by a team of threads any number of times."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Steps:
     def empty(self, shape: tuple[int | Count, ...], dtype: Any = np.float32) -> View:
         """Memory for an array. Where it lies is planned when the list is complete."""
         dtype = np.dtype(dtype)
-        size = int(np.prod([n.most if isinstance(n, Count) else n for n in shape])) * dtype.itemsize
+        size = math.prod(n.most if isinstance(n, Count) else n for n in shape) * dtype.itemsize
         self._buffers.append(Buffer(size))
         return View(self._buffers[-1], shape, dtype)
 
