@@ -16,8 +16,8 @@ from typing import Any
 
 import llvmlite
 import numba
-from llvmlite.binding import get_host_cpu_name
 from numba.core.event import Event, Listener, register
+from numba.core.registry import cpu_target
 from platformdirs import user_cache_path
 
 config: Any = numba.core.config
@@ -54,7 +54,7 @@ def compiled_marker(*facts: str) -> Path:
     for, and so this file is named.
     """
     source = str(Path(__file__).parent)
-    cpu = [str(config.CPU_NAME or get_host_cpu_name()), str(config.CPU_FEATURES), str(config.ENABLE_AVX)]
+    cpu = cpu_target.target_context.codegen().magic_tuple()  # triple, name and features
     python = sys.implementation.cache_tag or sys.version
     digest = hashlib.sha256("\0".join([python, source, *cpu, *facts]).encode()).hexdigest()
     return cache_folder() / f"compiled-{digest[:16]}"

@@ -11,8 +11,8 @@ them any number of times.
 
 The rows may be those of several sequences, one after the other. Only what looks back in time has to know: it is given
 `starts` [B + 1], and sequence b has the rows starts[b] to starts[b + 1] − 1, which may be none. The states of all B
-lie in one array and are advanced in place. A sequence gets the same bits whatever is beside it, and a token the same
-bits as among many.
+lie in one array and are advanced in place. On the CPU, a sequence gets the same bits whatever is beside it, and a token
+the same bits as among many.
 """
 
 from collections.abc import Iterator
@@ -183,7 +183,7 @@ class LayerNorm(Operation[Value]):
 
 @dataclass(frozen=True, eq=False)
 class RoundTo(_InPlace):
-    """x becomes the nearest BF16 or F16 numbers, ties to even."""
+    """x becomes the nearest numbers of one of FLOAT_DTYPES, ties to even. F32 changes nothing."""
 
     x: Value
     dtype: str
@@ -355,7 +355,9 @@ class Program:
         return self.add(Linear(products))
 
     def keep(self, value: Value) -> Value:
-        """Have `value` stay readable after a run."""
+        """Have `value` stay readable after a run. Raises TypeError for an input, which the caller has."""
+        if isinstance(value, InputMatrix):
+            raise TypeError(f"{value.name} is an input, and cannot be an output too")
         self.outputs.append(value)
         return value
 

@@ -180,7 +180,7 @@ class Model:
         """`advance` for several sequences together: the logits after each one's last id, [B, V].
 
         `state` is a batch (`State.stack`) and is changed in place. Each sequence has ids of its own, as many as it
-        likes but not none. Beside the others it gets the bits that it would get alone.
+        likes but not none. On the CPU, it gets the bits beside the others that it would get alone.
         """
         tokens = [self._checked(part) for part in ids]
         if not tokens:
@@ -242,8 +242,7 @@ class Model:
         ops = Program(ids, starts, att_shift, ffn_shift, wkv, *at_the_end)
 
         x = ops.add(LayerNorm(ops.add(Embed(ids, top["emb.weight"])), norm_of(top, "blocks.0.ln0", c.norm_eps)))
-        if c.embedding_dtype != "F32":
-            ops.add(RoundTo(x, c.embedding_dtype))
+        ops.add(RoundTo(x, c.embedding_dtype))
         carry: Carry = {}
         for i, p in enumerate(self._layers):
             a = ops.add(LayerNorm(x, norm_of(p, "ln1", c.norm_eps)))

@@ -45,6 +45,11 @@ class Config:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults. A field that is added later is not among them in older files."""
+        plain = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        return {name: value for name, value in self.as_json().items() if plain.get(name, MISSING) != value}
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Config":
         """The config in a converted file. A field that the file lacks gets its default.

@@ -26,7 +26,7 @@ def load(path: str | Path, device: str = "cpu", threads: int | None = None) -> L
     """Load a converted model (written by `rwkv convert`), memory-mapped.
 
     The model has `forward(ids, state=None, all_logits=False) -> (logits, state)` with float32 logits `[V]` or `[T, V]`,
-    `new_state()`, `config`, and `tokenizer` with `encode` and `decode` (None if conversion found none). `state` is left
+    `new_state()`, `config`, and `tokenizer` with `encode` and `decode` (None if conversion found none). `state` is
     not changed; it has `clone()` and `save(path)`. `threads` defaults to all cores.
 
     Raises OSError, or a ValueError that says what is wrong with the file, the device or the number of threads.

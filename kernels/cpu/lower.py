@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rwkv_cli.kernels import program as p
 from rwkv_cli.kernels.cpu import elementwise, scores, wkv
 from rwkv_cli.kernels.cpu.args import View
-from rwkv_cli.kernels.cpu.lowering import PARTS, Lowering, by_size
+from rwkv_cli.kernels.cpu.lowering import PARTS_A_THREAD, Lowering, by_size
 from rwkv_cli.kernels.cpu.products import add_linear, linear
 from rwkv_cli.kernels.cpu.steps import Runnable, Share
 from rwkv_cli.kernels.cpu.weights import FloatWeight, Int8Weight
@@ -59,6 +59,8 @@ def _layer_norm(low: Lowering, op: p.LayerNorm) -> None:
 
 
 def _round_to(low: Lowering, op: p.RoundTo) -> None:
+    if op.dtype == "F32":
+        return
     x = low.view(op.x)
     low.by_rows(elementwise.round_to, elementwise.RoundToArgs(x, FLOAT_DTYPES.index(op.dtype)), x)
 
@@ -73,7 +75,7 @@ def _take_rows(low: Lowering, op: p.TakeRows) -> None:
 def _token_shift(low: Lowering, op: p.TokenShift) -> None:
     delta, columns = low.place(op.out), op.x.columns
     arguments = elementwise.ShiftArgs(low.view(op.x), low.view(op.starts), low.view(op.last), delta)
-    parts = min(columns // 64 + 1, PARTS * low.threads)
+    parts = min(columns // 64 + 1, PARTS_A_THREAD * low.threads)
     low.steps.add(elementwise.shift, arguments, Share(op.x.rows, columns, parts, parts))
 
 

@@ -12,7 +12,7 @@ from rwkv_cli.kernels.cpu.weights import FloatWeight
 from rwkv_cli.kernels.memory import NUMPY_DTYPES
 from rwkv_cli.numbers import FLOAT_DTYPES
 
-PARTS = 8
+PARTS_A_THREAD = 8
 """Parts for each thread, where there is enough work: the last to finish is then not far behind."""
 
 
@@ -44,7 +44,7 @@ class Lowering:
 
     def shared(self, rows: p.Count, columns: int) -> Share:
         """A share for a step whose rows are independent."""
-        return Share(rows, columns, 1, PARTS * self.threads)
+        return Share(rows, columns, 1, PARTS_A_THREAD * self.threads)
 
     def by_rows(self, kernel: Kernel, arguments: NamedTuple, like: View, barrier: bool = True) -> None:
         """Append a step that shares out the rows of `like`."""

@@ -1,7 +1,7 @@
 """Lowers matrix products to steps. What is fused, and why:
 
 - A factor that several products read is rounded once (`_factors`), and a lerp is computed while it is rounded.
-- Products of one `Linear` run at the same time, with one barrier after all of them.
+- int8 products of one `Linear` run at the same time, with one barrier after all of them.
 - Bias and activation are taken in the product's own kernel where the weight's rows are whole strips (`_product`).
 - `AddLinear` sums into the residual stream in place where it can.
 - One token reads only the rows of a sparse weight whose input is not zero (`_sparse_product`).
@@ -16,7 +16,7 @@ from rwkv_cli.kernels import program as p
 from rwkv_cli.kernels.cpu import elementwise, matmul, rounding, sparse
 from rwkv_cli.kernels.cpu.args import View
 from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP
-from rwkv_cli.kernels.cpu.lowering import PARTS, Lowering, by_size
+from rwkv_cli.kernels.cpu.lowering import PARTS_A_THREAD, Lowering, by_size
 from rwkv_cli.kernels.cpu.steps import Share
 from rwkv_cli.kernels.cpu.weights import FloatWeight, Int8Weight
 from rwkv_cli.numbers import GROUP
@@ -117,7 +117,9 @@ def round_factor(low: Lowering, x: p.Factor) -> Rounded:
         factors=rounded.factors,
         offsets=rounded.offsets,
     )
-    low.steps.add(rounding.quantize, arguments, Share(rows, columns, groups, PARTS * low.threads), barrier=False)
+    low.steps.add(
+        rounding.quantize, arguments, Share(rows, columns, groups, PARTS_A_THREAD * low.threads), barrier=False
+    )
     return rounded
 
 
@@ -127,7 +129,7 @@ def _product(low: Lowering, x: View | Rounded, weight: p.Weight, rows: p.Count, 
     if isinstance(weight, FloatWeight):
         assert isinstance(x, View)
         y = low.steps.empty((rows, N))
-        parts = min(-(-N // 4), PARTS * low.threads)
+        parts = min(-(-N // 4), PARTS_A_THREAD * low.threads)
         low.steps.add(matmul.floats, matmul.FloatsArgs(*by_size(weight), x, y), Share.fixed(parts, rows))
         return _finished(low, y, N, ending)
     assert isinstance(weight, Int8Weight)
@@ -176,7 +178,7 @@ def _tiled_product(low: Lowering, x: Rounded, weight: Int8Weight, y: View, endin
 def _strips_per_part(low: Lowering, rows: p.Count, S: int, G: int) -> int:
     """For one token as many as the bytes allow; for many as few as give every thread enough parts."""
     size = G * (matmul.GROUP_BYTES + matmul.SCALE_BYTES)
-    most = _PART_BYTES // size if rows.most == 1 else min(8 * _PART_BYTES // size, S // (PARTS * low.threads))
+    most = _PART_BYTES // size if rows.most == 1 else min(8 * _PART_BYTES // size, S // (PARTS_A_THREAD * low.threads))
     return max(1, most // matmul.STRIPS) * matmul.STRIPS
 
 

@@ -94,7 +94,7 @@ class Runnable:
     ) -> None:
         self._inputs = tuple(inputs)
         self._workspace, self._offsets = _aligned(size), offsets
-        self._sized = {shape[0]: name for name, shape in ((i.name, i.shape) for i in inputs) if _counted(shape)}
+        self._sized = {i.shape[0]: i.name for i in inputs if isinstance(i.shape[0], Count)}
         counts = {count: n for n, count in enumerate(self._sized)}
         slots: list[int] = []
         moving: list[tuple[int, int, int]] = []
@@ -135,7 +135,10 @@ class Runnable:
         team(threads).run(self._steps, self._args, self._counters)
 
     def _set_lengths(self, lengths: list[int]) -> None:
-        """Fill in the numbers of rows and how many parts each step then has."""
+        """Fill in the numbers of rows and how many parts each step then has. Raises ValueError for too many rows."""
+        for (count, name), length in zip(self._sized.items(), lengths, strict=True):
+            if length > count.most:
+                raise ValueError(f"{name} has {length} rows, and there is room for {count.most}")
         numbers = np.array([*lengths, 1], np.int64)
         self._args[self._size_slots] = numbers[self._size_counts]
         rows = numbers[self._share_rows]
@@ -151,10 +154,6 @@ class Runnable:
         begin = self._offsets[view.base] + view.offset
         raw = self._workspace[begin : begin + int(np.prod(shape)) * view.dtype.itemsize]
         return raw.view(view.dtype).reshape(shape).copy()
-
-
-def _counted(shape: tuple[int | Count, ...]) -> bool:
-    return isinstance(shape[0], Count)
 
 
 def _columns(rows: Sequence[Sequence[int]], width: int) -> list[NDArray[np.int64]]:

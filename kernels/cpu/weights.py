@@ -1,7 +1,8 @@
 """Matrices as the CPU's kernels read them: where they are mapped, nothing is copied."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +49,19 @@ CpuWeight = Int8Weight | FloatWeight
 
 def weight(stored: StoredMatrix) -> CpuWeight:
     """The matrix for kernels."""
+    return _FORMATS[stored.format](stored)
+
+
+def _int8(stored: StoredInt8) -> Int8Weight:
     N, K = stored.shape
-    if stored.format == "float":
-        floats = cast(StoredFloats, stored)
-        return FloatWeight((N, K), floats.dtype, np.ascontiguousarray(floats.bits))
-    int8 = cast(StoredInt8, stored)
-    values, scales = np.ascontiguousarray(int8.values), np.ascontiguousarray(int8.scales)
-    return Int8Weight((N, K), int8.layout, values, scales, float(np.float32(2.0 ** (112 + int8.unit))))
+    values, scales = np.ascontiguousarray(stored.values), np.ascontiguousarray(stored.scales)
+    return Int8Weight((N, K), stored.layout, values, scales, float(np.float32(2.0 ** (112 + stored.unit))))
+
+
+def _floats(stored: StoredFloats) -> FloatWeight:
+    N, K = stored.shape
+    return FloatWeight((N, K), stored.dtype, np.ascontiguousarray(stored.bits))
+
+
+_FORMATS: dict[str, Callable[[Any], CpuWeight]] = {"int8": _int8, "float": _floats}
+"""The formats of stored matrices that the CPU has kernels for."""

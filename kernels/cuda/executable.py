@@ -70,10 +70,13 @@ class BroughtInputs:
             elif each in self._by_address:
                 self._stage(at, np.array([array.address], np.int64))
             else:
-                self._stage(at, np.ascontiguousarray(array, NUMPY_DTYPES[each.dtype]))
+                self._stage(at, np.ascontiguousarray(array, NUMPY_DTYPES[each.dtype]), _most_bytes(each))
         upload(self._block.address, self._staged)
 
-    def _stage(self, at: int, values: NDArray[Any]) -> None:
+    def _stage(self, at: int, values: NDArray[Any], most: int = 8) -> None:
+        """Put values where the next upload takes them from. Raises ValueError for more than `most` bytes."""
+        if values.nbytes > most:
+            raise ValueError(f"an input has {values.nbytes} bytes, and there is room for {most}")
         self._staged[at : at + values.nbytes] = values.reshape(-1).view(np.uint8)
 
 

@@ -86,6 +86,8 @@ def _state_offset(state: p.LayerState) -> int:
 
 
 def _round_to(low: Lowering, op: p.RoundTo) -> None:
+    if op.dtype == "F32":
+        return
     kind = FLOAT_DTYPES.index(op.dtype)
     low.by_columns(elementwise.round_to, op.x, x=low.place(op.x), kind=kind, D=op.x.columns)
 

@@ -1,7 +1,8 @@
 """Weights in the GPU's memory: int8 in the order of fragments (docs/cuda.md), floats as they are stored."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,15 +68,20 @@ CudaWeight = Fragments | Int8Table | FloatMatrix
 
 def weight(stored: StoredMatrix) -> CudaWeight:
     """The matrix for kernels."""
+    return _FORMATS[stored.format](stored)
+
+
+def _floats(stored: StoredFloats) -> FloatMatrix:
     N, K = stored.shape
-    if stored.format == "float":
-        floats = cast(StoredFloats, stored)
-        return FloatMatrix((N, K), _uploaded(floats.bits), floats.dtype)
-    int8 = cast(StoredInt8, stored)
-    if int8.layout == "rows":
-        _, width = int8.values.shape
-        return Int8Table((N, K), _uploaded(int8.values), _uploaded(int8.scales), width, 2.0**int8.unit)
-    return _fragments((N, K), int8)
+    return FloatMatrix((N, K), _uploaded(stored.bits), stored.dtype)
+
+
+def _int8(stored: StoredInt8) -> Int8Table | Fragments:
+    N, K = stored.shape
+    if stored.layout == "rows":
+        _, width = stored.values.shape
+        return Int8Table((N, K), _uploaded(stored.values), _uploaded(stored.scales), width, 2.0**stored.unit)
+    return _fragments((N, K), stored)
 
 
 def _fragments(shape: tuple[int, int], stored: StoredInt8) -> Fragments:
@@ -94,6 +100,10 @@ def _fragments(shape: tuple[int, int], stored: StoredInt8) -> Fragments:
         kernel.dispatcher[grid, threads, stream()](source.address, wide, to.address, strips, groups)
     synchronize()  # before what was stored is freed
     return out
+
+
+_FORMATS: dict[str, Callable[[Any], CudaWeight]] = {"int8": _int8, "float": _floats}
+"""The formats of stored matrices that the GPU has kernels for."""
 
 
 def _uploaded(values: NDArray[Any]) -> Block:

@@ -113,7 +113,7 @@ def measure(
     if depth:
         progress(f"depth {depth}")
         model.advance(ids[:depth], state)
-    model.forward(ids[:prompt], state)  # compiles and records
+    model.forward(ids[:prompt], state)  # compiles what is not compiled yet
     prefill, decode = [], []
     for repetition in range(repetitions):
         progress(f"prefill {repetition + 1} of {repetitions}")

@@ -1,5 +1,6 @@
 """A model with its tokenizer."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class LanguageModel(Model):
 
     def compile_kernels(self) -> None:
         """Compile what this kind of model runs on, if that was never done on this machine."""
-        done = compiled_marker(self.backend.describe(), self.config.version, self.quantization)
+        done = compiled_marker(self.backend.describe(), json.dumps(self.config.as_json()), self.quantization)
         if not done.exists():
             state = self.new_state()
             self.advance([0], state)

@@ -114,7 +114,7 @@ class PromptCache:
     def __init__(self, path: Path, model: LanguageModel, start: State, ids: Sequence[int]) -> None:
         """`start` is the state before the first of `ids`. It is not changed."""
         self.path, self._start, self._ids = path, start, ids
-        facts = [model.digest, model.quantization, model.config.as_json(), model.backend.name]
+        facts = [model.digest, model.quantization, model.config.changed(), model.backend.name]
         self._facts = hashlib.sha256(json.dumps(facts).encode())
         for array in start.arrays().values():
             self._facts.update(np.ascontiguousarray(array).data)

@@ -18,7 +18,7 @@ def main(capability: tuple[int, int]) -> None:
 
     # numba compiles device functions for this GPU
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-    from rwkv_cli.kernels.cuda import limits as cuda_limits  # noqa: F401
+    from rwkv_cli.kernels.cuda import backend  # noqa: F401 - with every module that has kernels
     from rwkv_cli.kernels.cuda.device import matmul as cuda_matmul
     from rwkv_cli.kernels.cuda.device import wkv as cuda_wkv
     from rwkv_cli.kernels.cuda.device.compile import KERNELS

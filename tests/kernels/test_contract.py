@@ -150,7 +150,7 @@ def test_add_gated_and_take(device: str, T: int, D: int) -> None:
     np.testing.assert_array_equal(taken, got[rows])
 
 
-@cases("lengths, D", [((1,), 3), ((9,), 40), ((70,), 65), ((2, 0, 9, 1), 65)], [((1,), 3), ((4, 0, 1), 33)])
+@cases("lengths, D", [((1,), 3), ((9,), 40), ((70,), 65), ((2, 0, 9, 1), 65)], [((1,), 3), ((4, 0, 1), 67)])
 def test_wkv4(device: str, lengths: tuple[int, ...], D: int) -> None:
     T, lab = sum(lengths), Lab(device)
     k, v, u, r = normal(T, D, scale=2), normal(T, D), normal(D, scale=0.5), normal(T, D)
@@ -320,7 +320,7 @@ def test_what_a_product_reads_and_adds_to(device: str, N: int, K: int, layout: s
 
 @cases("layout, T, N, K", [(layout, 19, 80, 200) for layout in LAYOUTS], [("tile", 3, 17, 70)])
 def test_one_token_or_many_are_the_same_numbers(device: str, layout: str, T: int, N: int, K: int) -> None:
-    """On the CPU, and among one or several tokens by the same kernel, the same bits."""
+    """One token alone gets the numbers that it gets among others. On the CPU they are the same bits."""
     stored = quantize(normal(N, K, scale=0.1), layout)
     x = outliers(T, K)
     x[x < 0] = 0
@@ -331,15 +331,22 @@ def test_one_token_or_many_are_the_same_numbers(device: str, layout: str, T: int
 
 
 @cases(
-    "layout, bad, T",
-    with_each([(layout, bad) for layout in LAYOUTS for bad in (np.nan, np.inf, -np.inf)], 1, 8),
-    with_each([("tile", np.nan), ("columns", -np.inf)], 1, 2),
+    "layout, bad, T, activation",
+    with_each(with_each([(layout, bad) for layout in LAYOUTS for bad in (np.nan, np.inf, -np.inf)], 1, 8), "", "silu"),
+    [
+        ("tile", np.nan, 1, "relu_squared"),
+        ("tile", np.inf, 2, "relu_squared"),
+        ("tile", np.inf, 1, ""),
+        ("tile", np.nan, 2, "relu_squared"),
+        ("columns", -np.inf, 1, ""),
+        ("columns", -np.inf, 2, ""),
+    ],
 )
-def test_what_is_not_finite_reaches_every_output(device: str, layout: str, bad: float, T: int) -> None:
+def test_what_is_not_finite_reaches_every_output(device: str, layout: str, bad: float, T: int, activation: str) -> None:
     x = np.zeros((T, 64), np.float32)
     x[0, 40] = bad
-    got = linear(x, quantize(normal(48, 64), layout), device=device)
-    assert not np.isfinite(got[0]).any()
+    got = linear(x, quantize(normal(48, 64), layout), activation, device=device)
+    assert np.isnan(got[0]).all()
     assert (got[1:] == 0).all()
 
 
@@ -372,8 +379,8 @@ def test_float16_subnormals(device: str) -> None:
     np.testing.assert_array_equal(got[:, 0], bits.view(np.float16)[0].astype(np.float32) * 2**20)
 
 
-@cases("dtype, bits", [("F16", 11), ("BF16", 8)], [("F16", 11), ("BF16", 8)])
-def test_round_to(device: str, dtype: str, bits: int) -> None:
+@cases("dtype, bits, T", with_each([("F32", 24), ("F16", 11), ("BF16", 8)], 1, 3), [("F16", 11, 2), ("BF16", 8, 3)])
+def test_round_to(device: str, dtype: str, bits: int, T: int) -> None:
     x = np.concatenate([normal(100), np.float32([1 + 2.0**-bits, 1 + 3 * 2.0**-bits, 0, -1.5])])[None]
     if dtype == "F16":
         edges = np.float32([65519, 65520, -7e4, 2.0**-25, 3 * 2.0**-25])
@@ -384,9 +391,9 @@ def test_round_to(device: str, dtype: str, bits: int) -> None:
         mantissa, exponent = np.frexp(x.astype(float))
         want = np.ldexp(np.rint(mantissa * 2.0**bits) / 2.0**bits, exponent)  # ties to even
     lab = Lab(device)
-    value = lab.value(x)
+    value = lab.value(np.roll(np.tile(x, (T, 1)), 1, axis=0))
     lab.ops.add(RoundTo(value, dtype))
-    np.testing.assert_array_equal(lab.run(value), want)
+    np.testing.assert_array_equal(lab.run(value), np.tile(want, (T, 1)))
 
 
 @each_device
@@ -403,19 +410,21 @@ def scores(device: str, p: Any, q: Any, targets: Any) -> Any:
     return [got[:, 0] for got in lab.run(nll, *lab.ops.add(Divergence(left, right)))]
 
 
-@each_device
-def test_scores(device: str) -> None:
-    V = 3001 if device == "cpu" else 97
+@cases("V, exact", [(3001, 1e-6)], [(97, 1e-12)])
+def test_scores(device: str, V: int, exact: float) -> None:
+    """The CPU sums exponentials in float32 by blocks, the GPU all of them in float64."""
     p, q = normal(5, V, scale=6), normal(5, V, scale=6)
-    targets = RNG.integers(0, V, 5)
+    q[1], p[3, 7] = p[1], 1e4
+    targets = np.array([0, V - 1, 7, 7, 40])
     lp, lq = naive.log_softmax(p.astype(float)), naive.log_softmax(q.astype(float))
     nll, kl, same = scores(device, p, q, targets)
-    np.testing.assert_allclose(nll, -lp[np.arange(5), targets], rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(kl, (np.exp(lp) * (lp - lq)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(nll, -lp[np.arange(5), targets], rtol=exact, atol=exact)
+    # not the row with a logit of 1e4, whose q has tokens of no probability in float64
+    finite = np.array([0, 1, 2, 4])
+    want = (np.exp(lp) * (lp - lq)).sum(-1)[finite]
+    np.testing.assert_allclose(kl[finite], want, rtol=max(1e-9, 10 * exact), atol=max(1e-12, 1e-3 * exact))
     np.testing.assert_array_equal(same, p.argmax(-1) == q.argmax(-1))
-    nll, kl, same = scores(device, p, p, targets)
-    np.testing.assert_allclose(kl, 0, atol=1e-9)
-    assert same.all()
+    assert same[1]
     p[2, 7] = np.nan
     nll, kl, same = scores(device, p, q, targets)
     assert np.isnan(nll).tolist() == [False, False, True, False, False]

@@ -1,8 +1,16 @@
 """The plan of a program's memory: nothing in use is given out again, and what is free is."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import tiny
+from lab import lone_arrays
+from numpy.typing import NDArray
 
+import rwkv_cli
 from rwkv_cli.kernels.memory import Buffer, plan
 
 
@@ -43,3 +51,22 @@ def test_a_chain_takes_two_places() -> None:
     offsets, size = plan(chain)
     assert size == 2048
     assert {offsets[buffer] for buffer in chain} == {0, 1024}
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+def test_arrays_that_share_memory_keep_their_numbers(
+    converted: Callable[..., Path], version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose arrays lie as they are planned gives the bits of one whose arrays all lie alone."""
+    path, ids = converted(version), np.random.default_rng(2).integers(0, 300, 30)
+
+    def results() -> list[NDArray[Any]]:
+        model = rwkv_cli.load(path)
+        every, state = model.forward(ids, all_logits=True)
+        last = model.advance([5], state)
+        return [every, last, model.losses(ids[:-1], ids[1:], model.new_state()), *state.arrays().values()]
+
+    shared = results()
+    lone_arrays(monkeypatch)
+    for one, other in zip(shared, results(), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -213,7 +213,7 @@ def add_gated(x: Address, y: Address, gate: Address, D: Int) -> None:
 
 @kernel(THREADS)
 def round_to(x: Address, kind: Int, D: Int) -> None:
-    """x [T, D] becomes the nearest FLOAT_DTYPES[kind], ties to even. Blocks: (D, T), a thread a column."""
+    """x [T, D] becomes the nearest F16 or BF16 numbers, ties to even. Blocks: (D, T), a thread a column."""
     d = np.int64(cuda.grid(1))
     if d < D:
         at = x + 4 * (D * np.int64(cuda.blockIdx.y) + d)
