@@ -1,7 +1,9 @@
 """The model: one driver for every version, frozen after load."""
 
 import math
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -95,6 +97,7 @@ class Model:
             raise DeviceError(f"threads must be from 1 to {cores.logical} on this machine, not {threads}")
         self.threads = threads or cores.physical
         self._turn = threading.Lock()
+        _MODELS.add(self)
         self._passes: OrderedDict[PassKind, _CompiledPass] = OrderedDict()
         self.backend: Backend = choose(device, checkpoint.path.stat().st_size)
         self.digest = checkpoint.digest
@@ -285,3 +288,17 @@ class Model:
             bad = tokens[(tokens < 0) | (tokens >= self.config.vocab)][0]
             raise ValueError(f"token id {bad} is outside the model's vocabulary of {self.config.vocab}")
         return np.ascontiguousarray(tokens, np.int64)
+
+
+_MODELS: weakref.WeakSet[Model] = weakref.WeakSet()
+"""Every model of this process."""
+
+
+def _new_turns() -> None:
+    """Give each model a new lock: in a forked child, nobody is left who could release the old one."""
+    for model in _MODELS:
+        model._turn = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_turns)

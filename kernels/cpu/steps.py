@@ -139,6 +139,7 @@ class Runnable:
         for (count, name), length in zip(self._sized.items(), lengths, strict=True):
             if length > count.most:
                 raise ValueError(f"{name} has {length} rows, and there is room for {count.most}")
+        self._lengths = None  # until all is filled in: a fork or an error may come between
         numbers = np.array([*lengths, 1], np.int64)
         self._args[self._size_slots] = numbers[self._size_counts]
         rows = numbers[self._share_rows]

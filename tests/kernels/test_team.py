@@ -155,6 +155,23 @@ def test_a_forked_child_has_a_team_of_its_own(byte_model: Path) -> None:
     assert done.stdout == "True 0\n", done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork; nothing to go wrong")
+def test_a_child_forked_while_a_thread_computes_can_compute(byte_model: Path) -> None:
+    code = (
+        "import os, sys, threading, time, warnings, numpy as np, rwkv_cli\nwarnings.simplefilter('ignore')\n"
+        "model = rwkv_cli.load(sys.argv[1])\nwant = model.forward([1, 2])[0]\n"
+        "ids = np.arange(20000) % 200\nthread = threading.Thread(target=model.forward, args=(ids,), daemon=True)\n"
+        "thread.start()\ntime.sleep(0.1)\nassert model._turn.locked()\nchild = os.fork()\n"
+        "if child == 0: os._exit(0 if np.array_equal(model.forward([1, 2])[0], want) else 3)\n"
+        "for _ in range(300):\n    done, status = os.waitpid(child, os.WNOHANG)\n    if done: break\n"
+        "    time.sleep(0.1)\nelse:\n    os.kill(child, 9)\n"
+        "thread.join()\nprint(bool(done), status)\n"
+    )
+    command = [sys.executable, "-P", "-c", code, str(byte_model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "True 0\n", done.stderr
+
+
 def test_a_process_ends_though_its_threads_wait(byte_model: Path) -> None:
     code = "import sys, time, rwkv_cli\nrwkv_cli.load(sys.argv[1]).forward([1])\ntime.sleep(float(sys.argv[2]))"
     for pause in ("0", "0.2"):  # spinning, asleep
