@@ -46,10 +46,6 @@ _FLA = [
 ]
 
 
-FLA_EPS = 1e-5
-"""The eps of flash-linear-attention's group norm, divided by the head size (layers/rwkv7.py)."""
-
-
 def is_fla(names: Iterable[str]) -> bool:
     """Return true for the names of flash-linear-attention."""
     return any(name.removeprefix(_PREFIX).startswith("model.layers.") for name in names)

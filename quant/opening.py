@@ -1,8 +1,10 @@
 """Opens a foreign checkpoint: a `.pth`, a safetensors file, or a folder of either."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.pth import open_pth
@@ -20,6 +22,26 @@ def open_source(path: Path) -> dict[str, SourceTensor]:
     with path.open("rb") as file:
         head = file.read(512)
     return _reader(path, head)(path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint: of a folder, or beside a file with a name that only such folders have.
+
+    It is empty where there is none. Raises FormatError for one that cannot be read.
+    """
+    folder = path if path.is_dir() else path.absolute().parent
+    file = folder / "config.json"
+    if not file.is_file() or not (
+        path.is_dir() or re.match(r"(model.*\.safetensors|pytorch_model.*\.bin)$", path.name)
+    ):
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise FormatError(f"{file}: not a readable JSON object; download it again")
+    return settings
 
 
 def _open_folder(folder: Path) -> dict[str, SourceTensor]:

@@ -46,6 +46,19 @@ class SourceTensor:
         return np.ascontiguousarray(to_float32(self.bits(start, stop), self.dtype))
 
 
+@dataclass(frozen=True)
+class Zeros(SourceTensor):
+    """A tensor of zeros that a checkpoint leaves out. Its path is that of another tensor of the model."""
+
+    @classmethod
+    def beside(cls, other: SourceTensor, shape: tuple[int, ...]) -> "Zeros":
+        """Zeros for the same model as `other`."""
+        return cls(other.path, other.dtype, shape, 0, contiguous(shape))
+
+    def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        return np.zeros(self.shape, BITS[self.dtype])[start:stop]
+
+
 Source = Mapping[str, SourceTensor]
 
 
