@@ -53,7 +53,7 @@ def recognize(source: Source, settings: Mapping[str, Any] | None = None) -> Reco
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config = detect(shapes)
     if MODULES[config.version].ROUNDS_EMBEDDING:
-        config = replace(config, embedding_dtype=tensors["emb.weight"].dtype)
+        config = replace(config, embedding_dtype=tensors["emb.weight"].float_dtype)
     config, tensors = huggingface.honoured(config, tensors, settings or {}, fla=naming.is_fla(source))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     matched = match(config, shapes).items()

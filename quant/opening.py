@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_cli.errors import FormatError
-from rwkv_cli.quant.pth import open_pth
+from rwkv_cli.quant.pth import LEGACY, open_legacy, open_pth
 from rwkv_cli.quant.safetensors import open_safetensors
 from rwkv_cli.quant.source import SourceTensor
 
@@ -46,6 +46,11 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _open_folder(folder: Path) -> dict[str, SourceTensor]:
     """The tensors of a folder: those of all *.safetensors, else of all pytorch_model*.bin, else of the one *.pth."""
+    if (folder / "zero_to_fp32.py").is_file() and not any(folder.glob("pytorch_model*.bin")):
+        raise FormatError(
+            f"{folder}: a DeepSpeed checkpoint whose weights are spread over files; gather them with "
+            "`python zero_to_fp32.py . pytorch_model.bin` in that folder, and convert that file"
+        )
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pth"):
         files = sorted(folder.glob(pattern))
         if pattern == "*.pth" and len(files) > 1:
@@ -94,9 +99,8 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], dict[str, SourceTensor]
         raise FormatError(f"{path}: a GGUF file; convert from the original .pth or safetensors instead")
     if head.startswith((b"ggmf", b"fmgg", b"lmgg")):
         raise FormatError(f"{path}: an rwkv.cpp file; convert from the original .pth instead")
+    if head.startswith(LEGACY):
+        return open_legacy
     if head.startswith(b"\x80"):
-        raise FormatError(
-            f"{path}: a torch file from before version 1.6 (no zip); save it again with a newer torch: "
-            "torch.save(torch.load(old), new)"
-        )
+        raise FormatError(f"{path}: a pickle that torch.save did not write; give a checkpoint")
     raise FormatError(f"{path}: neither a torch .pth nor a safetensors file; give a checkpoint, or download it again")
