@@ -31,7 +31,7 @@ from rwkv_cli.kernels.program import (
     Value,
 )
 from rwkv_cli.models.config import Config
-from rwkv_cli.models.layers import Carry, TimeMixing, norm_of
+from rwkv_cli.models.layers import Carry, ChannelMixing, TimeMixing, norm_of
 from rwkv_cli.models.registry import MODULES, tensors
 from rwkv_cli.models.state import State
 from rwkv_cli.quant import Checkpoint
@@ -244,7 +244,9 @@ class Model:
         at_the_end = {"last": (ends,), "every": (), "losses": (targets,)}[kind.head]
         ops = Program(ids, starts, att_shift, ffn_shift, wkv, *at_the_end)
 
-        x = ops.add(LayerNorm(ops.add(Embed(ids, top["emb.weight"])), norm_of(top, "blocks.0.ln0", c.norm_eps)))
+        x = ops.add(Embed(ids, top["emb.weight"]))
+        if not c.embedding_normed:
+            x = ops.add(LayerNorm(x, norm_of(top, "blocks.0.ln0", c.norm_eps)))
         ops.add(RoundTo(x, c.embedding_dtype))
         carry: Carry = {}
         for i, p in enumerate(self._layers):
@@ -253,7 +255,7 @@ class Model:
             self._arch.time_mix(TimeMixing(ops, c, p, x, a, delta, starts, LayerState(wkv, i), carry))
             f = ops.add(LayerNorm(x, norm_of(p, "ln2", c.norm_eps)))
             delta = ops.add(TokenShift(f, starts, LayerState(ffn_shift, i)))
-            self._arch.channel_mix(ops, p, x, f, delta)
+            self._arch.channel_mix(ChannelMixing(ops, c, p, x, f, delta))
 
         if kind.head == "last":
             x = ops.add(TakeRows(x, ends))

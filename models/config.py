@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +38,18 @@ class Config:
     embedding_dtype: str = "F32"
     """The dtype that the embedding is rounded to after its norm. Before v7, the reference does that norm in the file's
     own dtype (rwkv package 0.8.32, model.py, "precompute embedding")."""
+    embedding_normed: bool = False
+    """True if the file's embedding has its norm in it already, so that there is no blocks.0.ln0."""
+    ffn_activation: Literal["relu_squared", "silu"] = "relu_squared"
+    """The activation between the two matrices of the channel mixing. Only v7 can have another one."""
     norm_eps: float = 1e-5
     group_norm_eps: float = 64e-5
     """The default is 1e-5 · 8²: training divides by head_size_divisor 8 before the norm (rwkv package, model.py)."""
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields as JSON. Rare fields are left out at their defaults, so that older programs read the file too."""
+        rare = {f.name: f.default for f in fields(self) if f.name in ("embedding_normed", "ffn_activation")}
+        return {name: value for name, value in asdict(self).items() if name not in rare or value != rare[name]}
 
     def changed(self) -> dict[str, Any]:
         """The fields that differ from their defaults. A field that is added later is not among them in older files."""
@@ -72,6 +78,10 @@ class Config:
             raise ValueError("a dimension is out of range")
         if config.embedding_dtype not in FLOAT_DTYPES:
             raise ValueError("its embedding_dtype is unknown")
+        if type(config.embedding_normed) is not bool:
+            raise ValueError("embedding_normed must be true or false")
+        if config.ffn_activation not in ("relu_squared", *(["silu"] if config.version == "7" else [])):
+            raise ValueError("its ffn_activation is unknown")
         if config.layers > 9999:
             raise ValueError("it has too many layers")
         if config.heads * config.head_size != config.width:

@@ -43,6 +43,20 @@ class TimeMixing:
     carry: Carry
 
 
+@dataclass(frozen=True)
+class ChannelMixing:
+    """Everything that the channel mixing of one layer reads and changes."""
+
+    ops: Program
+    config: Config
+    weights: Layer
+    x: Value
+    """The residual stream, to which the result is added."""
+    normed: Value
+    delta: Value
+    """The token shift of `normed`."""
+
+
 def exp(a: NDArray[np.float32]) -> NDArray[np.float32]:
     """e^a through float64, whose rounding to float32 does not depend on the CPU."""
     return np.exp(a.astype(np.float64)).astype(np.float32)
@@ -63,14 +77,15 @@ def norm_of(p: Layer, name: str, eps: float) -> Norm:
     return Norm(p[name + ".weight"], p[name + ".bias"], eps)
 
 
-def gated_channel_mix(ops: Program, p: Layer, x: Value, mixed: tuple[Lerp, Lerp]) -> None:
-    """v4, v5, v6: x += σ(R·f_r) ∘ V·relu(K·f_k)²; `mixed` holds f_k and f_r."""
-    f_k, f_r = mixed
+def gated_channel_mix(m: ChannelMixing, prefix: str) -> None:
+    """v4, v5, v6: x += σ(R·f_r) ∘ V·relu(K·f_k)². The names of the two mixes begin with `prefix`."""
+    ops, p = m.ops, m.weights
+    f_k, f_r = lerps(p, m.normed, m.delta, prefix, "kr")
     key = Product(f_k, p["ffn.key.weight"], "relu_squared")
     receptance = Product(f_r, p["ffn.receptance.weight"], "sigmoid")
     k, gate = ops.linear(key, receptance)
     (out,) = ops.linear(Product(k, p["ffn.value.weight"]))
-    ops.add(AddGated(x, out, gate))
+    ops.add(AddGated(m.x, out, gate))
 
 
 def gated_channel_mix_entries(c: Config) -> list[Entry]:

@@ -12,7 +12,11 @@ from rwkv_cli.errors import FormatError
 from rwkv_cli.quant import Source, SourceTensor
 from rwkv_cli.quant.dtypes import BITS
 
-_PREFIX = "_forward_module."
+_WRAPPERS = re.compile(r"^(_forward_module\.|module\.|base_model\.model\.)+|(?<![^.])_orig_mod\.")
+"""What training programs put before and into names: DeepSpeed, DDP, PEFT and torch.compile."""
+
+_OWNERS = re.compile(r"^(model|rwkv7|rwkv)\.(?=(emb|embeddings|blocks|ln_out|head)\.)")
+"""What Hugging Face folders put before names: the name of the model inside of a causal language model."""
 
 _WORLD = [
     (r"^rwkv\.", ""),
@@ -27,7 +31,7 @@ _WORLD = [
 ]
 
 _FLA = [
-    (r"^model\.embeddings\.", "emb."),
+    (r"^embeddings\.", "emb."),
     (r"^model\.norm\.", "ln_out."),
     (r"^lm_head\.", "head."),
     (r"^model\.layers\.", "blocks."),
@@ -46,13 +50,14 @@ _FLA = [
 ]
 
 
-FLA_EPS = 1e-5
-"""The eps of flash-linear-attention's group norm, divided by the head size (layers/rwkv7.py)."""
+def plain(name: str) -> str:
+    """The name without what programs put before it."""
+    return _OWNERS.sub("", _WRAPPERS.sub("", name))
 
 
 def is_fla(names: Iterable[str]) -> bool:
     """Return true for the names of flash-linear-attention."""
-    return any(name.removeprefix(_PREFIX).startswith("model.layers.") for name in names)
+    return any(plain(name).startswith("model.layers.") for name in names)
 
 
 def kind_of(name: str) -> str:
@@ -62,11 +67,11 @@ def kind_of(name: str) -> str:
 
 def official(source: Source) -> dict[str, SourceTensor]:
     """The tensors of a checkpoint under their official names. Unknown names stay as they are."""
-    named = [(name.removeprefix(_PREFIX), tensor) for name, tensor in source.items()]
-    if any(name.startswith(("rwkv.blocks.", "rwkv.embeddings.")) for name, _ in named):
-        named = [(_rename(name, _WORLD), tensor) for name, tensor in named]
-    elif is_fla(source):
+    named = [(plain(name), tensor) for name, tensor in source.items()]
+    if is_fla(source):
         named = [pair for name, tensor in named for pair in _from_fla(name, tensor)]
+    else:
+        named = [(_rename(name, _WORLD), tensor) for name, tensor in named]
     tensors: dict[str, SourceTensor] = {}
     for name, tensor in named:
         if name in tensors:

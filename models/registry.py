@@ -1,13 +1,13 @@
 """The architectures, and the search for the one that a checkpoint has."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rwkv_cli.errors import UnsupportedModelError
-from rwkv_cli.models import naming, rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_cli.models import huggingface, naming, rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_cli.models.config import Config, Entry, Shapes, matrix, norm
 from rwkv_cli.quant import Source, SourceTensor
 
@@ -44,18 +44,18 @@ class Recognized(NamedTuple):
     """Each tensor to convert, by its name in the converted file."""
 
 
-def recognize(source: Source) -> Recognized:
-    """The model that a checkpoint holds, in whatever naming.
+def recognize(source: Source, settings: Mapping[str, Any] | None = None) -> Recognized:
+    """The model that a checkpoint holds, in whatever naming. `settings` are those of its config.json, if it has one.
 
     Raises UnsupportedModelError, naming the variant or the tensor, for anything else.
     """
     tensors = naming.official(source)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config = detect(shapes)
-    if naming.is_fla(source):
-        config = replace(config, group_norm_eps=naming.FLA_EPS * config.head_size)
     if MODULES[config.version].ROUNDS_EMBEDDING:
-        config = replace(config, embedding_dtype=tensors["emb.weight"].dtype)
+        config = replace(config, embedding_dtype=tensors["emb.weight"].float_dtype)
+    config, tensors = huggingface.honoured(config, tensors, settings or {}, fla=naming.is_fla(source))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     matched = match(config, shapes).items()
     return Recognized(config, {name: (entry, tensors[origin]) for name, (entry, origin) in matched})
 
@@ -122,7 +122,8 @@ def tensors(config: Config) -> dict[str, Entry]:
     """Every tensor of a model by its full name in the converted file, optional ones included."""
     D, V = config.width, config.vocab
     module = MODULES[config.version]
-    top = [matrix("emb", V, D, "table"), *norm("blocks.0.ln0", D), *norm("ln_out", D), matrix("head", V, D)]
+    ln0 = [] if config.embedding_normed else norm("blocks.0.ln0", D)
+    top = [matrix("emb", V, D, "table"), *ln0, *norm("ln_out", D), matrix("head", V, D)]
     table = {entry.name: entry for entry in top}
     try:
         layer = [*norm("ln1", D), *norm("ln2", D), *module.entries(config)]

@@ -1,9 +1,9 @@
 """RWKV-4 (arXiv 2305.13048; rwkv package 0.8.32, model.py, `att_one`)."""
 
-from rwkv_cli.kernels.program import AddLinear, Product, Program, Value, Wkv4
+from rwkv_cli.kernels.program import AddLinear, Product, Wkv4
 from rwkv_cli.models.config import Config, Dimensions, Entry, Shapes, WkvState, matrix
 from rwkv_cli.models.layers import (
-    Layer,
+    ChannelMixing,
     TimeMixing,
     exp,
     gated_channel_mix,
@@ -64,6 +64,5 @@ def time_mix(m: TimeMixing) -> None:
     ops.add(AddLinear(m.x, ops.add(wkv), p["att.output.weight"]))
 
 
-def channel_mix(ops: Program, p: Layer, x: Value, f: Value, delta: Value) -> None:
-    f_k, f_r = lerps(p, f, delta, "ffn.time_mix_", "kr")
-    gated_channel_mix(ops, p, x, (f_k, f_r))
+def channel_mix(m: ChannelMixing) -> None:
+    gated_channel_mix(m, "ffn.time_mix_")

@@ -6,10 +6,10 @@ They differ in the shape of decay and bonus, which conversion expands to 5.2's, 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.program import AddLinear, Product, Program, Value, Wkv6
+from rwkv_cli.kernels.program import AddLinear, Product, Wkv6
 from rwkv_cli.models.config import Config, Dimensions, Entry, Shapes, WkvState, matrix, norm
 from rwkv_cli.models.layers import (
-    Layer,
+    ChannelMixing,
     TimeMixing,
     exp,
     gated_channel_mix,
@@ -102,6 +102,5 @@ def time_mix(m: TimeMixing) -> None:
     ops.add(AddLinear(m.x, ops.add(wkv), p["att.output.weight"]))
 
 
-def channel_mix(ops: Program, p: Layer, x: Value, f: Value, delta: Value) -> None:
-    f_k, f_r = lerps(p, f, delta, "ffn.time_mix_", "kr")
-    gated_channel_mix(ops, p, x, (f_k, f_r))
+def channel_mix(m: ChannelMixing) -> None:
+    gated_channel_mix(m, "ffn.time_mix_")

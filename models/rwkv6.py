@@ -5,14 +5,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.program import AddLinear, Columns, Lerp, Product, Program, Value, Wkv6
+from rwkv_cli.kernels.program import AddLinear, Columns, Lerp, Product, Wkv6
 from rwkv_cli.models.config import Config, Dimensions, Entry, Shapes, WkvState, low_rank, matrix, norm
 from rwkv_cli.models.layers import (
-    Layer,
+    ChannelMixing,
     TimeMixing,
     gated_channel_mix,
     gated_channel_mix_entries,
-    lerps,
     matrix_state,
     norm_of,
     tuned_state,
@@ -101,6 +100,5 @@ def time_mix(m: TimeMixing) -> None:
     ops.add(AddLinear(m.x, ops.add(wkv), p["att.output.weight"]))
 
 
-def channel_mix(ops: Program, p: Layer, x: Value, f: Value, delta: Value) -> None:
-    f_k, f_r = lerps(p, f, delta, "ffn.time_maa_", "kr")
-    gated_channel_mix(ops, p, x, (f_k, f_r))
+def channel_mix(m: ChannelMixing) -> None:
+    gated_channel_mix(m, "ffn.time_maa_")

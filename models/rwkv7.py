@@ -1,8 +1,8 @@
 """RWKV-7 "Goose" (arXiv 2503.14456; RWKV-LM, RWKV-v7/rwkv_v7_numpy.py)."""
 
-from rwkv_cli.kernels.program import AddLinear, Lerp, Product, Program, Value, ValueResidual, Wkv7
+from rwkv_cli.kernels.program import AddLinear, Lerp, Product, ValueResidual, Wkv7
 from rwkv_cli.models.config import Config, Dimensions, Entry, Shapes, WkvState, low_rank, matrix, norm
-from rwkv_cli.models.layers import Layer, TimeMixing, lerps, matrix_state, norm_of, tuned_state
+from rwkv_cli.models.layers import ChannelMixing, TimeMixing, lerps, matrix_state, norm_of, tuned_state
 
 ROUNDS_EMBEDDING = False
 """The embedding's norm is computed in float32, whatever the source's dtype."""
@@ -85,6 +85,7 @@ def time_mix(m: TimeMixing) -> None:
     ops.add(AddLinear(m.x, ops.add(wkv), p["att.output.weight"]))
 
 
-def channel_mix(ops: Program, p: Layer, x: Value, f: Value, delta: Value) -> None:
-    (k,) = ops.linear(Product(Lerp(f, delta, p["ffn.x_k"]), p["ffn.key.weight"], "relu_squared"))
-    ops.add(AddLinear(x, k, p["ffn.value.weight"]))
+def channel_mix(m: ChannelMixing) -> None:
+    mixed = Lerp(m.normed, m.delta, m.weights["ffn.x_k"])
+    (k,) = m.ops.linear(Product(mixed, m.weights["ffn.key.weight"], m.config.ffn_activation))
+    m.ops.add(AddLinear(m.x, k, m.weights["ffn.value.weight"]))

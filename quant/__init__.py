@@ -2,8 +2,18 @@
 
 from rwkv_cli.quant.checkpoint import Checkpoint
 from rwkv_cli.quant.formats import Floats, Int8
-from rwkv_cli.quant.opening import open_source
+from rwkv_cli.quant.opening import open_source, read_settings
 from rwkv_cli.quant.replacing import replacing
-from rwkv_cli.quant.source import Source, SourceTensor
+from rwkv_cli.quant.source import Source, SourceTensor, Zeros
 
-__all__ = ["Checkpoint", "Floats", "Int8", "Source", "SourceTensor", "open_source", "replacing"]
+__all__ = [
+    "Checkpoint",
+    "Floats",
+    "Int8",
+    "Source",
+    "SourceTensor",
+    "Zeros",
+    "open_source",
+    "read_settings",
+    "replacing",
+]

@@ -5,8 +5,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.numbers import FLOAT_DTYPES
+
 BITS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
     "F16": np.dtype("<u2"),
     "BF16": np.dtype("<u2"),
     "I8": np.dtype("i1"),
@@ -17,12 +20,19 @@ BITS: dict[str, np.dtype[Any]] = {
 """The NumPy dtype of an array's bits. NumPy has no bfloat16, so both 16-bit floats are unsigned integers here."""
 
 
+SOURCE_DTYPES = (*FLOAT_DTYPES, "F64")
+"""Float types of foreign checkpoints."""
+
+
 def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """The exact values of `bits` of any shape; `dtype` is one of FLOAT_DTYPES."""
+    """The values of `bits` of any shape: exact, but for F64, which is rounded. `dtype` is one of SOURCE_DTYPES."""
     if dtype == "F32":
         return np.ascontiguousarray(bits, dtype=np.float32)
     if dtype == "F16":
         return np.ascontiguousarray(bits).view(np.float16).astype(np.float32)
+    if dtype == "F64":
+        with np.errstate(over="ignore"):  # a number too large becomes an infinity, which conversion refuses
+            return bits.astype(np.float32)
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)

@@ -1,11 +1,13 @@
 """Opens a foreign checkpoint: a `.pth`, a safetensors file, or a folder of either."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rwkv_cli.errors import FormatError
-from rwkv_cli.quant.pth import open_pth
+from rwkv_cli.quant.pth import LEGACY, open_legacy, open_pth
 from rwkv_cli.quant.safetensors import open_safetensors
 from rwkv_cli.quant.source import SourceTensor
 
@@ -22,8 +24,33 @@ def open_source(path: Path) -> dict[str, SourceTensor]:
     return _reader(path, head)(path)
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint: of a folder, or beside a file with a name that only such folders have.
+
+    It is empty where there is none. Raises FormatError for one that cannot be read.
+    """
+    folder = path if path.is_dir() else path.absolute().parent
+    file = folder / "config.json"
+    if not file.is_file() or not (
+        path.is_dir() or re.match(r"(model.*\.safetensors|pytorch_model.*\.bin)$", path.name)
+    ):
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise FormatError(f"{file}: not a readable JSON object; download it again")
+    return settings
+
+
 def _open_folder(folder: Path) -> dict[str, SourceTensor]:
     """The tensors of a folder: those of all *.safetensors, else of all pytorch_model*.bin, else of the one *.pth."""
+    if (folder / "zero_to_fp32.py").is_file() and not any(folder.glob("pytorch_model*.bin")):
+        raise FormatError(
+            f"{folder}: a DeepSpeed checkpoint whose weights are spread over files; gather them with "
+            "`python zero_to_fp32.py . pytorch_model.bin` in that folder, and convert that file"
+        )
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pth"):
         files = sorted(folder.glob(pattern))
         if pattern == "*.pth" and len(files) > 1:
@@ -72,9 +99,8 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], dict[str, SourceTensor]
         raise FormatError(f"{path}: a GGUF file; convert from the original .pth or safetensors instead")
     if head.startswith((b"ggmf", b"fmgg", b"lmgg")):
         raise FormatError(f"{path}: an rwkv.cpp file; convert from the original .pth instead")
+    if head.startswith(LEGACY):
+        return open_legacy
     if head.startswith(b"\x80"):
-        raise FormatError(
-            f"{path}: a torch file from before version 1.6 (no zip); save it again with a newer torch: "
-            "torch.save(torch.load(old), new)"
-        )
+        raise FormatError(f"{path}: a pickle that torch.save did not write; give a checkpoint")
     raise FormatError(f"{path}: neither a torch .pth nor a safetensors file; give a checkpoint, or download it again")

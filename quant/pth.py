@@ -1,88 +1,25 @@
 """Reads torch `.pth` files without torch: a zip of raw storages and a pickle that says which tensor lies where.
 
-The pickle is never loaded. A loop reads its opcodes and knows only those that torch.save writes, and only the names
-that tensors need. The results are descriptions (`SourceTensor`), not tensors. Nothing in the file is executed.
+The results are descriptions (`SourceTensor`), not tensors. `pickles.py` reads the pickle and executes nothing in it.
+Files from before torch 1.6 are no zip. They are pickles one after the other and then the storages.
 """
 
-import pickletools
+import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.dtypes import BITS
-from rwkv_cli.quant.source import SourceTensor, check_name, extent
+from rwkv_cli.quant.pickles import DAMAGED, MAX_PICKLE, Storage, View, described, tensors_of
+from rwkv_cli.quant.source import SourceTensor, extent
 
-_DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
-_MAX_PICKLE = 8 << 20
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The first bytes of a file from before torch 1.6: torch's magic number as a pickle."""
+
 _LOCAL_HEADER = 30
-_DAMAGED = "broken or truncated torch file"
-
-
-class _RefusedError(Exception):
-    """A pickle asks for something that it does not get."""
-
-
-class _StorageType(NamedTuple):
-    name: str
-
-
-class _Storage(NamedTuple):
-    dtype: str
-    key: str
-    numel: int
-
-
-class _View(NamedTuple):
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> _View:
-    ok = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
-    if not ok or not len(shape) == len(strides) <= 8:
-        raise _RefusedError("a tensor is described wrongly")
-    if any(type(n) is not int or not 0 <= n < 1 << 48 for n in (offset, *shape, *strides)):
-        raise _RefusedError("a size, stride or offset of a tensor is out of range")
-    # requires_grad and hooks come first, then bits such as "negative" that change the values
-    if any(more[2:]):
-        raise _RefusedError("a tensor carries metadata that is not supported; save a plain copy of it (.clone())")
-    return _View(storage, offset, shape, strides)
-
-
-def _parameter(view: Any, *_: Any) -> Any:
-    return view
-
-
-_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): lambda: {},
-    ("torch._utils", "_rebuild_tensor"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-}
-
-
-def _named(module: Any, name: Any) -> Any:
-    if not (isinstance(module, str) and isinstance(name, str)):
-        raise _RefusedError("a name in it is not text")
-    if (module, name) in _ALLOWED:
-        return _ALLOWED[module, name]
-    if module == "torch" and name.endswith("Storage"):
-        return _StorageType(name)
-    raise _RefusedError(f"it asks for {f'{module}.{name}'!r:.80}, which no tensor needs")
-
-
-def _storage(pid: Any) -> _Storage:
-    match pid:
-        case ("storage", _StorageType(name), str(key), _, int(numel)) if name in _DTYPES:
-            return _Storage(_DTYPES[name], key, numel)
-        case ("storage", _StorageType(name), *_):
-            raise _RefusedError(f"it holds a {name!r:.80}; only float32, float16 and bfloat16 can be read")
-    raise _RefusedError("a storage is described wrongly")
 
 
 def open_pth(path: Path) -> dict[str, SourceTensor]:
@@ -105,7 +42,7 @@ def open_pth(path: Path) -> dict[str, SourceTensor]:
         # an OSError without a file name comes from an impossible offset
         if isinstance(error, FormatError) or getattr(error, "filename", None) is not None:
             raise
-        raise FormatError(f"{path}: {_DAMAGED} ({error}); download it again") from None
+        raise FormatError(f"{path}: {DAMAGED} ({error}); download it again") from None
 
 
 class _Archive:
@@ -130,15 +67,15 @@ class _Archive:
             raise FormatError(
                 f"{self._path}: saved on a big-endian machine, which is not supported; save it on another"
             )
-        tree = _unpickled(self._path, self._content(self._entries[pickle]))
+        tree = described(self._path, self._content(self._entries[pickle]))
         return {
             name: self._locate(self._entries.get(f"{prefix}data/{view.storage.key}"), name, view)
-            for name, view in _flat(self._path, tree).items()
+            for name, view in tensors_of(self._path, tree).items()
         }
 
     def _content(self, entry: zipfile.ZipInfo) -> bytes:
         self._check_stored(entry)
-        if entry.file_size > _MAX_PICKLE:
+        if entry.file_size > MAX_PICKLE:
             raise FormatError(
                 f"{self._path}: {entry.filename!r} in it is larger than any checkpoint's; download it again"
             )
@@ -152,7 +89,7 @@ class _Archive:
                 "unpack and zip again without compression (zip -0)"
             )
 
-    def _locate(self, entry: zipfile.ZipInfo | None, name: str, view: _View) -> SourceTensor:
+    def _locate(self, entry: zipfile.ZipInfo | None, name: str, view: View) -> SourceTensor:
         """The place of a tensor in the file."""
         storage, where = view.storage, f"{self._path}: tensor {name}"
         if entry is None:
@@ -161,8 +98,7 @@ class _Archive:
         item = BITS[storage.dtype].itemsize
         if entry.file_size != storage.numel * item or entry.compress_size != entry.file_size:
             raise FormatError(f"{where}: storage {storage.key!r} has the wrong size; download the file again")
-        if prod(view.shape) and view.offset + extent(view.shape, view.strides) > storage.numel:
-            raise FormatError(f"{where} reaches past the end of its storage; download the file again")
+        _check_inside(where, view)
         header = b""
         if entry.header_offset < self._size:
             self._file.seek(entry.header_offset)
@@ -176,87 +112,49 @@ class _Archive:
         return SourceTensor(self._path, storage.dtype, view.shape, start + view.offset * item, view.strides)
 
 
-def _unpickled(path: Path, data: bytes) -> Any:
-    try:
-        return _interpret(data)
-    except _RefusedError as error:
-        raise FormatError(f"{path}: its pickle is refused, and nothing in it was run: {error}") from None
-    except Exception:  # hostile bytes may raise anything, though never by a call of their choice
-        raise FormatError(f"{path}: {_DAMAGED} (data.pkl in it makes no sense); download it again") from None
+def _check_inside(where: str, view: View) -> None:
+    """Refuse a tensor that is longer than its storage."""
+    if prod(view.shape) and view.offset + extent(view.shape, view.strides) > view.storage.numel:
+        raise FormatError(f"{where} reaches past the end of its storage; download the file again")
 
 
-def _interpret(data: bytes) -> Any:
-    """The value that a pickle of protocol 2 to 5 describes.
+def open_legacy(path: Path) -> dict[str, SourceTensor]:
+    """Every tensor of a file from before torch 1.6 (torch/serialization.py, `_legacy_load`).
 
-    Keys must be strings or integers, since hashing a deep tuple would crash.
+    Its pickles are the magic number, the protocol, facts about the machine, the tree and the keys of the storages. Then
+    each storage has its length and its numbers. Raises FormatError as `open_pth` does.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
-
-    def popped(start: int) -> list[Any]:
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    for opcode, argument, _ in pickletools.genops(data):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "MARK":
-                marks.append(len(stack))
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
-                stack.append(argument)
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(popped(len(stack) - int(opcode.name[-1]))))
-            case "TUPLE":
-                stack.append(tuple(popped(marks.pop())))
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                memo[len(memo) if argument is None else argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "SETITEM" | "SETITEMS":
-                items = popped(marks.pop() if opcode.name == "SETITEMS" else len(stack) - 2)
-                if not all(type(key) in (str, int) for key in items[::2]):
-                    raise _RefusedError("a key of a dictionary is neither text nor a number")
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "APPEND" | "APPENDS":
-                items = popped(marks.pop() if opcode.name == "APPENDS" else len(stack) - 1)
-                stack[-1] += items
-            case "GLOBAL":
-                stack.append(_named(*str(argument).split(" ", 1)))
-            case "STACK_GLOBAL":
-                stack.append(_named(*popped(len(stack) - 2)))
-            case "BINPERSID":
-                stack.append(_storage(stack.pop()))
-            case "REDUCE":
-                function, arguments = popped(len(stack) - 2)
-                stack.append(function(*arguments))
-            case "BUILD":
-                stack.pop()  # a state_dict has its _metadata here
-            case "STOP":
-                return stack.pop()
-            case _:
-                raise _RefusedError(f"it uses {opcode.name}, which no checkpoint needs")
-    return None
+    with path.open("rb") as file:
+        pickles = io.BytesIO(file.read(MAX_PICKLE))
+        storages: dict[str, Storage] = {}
+        _, _, machine, tree, keys = (described(path, pickles, storages) for _ in range(5))
+        if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+            raise FormatError(f"{path}: saved on a big-endian machine, which is not supported; save it on another")
+        views = tensors_of(path, tree)
+        file.seek(pickles.tell())
+        starts = _starts(path, file, [storages.get(key) for key in keys] if isinstance(keys, list) else [])
+    found = {}
+    for name, view in views.items():
+        where = f"{path}: tensor {name}"
+        if view.storage.key not in starts:
+            raise FormatError(f"{where}: its data (storage {view.storage.key!r}) is missing; download it again")
+        _check_inside(where, view)
+        start = starts[view.storage.key] + view.offset * BITS[view.storage.dtype].itemsize
+        found[name] = SourceTensor(path, view.storage.dtype, view.shape, start, view.strides)
+    return found
 
 
-def _flat(path: Path, tree: Any) -> dict[str, _View]:
-    if not isinstance(tree, dict) or not tree:
-        what = "an empty dictionary" if tree == {} else type(tree).__name__
-        raise FormatError(f"{path}: holds {what}, not a dictionary of tensors; give a model's checkpoint")
-    for name, view in tree.items():
-        if not isinstance(name, str) or not isinstance(view, _View):
-            raise FormatError(f"{path}: entry {name!r:.80} is not a tensor; expected a flat dictionary of tensors")
-        check_name(path, name)
-    return tree
+def _starts(path: Path, file: IO[bytes], storages: Sequence[Storage | None]) -> dict[str, int]:
+    """The first byte of each storage of a file from before torch 1.6, where `file` stands at the first one."""
+    starts, at, size = {}, file.tell(), path.stat().st_size
+    for storage in storages:
+        if storage is None or storage.item_size is None:
+            what = "one without a tensor" if storage is None else f"a {storage.dtype!r:.80}"
+            raise FormatError(f"{path}: its storages cannot be told apart, since it holds {what}; save it anew")
+        file.seek(at)
+        starts[storage.key] = at + 8
+        numel = int.from_bytes(file.read(8), "little")
+        at += 8 + numel * storage.item_size
+        if numel != storage.numel or at > size:
+            raise FormatError(f"{path}: {DAMAGED} (storage {storage.key!r:.80}); download it again")
+    return starts

@@ -6,8 +6,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rwkv_cli.errors import FormatError
-from rwkv_cli.numbers import FLOAT_DTYPES
-from rwkv_cli.quant.dtypes import BITS
+from rwkv_cli.quant.dtypes import BITS, SOURCE_DTYPES
 from rwkv_cli.quant.source import SourceTensor, check_name, contiguous
 
 
@@ -17,7 +16,7 @@ def open_safetensors(path: Path) -> dict[str, SourceTensor]:
     if text.get("format") == "rwkv":
         raise FormatError(f"{path}: already converted; run it with -m, or convert from the original")
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOAT_DTYPES:
+        if tensor.dtype not in SOURCE_DTYPES:
             raise FormatError(f"{path}: tensor {name} is {tensor.dtype}; save it again as F32, F16 or BF16")
     return tensors
 

@@ -26,6 +26,11 @@ class SourceTensor:
     strides: tuple[int, ...]
     """Distances between neighbours along each axis, in elements. None is negative."""
 
+    @property
+    def float_dtype(self) -> str:
+        """The dtype of FLOAT_DTYPES that takes its values best."""
+        return "F32" if self.dtype == "F64" else self.dtype
+
     def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows [start, stop) of the first axis, as a map that goes away with the array."""
         kind = BITS[self.dtype]
@@ -43,7 +48,20 @@ class SourceTensor:
 
     def float32(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """The same rows as float32, C-contiguous. They are read-only if they are the map itself."""
-        return np.ascontiguousarray(to_float32(self.bits(start, stop), self.dtype))
+        return np.require(to_float32(self.bits(start, stop), self.dtype), requirements=["C", "A"])
+
+
+@dataclass(frozen=True)
+class Zeros(SourceTensor):
+    """A tensor of zeros that a checkpoint leaves out. Its path is that of another tensor of the model."""
+
+    @classmethod
+    def beside(cls, other: SourceTensor, shape: tuple[int, ...]) -> "Zeros":
+        """Zeros for the same model as `other`."""
+        return cls(other.path, other.dtype, shape, 0, contiguous(shape))
+
+    def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        return np.zeros(self.shape, BITS[self.dtype])[start:stop]
 
 
 Source = Mapping[str, SourceTensor]

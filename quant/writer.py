@@ -53,7 +53,7 @@ class Planned:
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.layout, self.shape, self.source.dtype)
+        return Spec(self.layout, self.shape, self.source.float_dtype)
 
     @property
     def format(self) -> Format:

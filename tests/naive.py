@@ -73,8 +73,16 @@ def log_softmax(logits: F64) -> F64:
 class Naive:
     """A model of any version on its official tensors."""
 
-    def __init__(self, version: str, tensors: Mapping[str, Any], group_norm_eps: float = 64e-5) -> None:
-        self.version, self.eps = version, group_norm_eps
+    def __init__(
+        self,
+        version: str,
+        tensors: Mapping[str, Any],
+        group_norm_eps: float = 64e-5,
+        norm_eps: float = 1e-5,
+        silu: bool = False,
+    ) -> None:
+        """`silu` is the activation of RWKV-7's channel mixing in place of the squared ReLU."""
+        self.version, self.eps, self.norm_eps, self.silu = version, group_norm_eps, norm_eps, silu
         self.z = {name: np.asarray(a, np.float64) for name, a in tensors.items()}
         self.layers = 1 + max(int(name.split(".")[1]) for name in self.z if name.startswith("blocks."))
         self.D = self.z["emb.weight"].shape[1]
@@ -82,7 +90,7 @@ class Naive:
         self.H = 1 if version == "4" else self.z[f"blocks.0.att.{bonus}"].shape[0]
 
     def norm(self, x: F64, name: str) -> F64:
-        return layer_norm(x, self.z[name + ".weight"], self.z[name + ".bias"], 1e-5)
+        return layer_norm(x, self.z[name + ".weight"], self.z[name + ".bias"], self.norm_eps)
 
     def forward(self, ids: Sequence[int]) -> F64:
         """Logits [T, V] from an empty state, or from the tuned one that is among the tensors."""
@@ -105,7 +113,8 @@ class Naive:
 
     def channel_mix(self, x: F64, f: str) -> F64:
         mix = {"6": "time_maa_", "7": "x_"}.get(self.version, "time_mix_")
-        out = self.linear(np.maximum(self.linear(self.mix(x, f + mix + "k"), f + "key"), 0) ** 2, f + "value")
+        k = self.linear(self.mix(x, f + mix + "k"), f + "key")
+        out = self.linear(k * sigmoid(k) if self.silu else np.maximum(k, 0) ** 2, f + "value")
         return out if self.version == "7" else out * sigmoid(self.linear(self.mix(x, f + mix + "r"), f + "receptance"))
 
     def heads(self, x: F64) -> F64:

@@ -17,7 +17,7 @@ from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
 from rwkv_cli.models import Config, registry
 from rwkv_cli.models.config import Entry
-from rwkv_cli.quant import SourceTensor, open_source
+from rwkv_cli.quant import SourceTensor, open_source, read_settings
 from rwkv_cli.quant.formats import FORMATS, layout_for
 from rwkv_cli.quant.writer import Contents, Planned, Written, write
 
@@ -45,7 +45,7 @@ class Conversion:
         """
         source = open_source(src)
         try:
-            config, tensors = registry.recognize(source)
+            config, tensors = registry.recognize(source, read_settings(src))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{src}: {error}") from None
         plan = [_planned(name, *matched, quantization) for name, matched in tensors.items()]
