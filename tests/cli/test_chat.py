@@ -491,6 +491,6 @@ def test_output_that_is_not_finite_ends_the_chat(chat: Run, monkeypatch: pytest.
 def test_penalties_are_for_one_answer(byte_model: Path) -> None:
     template = TEMPLATES["world"]
     conversation, _ = talk(rwkv_cli.load(byte_model), template, template.sampling, 9, "Hi")
-    assert conversation.sampler._counts
+    assert conversation.sampler.counts
     conversation.reply("again")
-    assert not conversation.sampler._counts
+    assert not conversation.sampler.counts
