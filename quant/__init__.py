@@ -3,7 +3,7 @@
 from rwkv_cli.quant.checkpoint import Checkpoint
 from rwkv_cli.quant.formats import Floats, Int8
 from rwkv_cli.quant.opening import open_source
-from rwkv_cli.quant.replacing import replacing
+from rwkv_cli.quant.replacing import check_regular, replacing
 from rwkv_cli.quant.source import Source, SourceTensor
 
-__all__ = ["Checkpoint", "Floats", "Int8", "Source", "SourceTensor", "open_source", "replacing"]
+__all__ = ["Checkpoint", "Floats", "Int8", "Source", "SourceTensor", "check_regular", "open_source", "replacing"]
