@@ -3,10 +3,12 @@
     python benchmarks/commands.py startup MODEL.safetensors
     python benchmarks/commands.py depth MODEL.safetensors [--depths 1 1000 10000 100000]
     python benchmarks/commands.py convert MODEL.pth [-r 5]
+    python benchmarks/commands.py loop MODEL.safetensors [--depths 1 1000 10000 100000]
 
 startup: `rwkv --help`, and the first token of a model from the shell with kernels and file in their caches, and once
 with no kernel compiled. depth: time and memory of a token behind so many others. convert: against copying the same
-file, both synced, in pairs.
+file, both synced, in pairs. loop: time of a token beside the model's pass, with penalties and stop texts, behind so
+many others; it fails if the last costs half as much again as the first.
 """
 
 import argparse
@@ -70,6 +72,33 @@ def depth(path: Path, depths: list[int], repetitions: int) -> None:
         )
 
 
+def loop(path: Path, depths: list[int]) -> None:
+    import rwkv_cli
+    from rwkv_cli.engine.completion import Completion, Request, new_sampler
+    from rwkv_cli.engine.sampling import Sampling
+
+    model = rwkv_cli.load(path)
+    rng = np.random.default_rng(0)
+    logits = [rng.standard_normal(model.config.vocab, np.float32) * 6 for _ in range(64)]
+    request = Request([1], max(depths) + 1000, ("\n\nUser:", "never there"), ignore_eos=True)
+    # a wide choice, so that many different tokens are counted
+    completion = Completion(model, model.new_state(), new_sampler(model, Sampling(top_p=0.999), 1), request)
+    steps, made, figures = completion.steps(), 0, []
+    next(steps)
+    for target in depths:
+        while made < target:
+            steps.send(logits[made % 64])
+            made += 1
+        start = time.perf_counter()
+        for _ in range(500):
+            steps.send(logits[made % 64])
+            made += 1
+        figures.append((time.perf_counter() - start) / 500 * 1e6)
+        different = len(completion.sampler.counts)
+        print(f"behind {target:9,} tokens, {different:6,} of them different: {figures[-1]:7.1f} µs", flush=True)
+    assert figures[-1] < 1.5 * figures[0], "the cost of a token grows with the text"
+
+
 def convert(source: Path, repetitions: int) -> None:
     size, pairs = source.stat().st_size, []
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
@@ -96,7 +125,7 @@ def convert(source: Path, repetitions: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["startup", "depth", "convert"])
+    parser.add_argument("what", choices=["startup", "depth", "convert", "loop"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 1000, 10_000, 100_000])
     parser.add_argument("-r", "--repetitions", type=int, default=5)
@@ -105,6 +134,8 @@ def main() -> None:
         startup(options.file, options.repetitions)
     elif options.what == "depth":
         depth(options.file, options.depths, options.repetitions)
+    elif options.what == "loop":
+        loop(options.file, options.depths)
     else:
         convert(options.file, options.repetitions)
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.models.config import Array
-from rwkv_cli.quant import SourceTensor, open_source, replacing
+from rwkv_cli.quant import SourceTensor, check_regular, open_source, replacing
 from rwkv_cli.quant.safetensors import read_header
 
 _ORDER = "key, value"
@@ -101,6 +101,7 @@ class State:
 
 def _opened(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
     """The tensors and the metadata of a saved state."""
+    check_regular(path)
     try:
         tensors, metadata = read_header(path)
     except FormatError:

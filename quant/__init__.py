@@ -3,7 +3,7 @@
 from rwkv_cli.quant.checkpoint import Checkpoint
 from rwkv_cli.quant.formats import Floats, Int8
 from rwkv_cli.quant.opening import open_source, read_settings
-from rwkv_cli.quant.replacing import replacing
+from rwkv_cli.quant.replacing import check_regular, replacing
 from rwkv_cli.quant.source import Source, SourceTensor, Zeros
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Source",
     "SourceTensor",
     "Zeros",
+    "check_regular",
     "open_source",
     "read_settings",
     "replacing",

@@ -17,6 +17,7 @@ from rwkv_cli.quant.formats import Floats, StoredTensor, format_of
 from rwkv_cli.quant.formats.contract import Shape, Spec, StoredArray
 from rwkv_cli.quant.header import FORMAT_VERSION
 from rwkv_cli.quant.opening import open_source
+from rwkv_cli.quant.replacing import check_regular
 from rwkv_cli.quant.safetensors import read_header
 
 
@@ -29,6 +30,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._text: dict[str, str] = {}
+        check_regular(path)
         if path.is_dir() or not _starts_header(path):
             # this raises a better reason for a file that is no checkpoint at all
             open_source(path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.pth import LEGACY, open_legacy, open_pth
+from rwkv_cli.quant.replacing import check_regular
 from rwkv_cli.quant.safetensors import open_safetensors
 from rwkv_cli.quant.source import SourceTensor
 
@@ -19,6 +20,7 @@ def open_source(path: Path) -> dict[str, SourceTensor]:
     """
     if path.is_dir():
         return _open_folder(path)
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(512)
     return _reader(path, head)(path)

@@ -7,13 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from rwkv_cli.errors import FormatError
+
 
 @contextlib.contextmanager
 def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
-    """A file beside `path` that becomes `path` if the block succeeds and vanishes if it does not."""
+    """A file beside `path` that becomes `path` if the block succeeds and vanishes if it does not.
+
+    A symbolic link stays, and its target is replaced. Raises FormatError for a device or a pipe, which stay, too.
+    """
     taken = FileExistsError(f"{path} exists; give --force to replace it, or another DST")
     if os.path.lexists(path) and not overwrite:
         raise taken
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    check_regular(path)
     part = path.with_name(f".rwkv-{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
@@ -33,6 +40,12 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def check_regular(path: Path) -> None:
+    """Raise FormatError for a device, a pipe or a socket. Reading it might never end, and writing would replace it."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FormatError(f"{path} is a device or a pipe, not a file; name a file")
 
 
 def _move(part: Path, path: Path) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import click
 
 from rwkv_cli.commands.options import complete_session, model_options, open_model, sampling_options, state_option
+from rwkv_cli.commands.texts import read_text
 
 
 @click.command("chat")
+@click.argument("question", nargs=-1, metavar="[QUESTION]")
 @model_options
 @click.option(
     "--template",
@@ -29,6 +31,8 @@ from rwkv_cli.commands.options import complete_session, model_options, open_mode
     shell_complete=complete_session,
     help="Keep the conversation under this name, and go on with it if it is there.",
 )
+@click.option("--last", is_flag=True, help="Go on with the last chat of more than one turn that has no name.")
+@click.option("--whole", is_flag=True, help="Take all of standard input as one turn, and end after its answer.")
 @state_option
 @click.option(
     "-n",
@@ -40,6 +44,7 @@ from rwkv_cli.commands.options import complete_session, model_options, open_mode
 @sampling_options
 def command(
     *,
+    question: tuple[str, ...],
     model: Path | None,
     threads: int | None,
     device: str,
@@ -47,6 +52,8 @@ def command(
     system: str | None,
     think: str | None,
     session: str | None,
+    last: bool,
+    whole: bool,
     state: Path | None,
     max_tokens: int | None,
     seed: int | None,
@@ -54,12 +61,14 @@ def command(
 ) -> None:
     """Talk with a model, turn by turn. It remembers the conversation; Ctrl-C ends an answer, /help lists commands.
 
-    Reads turns from standard input a line at a time, so it works in a pipe too. Sampling defaults are those the
-    template's authors use.
+    With QUESTION it answers once and ends. What comes on standard input is joined to QUESTION after a blank line; an
+    argument - says that it goes elsewhere. Without QUESTION each line of standard input is a turn, so it works in a
+    pipe too. Sampling defaults are those the template's authors use.
 
     \b
     rwkv chat -m RWKV-x070-World-0.1B.int8.safetensors
     rwkv chat --session diary
+    rwkv chat -m RWKV-x070-World-0.1B.int8.safetensors "What is this letter about?" < letter.txt
     """
     from rwkv_cli.engine import sessions
     from rwkv_cli.engine.conversation import Conversation
@@ -68,10 +77,21 @@ def command(
     from rwkv_cli.models.tuned import read_tuned_state
     from rwkv_cli.terminal.repl import Repl
 
-    kept = Session(session) if session is not None else None
-    resumed = session if session is not None and sessions.exists(session) else None
+    if last and session is not None:
+        raise click.UsageError("--last and --session exclude each other: the last chat without a name is meant")
+    if last and not sessions.exists(sessions.LAST):
+        raise click.UsageError("there is no last chat; a chat of two turns or more at a terminal becomes it")
+    name = sessions.LAST if last else session
+    kept = Session(name) if name is not None else None
+    resumed = name if name is not None and sessions.exists(name) else None
     if resumed and (template or state or system is not None):
-        raise click.UsageError(f"session {session} has begun: --template, --system and --state are for a new one")
+        what = "the last chat" if last else f"session {name}"
+        raise click.UsageError(f"{what} has begun: --template, --system and --state are for a new one")
+    text = ""
+    if question or whole:
+        text = read_text(question or ["-"], needed=True).decode("utf-8", "replace")
+        if not text.strip():
+            raise click.UsageError("the question is empty; give some text to answer")
     if resumed and model is None:
         known = Path(sessions.read(resumed)["model"]["path"])
         model = known if known.exists() else None
@@ -82,10 +102,12 @@ def command(
         if seed is not None:
             talk.set_seed(seed)
     else:
-        name = template or lm.template
-        if name not in TEMPLATES:
-            raise click.ClickException(f"{lm.path}: its chat template {name!r} is unknown; choose one with --template")
-        form = TEMPLATES[name]
+        form_name = template or lm.template
+        if form_name not in TEMPLATES:
+            raise click.ClickException(
+                f"{lm.path}: its chat template {form_name!r} is unknown; choose one with --template"
+            )
+        form = TEMPLATES[form_name]
         start = read_tuned_state(state, lm) if state is not None else None
         talk = Conversation(
             lm,
@@ -99,4 +121,8 @@ def command(
         )
     if think is not None:
         talk.set_think(think)
-    Repl(talk, kept).converse()
+    repl = Repl(talk, kept)
+    if text:
+        repl.ask(text)
+    else:
+        repl.converse()

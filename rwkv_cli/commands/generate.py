@@ -13,6 +13,7 @@ import click
 
 from rwkv_cli.commands.batch import answer_file, check_options
 from rwkv_cli.commands.options import model_options, open_model, sampling_options, state_option
+from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.terminal.output import harmless, note, reading_bar, write
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command("generate")
-@click.argument("prompt", required=False)
+@click.argument("prompt", nargs=-1, metavar="[PROMPT]")
 @model_options
 @click.option(
     "-n",
@@ -76,7 +77,7 @@ if TYPE_CHECKING:
 )
 def command(
     *,
-    prompt: str | None,
+    prompt: tuple[str, ...],
     model: Path | None,
     threads: int | None,
     device: str,
@@ -94,8 +95,9 @@ def command(
     seed: int | None,
     **sampling: Any,
 ) -> None:
-    """Continue PROMPT, or what comes on standard input (one line break at its end does not count).
+    """Continue PROMPT and what comes on standard input (one line break at its end does not count).
 
+    Standard input is joined to PROMPT after a blank line. An argument - says where it goes, between two others too.
     The text goes to standard output as it is made, without the prompt. Defaults are the reference's: temperature 1,
     top-p 0.85, presence and frequency penalty 0.2, decaying by 0.996 a token.
 
@@ -107,6 +109,7 @@ def command(
     \b
     rwkv generate "Once upon a time" -m stories.safetensors
     cat letter.txt | rwkv generate --max-tokens 100 --temperature 0 > answer.txt
+    cat letter.txt | rwkv generate "Here is a letter." - "It is about"
     rwkv generate --batch prompts.jsonl --output answers.jsonl --seed 1
     """
     check_options(click.get_current_context())
@@ -138,7 +141,7 @@ def command(
         prompt_cache = check_target(prompt_cache, CACHE)
     if save_state and prompt_cache and os.path.realpath(save_state) == os.path.realpath(prompt_cache):
         raise click.UsageError("--save-state and --prompt-cache name the same file; give each one of its own")
-    text = read_prompt(prompt, needed=load_state is None)
+    text = read_text(prompt, needed=load_state is None)
     lm = open_model(model, device, threads)
     start = _start(lm, state, load_state)
     ids = _encode(lm, start, text, load_state)
@@ -196,18 +199,3 @@ def _encode(lm: LanguageModel, start: Start, text: bytes, load_state: Path | Non
         what = f"the text in {load_state} had come to its end" if load_state else "the prompt is empty"
         raise click.UsageError(harmless(f"{what}; give some text to go on with"))
     return ids
-
-
-def read_prompt(prompt: str | None, needed: bool = True) -> bytes:
-    """Return the argument, or standard input to its end, less one line break.
-
-    A terminal is not read unless PROMPT is "-". There a missing prompt is an empty one, if none is needed.
-    """
-    if prompt is not None and prompt != "-":
-        return prompt.encode("utf-8", "surrogateescape")  # the argument's own bytes
-    if prompt is None and sys.stdin.isatty():
-        if not needed:
-            return b""
-        raise click.UsageError("no prompt: give one as an argument or on standard input")
-    data = sys.stdin.buffer.read()
-    return data.removesuffix(b"\n").removesuffix(b"\r")

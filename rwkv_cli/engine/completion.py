@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,8 @@ class Request:
 class Result:
     """The text made so far, and how that went."""
 
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
+    """The text in pieces, as they became certain. A long text is never copied while it is made."""
     unread: str = ""
     """The end of `text` that the state has not read."""
     unread_ids: Sequence[int] = ()
@@ -64,6 +65,11 @@ class Result:
     prompt_seconds: float = 0.0
     stop: str = "interrupted"
     """The reason for the end: eos, stop, length or interrupted."""
+
+    @property
+    def text(self) -> str:
+        """The text made so far. Joining it takes longer the longer it is."""
+        return "".join(self.pieces)
 
 
 class Completion:
@@ -94,9 +100,9 @@ class Completion:
         """
         shown = 0
         for _ in self._feed(self.steps(on_read)):
-            if len(self.result.text) > shown:
-                yield self.result.text[shown:]
-                shown = len(self.result.text)
+            if len(self.result.pieces) > shown:
+                yield "".join(self.result.pieces[shown:])
+                shown = len(self.result.pieces)
 
     def _feed(self, steps: Generator[Sequence[int], Logits, object]) -> Iterator[None]:
         """Have the state read the ids that `steps` yields. Yields after each step."""
@@ -139,11 +145,15 @@ class Completion:
         """Sample tokens until the text ends, from the logits after the prompt."""
         request, result = self.request, self.result
         stream = self.model.text_tokenizer.stream()
-        made, ids = "", list[int]()
         # This is the state before the first token that may belong to a stop text or to an unfinished character.
-        clean: tuple[State, int, int] | None = None
-        end: int | None = None
+        clean: State | None = None
+        # The text and the ids after that state. No stop text can begin before them, or it would have ended the text.
+        made, ids = "", list[int]()
+        certain, end = 0, None
         while True:
+            if clean is None:
+                made, certain = "", 0
+                ids.clear()
             before, read, torn = len(made), len(ids), stream.unfinished  # as far as the state has read
             if self.cancelled:
                 break
@@ -165,15 +175,19 @@ class Completion:
             if not held and not stream.unfinished:
                 clean = None
             elif clean is None:
-                clean = self.state.clone(), before, read
-            result.text = made[: len(made) - held]
+                clean = self.state.clone()
+            if len(made) - held > certain:
+                result.pieces.append(made[certain : len(made) - held])
+                certain = len(made) - held
             logits = yield [token]
         if end is None:
             made += stream.flush()
             end = len(made)
         if clean is not None and (torn or result.stop == "stop"):
-            self.state, before, read = clean
-        result.text, result.unread = made[:end], made[before:end]
+            self.state, before, read = clean, 0, 0
+        if end > certain:
+            result.pieces.append(made[certain:end])
+        result.unread = made[before:end]
         cut = result.stop == "stop"
         result.unread_ids = self.model.text_tokenizer.encode(result.unread) if cut else ids[read:]
 

@@ -2,7 +2,8 @@
 
 import itertools
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,15 @@ from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.engine.templates import THINK, Template, parts
 from rwkv_cli.errors import ConversationError
 from rwkv_cli.models import State
+from rwkv_cli.models.base import chunks
+
+Bar = Callable[[int], AbstractContextManager[OnRead]]
+"""A function of the number of tokens to read. Its block gets a function to call with the number read so far."""
+
+
+def _no_bar(_: int) -> AbstractContextManager[OnRead]:
+    return nullcontext(lambda _: None)
+
 
 _SNAPSHOT_BYTES = 1 << 29
 """Bytes of memory for states to go back to. The oldest are given up first."""
@@ -43,6 +53,10 @@ class Turn:
         """Return the answer without its reasoning."""
         return "".join(text for thinking, text in parts([self.answer]) if not thinking)
 
+    def written(self, template: Template) -> str:
+        """Write the turn as the model reads it, without what follows the answer."""
+        return template.prompt(self.user) + (f" {self.answer}" if self.answer else "")
+
 
 @dataclass
 class Conversation:
@@ -65,16 +79,24 @@ class Conversation:
 
     def reset(self) -> None:
         """Go back to before the first turn, with the random numbers too."""
-        state = self.model.new_state() if self.start is None else self.start
         self.sampler = new_sampler(self.model, self.settings, self.seed)
         self.turns: list[Turn] = []
-        self.now = Snapshot(state, self.template.begin(self.system), self.sampler.random)
+        self.now = self._beginning()
+
+    def _beginning(self) -> Snapshot:
+        """Return a snapshot before the first turn."""
+        state = self.model.new_state() if self.start is None else self.start
+        return Snapshot(state, self.template.begin(self.system), self.sampler.random)
+
+    def anew(self, system: str) -> "Conversation":
+        """Return a new conversation with these settings and another system text. This one stays as it is."""
+        return replace(self, system=system)
 
     def reply(self, text: str, again: bool = False, random: dict[str, Any] | None = None) -> "Reply":
         """Prepare the model's answer to `text`. With `again` it takes the last turn's place, once it is made.
 
-        `random` takes the place of the random numbers that belong there. Raises ConversationError where the last turn
-        cannot be taken back, and TokenizerError.
+        `random` takes the place of the random numbers that belong there. Raises ConversationError where there is no
+        last turn, and TokenizerError.
         """
         before = self._before_last() if again else self.now
         self.sampler.settings = self.settings
@@ -92,7 +114,7 @@ class Conversation:
         )
 
     def undo(self) -> Turn:
-        """Take the last turn back, so that everything is as before it. Raises ConversationError if that cannot be."""
+        """Take the last turn back, so that everything is as before it. Raises ConversationError if there is none."""
         self.now = self._before_last()
         return self.turns.pop()
 
@@ -104,10 +126,30 @@ class Conversation:
 
     def _before_last(self) -> Snapshot:
         """Return the snapshot before the last turn. Raises ConversationError if there is none."""
+        self.recall()
         before = self.last().before
-        if before is None:
-            raise ConversationError("the state before that turn is no longer kept; /reset begins anew")
+        assert before is not None, "it was recalled"
         return before
+
+    def recall(self, bar: Bar = _no_bar) -> None:
+        """Make the snapshot before the last turn anew where it was given up: what was said is read once more.
+
+        An exception in the bar's function ends the reading, and nothing has changed.
+        """
+        if not self.turns or self.turns[-1].before is not None:
+            return
+        *earlier, last = self.turns
+        kept = [(at, turn.before) for at, turn in enumerate(earlier) if turn.before is not None]
+        first, before = kept[-1] if kept else (0, self._beginning())
+        ends = self.template.end
+        text = ends.join(turn.written(self.template) for turn in earlier[first:])
+        ids, state = self.encode(before.unread + text) if text else [], before.state.clone()
+        with bar(len(ids)) as on_read:
+            for part in chunks(len(ids)):
+                self.model.advance(ids[part], state)
+                on_read(min(part.stop, len(ids)))
+        beginning = new_sampler(self.model, self.settings, self.sampler.seed)
+        last.before = Snapshot(state, ends if text else before.unread, (self.sampler if text else beginning).random)
 
     def retry(self) -> "Reply":
         """Prepare another answer to the last turn, from the state before it with the next random numbers."""

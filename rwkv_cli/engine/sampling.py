@@ -4,7 +4,6 @@ Penalties come off the logits. Softmax, top-p, top-k and min-p follow, at temper
 a power of the probabilities that are left.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +28,10 @@ class Sampling:
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
+_FADED = 1e-200
+"""A count below this no longer changes any logit."""
+
+
 @dataclass
 class Sampler:
     """The choice of tokens, with a memory of those chosen. The same settings and seed give the same choices."""
@@ -37,7 +40,11 @@ class Sampler:
     seed: int
     exempt: frozenset[int] = frozenset()
     """Tokens whose occurrences are not counted. They cost the presence penalty only."""
-    _counts: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float), init=False)
+    _counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), init=False, repr=False)
+    """Decayed number of times that each token was chosen, [V], or empty as long as nothing is counted."""
+    _seen: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), init=False, repr=False)
+    """1 for each token that was chosen and 0 for the others, as long as `_counts`."""
+    _steps: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._random = np.random.Generator(np.random.PCG64(self.seed))
@@ -46,10 +53,9 @@ class Sampler:
         """Choose the next token from logits [V]."""
         s = self.settings
         scores = logits.astype(np.float64)
-        if self._counts:
-            ids = np.fromiter(self._counts, np.int64)
-            counts = np.fromiter(self._counts.values(), np.float64)
-            scores[ids] -= s.presence_penalty + s.frequency_penalty * counts
+        if self._seen.size:
+            self._make_room(len(scores))
+            scores -= s.presence_penalty * self._seen + s.frequency_penalty * self._counts
         if s.temperature == 0 or s.top_k == 1:
             token = int(np.argmax(scores))
         else:
@@ -57,16 +63,26 @@ class Sampler:
             upto = np.cumsum(p)
             # Rounding may leave upto[-1] short of 1. A number below it never meets a token of probability 0.
             token = int(kept[np.searchsorted(upto, self._random.random() * upto[-1], side="right")])
-        self._remember(token)
+        if s.presence_penalty or s.frequency_penalty:
+            self._make_room(len(scores))
+            self._remember(token)
         return token
+
+    def _make_room(self, vocab: int) -> None:
+        """Give every token of the vocabulary a count. All of them cost the same with each token, early and late."""
+        if len(self._seen) < vocab:
+            more = np.zeros(vocab - len(self._seen))
+            self._counts, self._seen = np.concatenate([self._counts, more]), np.concatenate([self._seen, more])
 
     def _remember(self, token: int) -> None:
         """Count a chosen token, and let older ones fade."""
-        if not (self.settings.presence_penalty or self.settings.frequency_penalty):
-            return
-        for other in self._counts:
-            self._counts[other] *= self.settings.penalty_decay
+        self._counts *= self.settings.penalty_decay
+        self._steps += 1
+        if self._steps % 64 == 0:
+            # Counts would fade into numbers that CPUs multiply a hundred times more slowly, and would stay there.
+            self._counts[self._counts < _FADED] = 0
         self._counts[token] += 0 if token in self.exempt else 1
+        self._seen[token] = 1
 
     @property
     def random(self) -> dict[str, Any]:
@@ -80,15 +96,18 @@ class Sampler:
     @property
     def counts(self) -> dict[int, float]:
         """Decayed number of times that each token was chosen. Penalties follow from it; set it to go on from there."""
-        return dict(self._counts)
+        return {int(token): float(self._counts[token]) for token in np.flatnonzero(self._seen)}
 
     @counts.setter
     def counts(self, counts: dict[int, float]) -> None:
-        self._counts = defaultdict(float, counts)
+        self.forget()
+        self._make_room(max(counts, default=-1) + 1)
+        for token, count in counts.items():
+            self._counts[token], self._seen[token] = count, 1
 
     def forget(self) -> None:
         """Penalize nothing that was chosen before. The random numbers go on."""
-        self._counts.clear()
+        self._counts, self._seen = np.zeros(0), np.zeros(0)
 
 
 def candidates(logits: NDArray[np.float64], s: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

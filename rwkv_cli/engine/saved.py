@@ -16,6 +16,7 @@ from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.errors import FormatError
 from rwkv_cli.models import State
+from rwkv_cli.quant import check_regular
 
 CACHE, STATE = "prompt cache", "saved state"
 """The two kinds of file, as messages name them."""
@@ -89,6 +90,7 @@ def check_target(path: Path, kind: str) -> Path:
         path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FormatError(f"{path.parent} is not a folder; make it first, or give another file")
+    check_regular(path)
     if path.exists():
         try:
             same = path.is_file() and _kind(State.read_metadata(path)) == kind

@@ -4,6 +4,7 @@ The transcript names its state files and is replaced last, in one step. So the f
 before, whenever a process is killed. A session belongs to the model that it was begun with.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -28,6 +29,9 @@ _FORMAT = 1
 _KEPT = 4
 """Number of states on disk: the last one, and those that undo goes back to."""
 
+LAST = ".last"
+"""The session that the last chat without a name is kept in. No list has it."""
+
 _START = "start.safetensors"
 """A tuned state that the conversation began with."""
 
@@ -39,7 +43,7 @@ def folder() -> Path:
 
 def names() -> list[str]:
     """List every session, the last used first."""
-    found = [path for path in folder().glob("*/transcript.json") if path.is_file()]
+    found = [path for path in folder().glob("*/transcript.json") if path.is_file() and path.parent.name != LAST]
     return [path.parent.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
@@ -50,9 +54,15 @@ def exists(name: str) -> bool:
 
 def path_of(name: str) -> Path:
     """Return the session's folder, even if it is not there. Raises SessionError for a name that no folder may have."""
-    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name) and name != LAST:
         raise SessionError(f"{name!r} cannot name a session: use up to 64 letters, digits, '-', '_' and '.'")
     return folder() / name
+
+
+def next_name(name: str) -> str:
+    """Return a free name for what is said after a session was left: diary-2 after diary, or diary-3."""
+    stem = re.sub(r"-[0-9]+$", "", name)[:56]
+    return next(free for count in itertools.count(2) if not exists(free := f"{stem}-{count}"))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -109,13 +119,26 @@ class Session:
     """Revision of the transcript that this process wrote or read last, 0 before the first."""
 
     def save(self, conversation: Conversation) -> None:
-        """Keep everything said so far. Raises SessionError if another process has changed the session meanwhile."""
+        """Keep everything said so far. A conversation without a turn never takes the place of one that has turns.
+
+        Raises SessionError if another process has changed the session meanwhile.
+        """
         path = path_of(self.name)
         path.mkdir(0o700, parents=True, exist_ok=True)
         with _alone(path):
             if self._on_disk() != self.revision:
                 raise SessionError(f"session {self.name} was changed by another chat; /fork NAME goes on in a new one")
-            self._write(path, conversation)
+            if conversation.turns or not self.revision or not read(self.name)["turns"]:
+                self._write(path, conversation)
+
+    def keep_last(self, conversation: Conversation) -> None:
+        """Keep a conversation in the place of the last one without a name."""
+        try:
+            self.save(conversation)
+        except SessionError:  # this is another conversation
+            remove(self.name)
+            self.revision = 0
+            self.save(conversation)
 
     def _write(self, path: Path, conversation: Conversation) -> None:
         """Write the states and the transcript, and remove states that are no longer kept."""

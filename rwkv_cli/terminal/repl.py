@@ -27,6 +27,9 @@ _SETTINGS = {name: setting.kind for name, setting in SAMPLING.items()} | {"max_t
 """The names that /set takes, and their values."""
 
 
+_HOW_TO_KEEP = "/save NAME before leaving keeps a chat under a name; rwkv chat --last goes on with this one."
+
+
 def _no_words() -> Iterable[str]:
     """Return no words, for commands that take none or any."""
     return ()
@@ -51,7 +54,14 @@ class Repl:
     """One chat at a terminal or in a pipe."""
 
     def __init__(self, conversation: Conversation, session: Session | None = None) -> None:
-        self.talk, self.session = conversation, session
+        """`session` keeps the conversation. Without one, or with the one called LAST, the chat has no name."""
+        self.talk = conversation
+        named = session is not None and session.name != sessions.LAST
+        self.session = session if named else None
+        self.unnamed = session if session and not named else Session(sessions.LAST)
+        """The session for a conversation without a name."""
+        self.left: tuple[Conversation, Session | None] | None = None
+        """The conversation before the last reset, and its session."""
         self.terminal = is_terminal()
         self.total = Result()
         """The figures of all answers so far."""
@@ -63,7 +73,7 @@ class Repl:
             "/undo": _Command("", "take the last turn back", self.undo),
             "/retry": _Command("", "another answer to the last turn", self.retry),
             "/edit": _Command("[TEXT]", "change the last turn and answer it anew", self.edit),
-            "/reset": _Command("", "forget the conversation", self.reset),
+            "/reset": _Command("", "begin anew; /undo takes it back", self.reset),
             "/system": _Command("[TEXT|off]", "show the system text, or begin anew with another", self.system),
             "/think": _Command("[MODE]", "show or set how long the model reasons", self.think, lambda: THINK),
             "/set": _Command("NAME VALUE", "change a setting from the next answer on", self.set, lambda: _SETTINGS),
@@ -79,6 +89,18 @@ class Repl:
         }
 
     def converse(self) -> None:
+        """Read turns and answer them until the input ends."""
+        try:
+            self._converse()
+        finally:
+            if self._nameless():
+                note(_HOW_TO_KEEP, faint=True)
+
+    def ask(self, text: str) -> None:
+        """Answer one turn."""
+        self._say(self.talk.reply(text))
+
+    def _converse(self) -> None:
         """Read turns and answer them until the input ends."""
         read = reader({name: command.words for name, command in self.commands.items()})
         if self.terminal:
@@ -149,35 +171,72 @@ class Repl:
             ended = {"length": " · cut short: /set max_tokens N allows more", "interrupted": " · interrupted"}
             note(f"{_figures(result)}{ended.get(result.stop, '')}\n", faint=True)
 
+    def _nameless(self) -> bool:
+        """Return whether more than one turn was said at a terminal in a chat without a name."""
+        return self.terminal and self.session is None and len(self.talk.turns) > 1
+
     def _keep(self) -> None:
-        """Save the session, if there is one. The chat goes on even where that fails."""
-        if self.session is not None:
-            try:
+        """Save the conversation where something was said. The chat goes on even where that fails."""
+        try:
+            if self.session is not None and self.talk.turns:
                 self.session.save(self.talk)
-            except (OSError, SessionError) as error:
-                note(f"not saved: {error}")
+            elif self._nameless():
+                self.unnamed.keep_last(self.talk)
+        except (OSError, SessionError) as error:
+            note(f"not saved: {error}")
+
+    def _recall(self) -> None:
+        """Read what was said before the last turn, where its state is no longer kept. Ctrl-C ends that."""
+        interrupted = False
+
+        def interrupt() -> None:
+            nonlocal interrupted
+            interrupted = True
+
+        @contextmanager
+        def bar(tokens: int) -> Iterator[Callable[[int], None]]:
+            note("The conversation is read once more.", faint=True)
+            with reading_bar(tokens) as show:
+
+                def on_read(read: int) -> None:
+                    if interrupted:
+                        raise KeyboardInterrupt
+                    show(read)
+
+                yield on_read
+
+        with _on_interrupt(interrupt):
+            self.talk.recall(bar)
 
     def _resumed(self) -> None:
         """Show how far a resumed conversation had come."""
-        if self.session is not None and self.talk.turns:
+        if self.talk.turns:
             last = self.talk.turns[-1]
-            note(f"session {self.session.name}, {len(self.talk.turns)} turns; the last one:", faint=True)
+            name = f"session {self.session.name}" if self.session else "the last chat"
+            note(f"{name}, {len(self.talk.turns)} turns; the last one:", faint=True)
             note(f"> {last.user}\n{last.shown()}\n", faint=True)
 
     def undo(self, _rest: str) -> None:
-        """Take the last turn back."""
+        """Take the last turn back, or the reset that came after all turns."""
+        if self.left and not self.talk.turns:
+            (self.talk, self.session), self.left = self.left, None
+            note(f"Taken back: the new beginning. There are {len(self.talk.turns)} turns again.")
+            return
+        self._recall()
         turn = self.talk.undo()
         note(f"Taken back: {_short(turn.user)}")
         self._keep()
 
     def retry(self, _rest: str) -> None:
         """Answer the last turn once more."""
+        self._recall()
         self._say(self.talk.retry())
 
     def edit(self, rest: str) -> None:
         """Answer the last turn anew, with the text given here or typed next."""
         if not rest and not self.terminal:
             raise ConversationError("/edit TEXT: give the turn's new text")
+        self._recall()
         if rest:
             self._say(self.talk.reply(_unescaped(rest), again=True))
         else:
@@ -185,16 +244,25 @@ class Repl:
             self.edited = "/" + user if user.startswith("/") else user
 
     def reset(self, _rest: str) -> None:
-        """Forget the conversation."""
-        self.talk.reset()
-        note("The conversation is forgotten.")
-        self._keep()
+        """Begin anew. What a session keeps stays as it is."""
+        self._begin_anew(self.talk.system)
+
+    def _begin_anew(self, system: str) -> None:
+        """Leave the conversation for a new one. /undo goes back to it."""
+        said, kept = bool(self.talk.turns), ""
+        if said:
+            self.left = self.talk, self.session
+        self.talk = self.talk.anew(system)
+        if said and self.session is not None:
+            old, self.session = self.session.name, Session(sessions.next_name(self.session.name))
+            kept = f" Session {old} stays as it is; what you say now is kept as {self.session.name}."
+        self.unnamed = Session(sessions.LAST)
+        note(f"This is a new conversation.{kept}" + (" /undo takes that back." if said else ""))
 
     def system(self, rest: str) -> None:
         """Show the system text, or begin anew with another."""
         if rest:
-            self.talk.system = "" if rest == "off" else rest
-            self.reset("")
+            self._begin_anew("" if rest == "off" else rest)
         else:
             note(self.talk.system or "no system text")
 
@@ -257,6 +325,7 @@ class Repl:
         if self.session is None and self.talk.turns:
             raise ConversationError("this conversation is not kept yet: /save NAME it, or /reset it first")
         self.session, self.talk = Session.resume(rest, self.talk.model)
+        self.left = None
         note(f"This is session {rest} now, {len(self.talk.turns)} turns.")
         if self.terminal:
             self._resumed()

@@ -5,7 +5,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,39 @@ def test_old_snapshots_are_given_up(byte_model: Path, monkeypatch: pytest.Monkey
     assert [turn.before is None for turn in conversation.turns] == [True, True, False, False]
     conversation.undo()
     conversation.undo()
-    with pytest.raises(ConversationError, match="no longer kept"):
-        conversation.undo()
-    assert [turn.user for turn in conversation.turns] == ["a", "b"]
+    # what was said is read once more
+    read: list[int] = []
+
+    @contextmanager
+    def bar(tokens: int) -> Iterator[Callable[[int], object]]:
+        read.append(tokens)
+        yield read.append
+
+    conversation.recall(bar)
+    assert read[0] == read[-1] > 0
+    conversation.undo()
+    text = "".join(turn.written(TEMPLATES["plain"]) for turn in conversation.turns)
+    assert [turn.user for turn in conversation.turns] == ["a"]
+    _, whole = model.forward(list(text.encode()))
+    assert error_ratio(conversation.now.state.wkv, whole.wkv) < 1e-5
+    assert conversation.now.unread == "\n\n"
+    conversation.undo()
+    assert same(conversation.now, Conversation(model, TEMPLATES["plain"], Sampling(), 5, 3).now)
+
+
+def test_a_recall_that_is_given_up_changes_nothing(byte_model: Path) -> None:
+    conversation, _ = talk(rwkv_cli.load(byte_model), TEMPLATES["plain"], Sampling(), 5, "x" * 1000, "b")
+    conversation.turns[1].before = None
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conversation.recall(lambda _: nullcontext(interrupted))
+    assert conversation.turns[1].before is None
+    conversation.turns[0].before = None
+    said(conversation.retry())
+    assert [turn.user for turn in conversation.turns] == ["x" * 1000, "b"]
 
 
 def test_a_turn_interrupted_before_it_was_read_never_happened(
@@ -306,7 +337,7 @@ def test_commands(chat: Run) -> None:
     lines = result.stderr.splitlines()
     assert lines[0].split() == ["/undo", "take", "the", "last", "turn", "back"]
     assert "/xyz is not a command; /help lists them" in lines
-    assert lines[-1] == "The conversation is forgotten."
+    assert lines[-1] == "This is a new conversation."
     assert chat(input="").stdout == ""
     once, again = chat(input="Hi\n").stdout, chat(input="Hi\n/reset\nHi\n").stdout
     assert once + once == again
@@ -324,6 +355,30 @@ def test_undo_retry_and_edit_in_a_pipe(chat: Run) -> None:
     assert result.stderr.count("there is no turn to take back") == 3
     assert "give the turn's new text" in result.stderr
     assert chat(input="//undo\n").stdout == chat(input="/undo\n//undo\n").stdout != ""
+
+
+def test_a_reset_can_be_taken_back(chat: Run) -> None:
+    straight = chat(input="Hi\nThere\n").stdout
+    for anew in ("/reset", "/system Be brief.", "/reset\nOther\n/undo\n/system x"):
+        result = chat(input=f"Hi\n{anew}\n/undo\nThere\n")
+        assert "There are 1 turns again" in result.stderr
+        assert result.stdout.splitlines()[-1] == straight.splitlines()[-1]
+
+
+def test_a_question_is_answered_once(chat: Run) -> None:
+    turn = chat(input="Hi\n").stdout
+    assert chat("Hi").stdout == turn
+    assert chat("/reset").stdout == chat(input="//reset\n").stdout  # a question is no command
+    assert chat("--whole", input="Hi\n").stdout == turn
+    letter = "Dear Aunt,\nwe are well.\n"
+    asked = chat("Sum up:", input=letter).stdout
+    assert asked == chat("Sum up:\n\nDear Aunt,\nwe are well.").stdout
+    assert asked == chat("--whole", input=f"Sum up:\n\n{letter}").stdout
+    assert asked == chat("Sum up:", "-", input=letter).stdout
+    assert asked != chat(input=letter).stdout
+    empty = chat(" ", input="\n")
+    assert (empty.exit_code, empty.stdout) == (2, "")
+    assert "the question is empty" in empty.stderr
 
 
 def test_settings_change_the_next_answer(chat: Run) -> None:
@@ -436,6 +491,6 @@ def test_output_that_is_not_finite_ends_the_chat(chat: Run, monkeypatch: pytest.
 def test_penalties_are_for_one_answer(byte_model: Path) -> None:
     template = TEMPLATES["world"]
     conversation, _ = talk(rwkv_cli.load(byte_model), template, template.sampling, 9, "Hi")
-    assert conversation.sampler._counts
+    assert conversation.sampler.counts
     conversation.reply("again")
-    assert not conversation.sampler._counts
+    assert not conversation.sampler.counts

@@ -16,7 +16,7 @@ import tokenizers
 from click.testing import Result
 
 import rwkv_cli
-from rwkv_cli.commands.generate import read_prompt
+from rwkv_cli.commands.texts import read_text
 
 Run = Callable[..., Result]
 # Python ignores SIGINT where its parent did, as the children of a background shell do
@@ -74,7 +74,11 @@ def test_text_is_that_of_the_model(greedy: Run, byte_model: Path) -> None:
         ((), "Once upon\r\n", "Once upon"),
         ((), "Once upon\n\n", "Once upon\n"),
         (("-",), "Once\nupon\n", "Once\nupon"),
-        (("Once upon\n",), "ignored", "Once upon\n"),
+        (("Sum up:",), "Dear\nAunt,\n", "Sum up:\n\nDear\nAunt,"),
+        (("Sum up:\n",), "\n", "Sum up:\n"),
+        (("Sum up:", "-", "In short:"), "Dear Aunt\n", "Sum up:\n\nDear Aunt\n\nIn short:"),
+        (("-", "In short:"), "Dear Aunt\n", "Dear Aunt\n\nIn short:"),
+        (("Once upon\n",), None, "Once upon\n"),
         (("Привет 👋",), None, "Привет 👋"),
         ((), b"\xff\xfe", "��"),
         (("\udcff",), None, "�"),
@@ -95,9 +99,17 @@ def test_a_terminal_is_not_read_unless_asked_for(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO(b"typed\n")))
     with pytest.raises(Exception, match="no prompt: give one as an argument or on standard input"):
-        read_prompt(None)
-    assert read_prompt(None, needed=False) == b""
-    assert read_prompt("-") == b"typed"
+        read_text([], needed=True)
+    assert read_text([], needed=False) == b""
+    assert read_text(["Once"], needed=True) == b"Once"
+    assert read_text(["-"], needed=True) == b"typed"
+
+
+@pytest.mark.parametrize(("args", "says"), [(("Once", "upon"), "put quotes around"), (("-", "-"), "- is given twice")])
+def test_what_cannot_be_joined_is_said(greedy: Run, args: tuple[str, ...], says: str) -> None:
+    result = greedy(*args, input="a")
+    assert result.exit_code == 2
+    assert says in result.stderr
 
 
 def test_json_says_how_it_went(rwkv: Run, byte_model: Path) -> None:

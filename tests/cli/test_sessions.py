@@ -266,9 +266,12 @@ def test_only_the_last_state_has_to_be_there(byte_model: Path, home: Path) -> No
     (home / "a" / sessions.read("a")["states"][1]["file"]).unlink()
     _, resumed = Session.resume("a", model)
     assert [turn.before is None for turn in resumed.turns] == [False, True, False]
-    resumed.undo()
-    with pytest.raises(ValueError, match="no longer kept"):
+    before = resumed.turns[0].before
+    assert before is not None
+    for _ in range(2):
         resumed.undo()
+    assert resumed.turns[0].before is before
+    assert [turn.user for turn in resumed.turns] == ["one"]
 
 
 def test_what_is_left_of_a_session_is_not_taken_over(byte_model: Path, rwkv: Run, home: Path) -> None:
@@ -297,6 +300,65 @@ def test_settings_are_kept_too(chat: Run) -> None:
     assert (data["max_tokens"], data["sampling"]["top_k"]) == (4, 7)
     seeds = {chat("--session", "a", input="/params\n").stderr.split("seed")[1].split()[0] for _ in range(2)}
     assert seeds == {str(data["seed"])}
+
+
+def turns(name: str) -> list[str]:
+    return [turn["user"] for turn in sessions.read(name)["turns"]]
+
+
+@pytest.mark.parametrize("anew", ["/reset", "/system Be brief.", "/undo"])
+def test_what_is_kept_is_never_emptied(chat: Run, anew: str) -> None:
+    chat(input=f"Hi\n/save a\n{anew}\n/set top_k 3\n")
+    assert turns("a") == ["Hi"]
+    chat("--session", "a", input=f"{anew}\n/params\n")
+    assert turns("a") == ["Hi"]
+    assert sessions.names() == ["a"]
+
+
+def test_a_reset_leaves_the_session(chat: Run) -> None:
+    result = chat(
+        "--session", "a", input="one\ntwo\n/reset\nthree\n/reset\nfour\n/undo\n/undo\nfive\n/load a\n/history\n"
+    )
+    assert {name: turns(name) for name in sessions.names()} == {
+        "a": ["one", "two"], "a-2": ["three", "five"], "a-3": ["four"]
+    }  # fmt: skip
+    assert result.stdout.count("> two") == 1
+    assert "Session a stays as it is; what you say now is kept as a-2." in result.stderr
+
+
+def test_undo_goes_past_the_kept_states(chat: Run) -> None:
+    said = [f"turn {i}" for i in range(8)]
+    chat("--session", "a", input="\n".join(said))
+    result = chat("--session", "a", input="/undo\n" * 6 + "/retry\n" * 2)
+    assert result.exit_code == 0
+    assert turns("a") == said[:2]
+    assert "read once more" in result.stderr
+    assert chat("--session", "a", input="/undo\n/undo\n/undo\n").stderr.endswith("there is no turn to take back\n")
+    assert turns("a") == said[:1]
+
+
+def test_the_last_chat_without_a_name(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "there is no last chat" in chat("--last").stderr
+    monkeypatch.setattr("rwkv_cli.terminal.repl.is_terminal", lambda: True)
+    for one in ("one\n", ""):
+        assert "/save NAME before leaving" not in chat(input=one).stderr
+    left = chat(input="two\nthree\n/exit\n")
+    assert left.stderr.endswith(
+        "/save NAME before leaving keeps a chat under a name; rwkv chat --last goes on with this one.\n"
+    )
+    chat(input="a chat of one turn\n")
+    assert sessions.names() == []
+    resumed = chat("--last", input="four\n")
+    assert resumed.exit_code == 0
+    assert "the last chat, 2 turns" in resumed.stderr
+    assert turns(sessions.LAST) == ["two", "three", "four"]
+    chat("--last", input="/reset\nfive\nsix\n")
+    assert turns(sessions.LAST) == ["five", "six"]
+    chat(input="seven\neight\n/save b\nnine\n")
+    assert turns(sessions.LAST) == ["seven", "eight"]
+    assert "/save NAME before leaving" not in chat("--session", "b", input="ten\n").stderr
+    refused = chat("--last", "--session", "b")
+    assert refused.exit_code == 2
 
 
 def test_loading_does_not_drop_what_is_not_kept(chat: Run) -> None:

@@ -285,3 +285,17 @@ def test_stop_texts_are_looked_for() -> None:
     assert held_back("a\nBob", ("\n\n", "\nBob:")) == 4
     assert held_back("abc", ("abc",)) == 0
     assert held_back("", ("abc",)) == 0
+
+
+def test_only_what_a_stop_text_can_reach_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+
+    def search(text: str, stops: tuple[str, ...]) -> int | None:
+        searched.append(len(text))
+        return first_stop(text, stops)
+
+    monkeypatch.setattr("rwkv_cli.engine.completion.first_stop", search)
+    result, _, pieces = run(Scripted(ids(*["hello", "\n", "ab"] * 300)), ("\n\nBob:", "abab"), 900)
+    assert result.text == "".join(pieces) == "hello\nab" * 300
+    assert len(searched) == 900
+    assert max(searched) <= len("\nab" + "hello")

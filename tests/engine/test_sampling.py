@@ -228,3 +228,31 @@ def test_defaults_are_the_reference_packages() -> None:
     s = Sampling()
     assert (s.temperature, s.top_p, s.top_k, s.min_p) == (1.0, 0.85, 0, 0.0)
     assert (s.presence_penalty, s.frequency_penalty, s.penalty_decay) == (0.2, 0.2, 0.996)
+
+
+def test_penalties_are_those_of_a_table_bit_for_bit() -> None:
+    """The counts were a dictionary once. Arrays give the same choices, and old counts fade to nothing."""
+    s = Sampling(1.0, 0.98, presence_penalty=0.3, frequency_penalty=0.7, penalty_decay=0.97)
+    sampler, plain_random = Sampler(s, 9, frozenset({1, 2})), np.random.default_rng(np.random.PCG64(9))
+    table: dict[int, float] = {}
+    rng = np.random.default_rng(1)
+    for step in range(2000):
+        logits = (rng.standard_normal(60) * 2).astype(np.float32)
+        scores = logits.astype(np.float64)
+        for token, count in table.items():
+            scores[token] -= s.presence_penalty + s.frequency_penalty * count
+        kept, p = candidates(scores, s)
+        upto = np.cumsum(p)
+        want = int(kept[np.searchsorted(upto, plain_random.random() * upto[-1], side="right")])
+        assert sampler.sample(logits) == want
+        for token in table:
+            table[token] *= s.penalty_decay
+        table[want] = table.get(want, 0.0) + (want not in (1, 2))
+        if step == 1000:
+            assert sampler.counts == table
+            sampler.counts = sampler.counts
+    fading = Sampler(replace(s, temperature=0.0, penalty_decay=0.5), 0)
+    fading.counts = {3: 1.0}
+    for _ in range(1000):
+        fading.sample(np.array([1e9, 0, 0, 0], np.float32))
+    assert fading.counts == {0: pytest.approx(2), 3: 0}

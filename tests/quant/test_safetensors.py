@@ -194,7 +194,7 @@ FOREIGN = {
     b"": "the file is empty; download it again",
     b"GGUF\x03\0\0\0" + bytes(50): r"a GGUF file; convert from the original \.pth or safetensors",
     b"fmgg" + bytes(50): r"an rwkv\.cpp file; convert from the original \.pth",
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": r"broken or truncated torch file \(its pickle makes no sense\); download it",
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": r"broken or truncated torch file \(its pickle makes no sense\)",
     b"PK": r"neither a torch \.pth nor a safetensors file; give a checkpoint, or download it again",
     b"{": BROKEN,
     bytes(600): "neither a torch",

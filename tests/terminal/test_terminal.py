@@ -103,7 +103,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(chat: Callable[..., Any]) -> Non
     child.sendintr()
     child.expect_exact("/exit or Ctrl-D leaves")
     prompt(child)
-    assert "forget the conversation" in ask(child, "/help")
+    assert "begin anew; /undo takes it back" in ask(child, "/help")
     leave(child)
 
 
