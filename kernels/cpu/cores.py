@@ -2,8 +2,11 @@
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Cores(NamedTuple):
@@ -29,9 +32,34 @@ def usable_cores() -> Cores:
 
 
 def _quota() -> int:
-    """CPUs that the control group (v2) grants, rounded up."""
+    """The CPUs that the control groups of this process grant, rounded up."""
+    limits = [limit for folder in _groups() if (limit := _limit(folder)) is not None]
+    return math.ceil(min(limits, default=1 << 30))
+
+
+def _groups() -> Iterator[Path]:
+    """The folders of the control groups that this process is in, of version 1 or 2, and of those around them."""
     try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return math.ceil(int(limit) / int(period))
-    except (OSError, ValueError):  # none, or "max"
-        return 1 << 30
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = ["0::/"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # version 1 has a tree for each set of controllers, version 2 one for all
+        for root in (_CGROUPS / controllers, _CGROUPS / "cpu") if controllers else (_CGROUPS,):
+            own = root / path.lstrip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+
+
+def _limit(folder: Path) -> float | None:
+    """The CPUs that one control group grants; None where it sets no limit."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join((folder / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                return int(quota) / int(period)
+        except (OSError, ValueError, ZeroDivisionError):  # not there, or "max"
+            continue
+    return None

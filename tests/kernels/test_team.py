@@ -200,6 +200,40 @@ def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> No
     assert usable_cores() == Cores(2, 1)
 
 
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 2),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000", "cpu.max": "max 100000"}, 3),
+        ("0::/a/b", {"a/b/cpu.max": "100000 100000", "a/cpu.max": "300000 100000"}, 1),
+        ("0::/elsewhere", {"cpu.max": "200000 100000"}, 2),
+        ("3:cpu,cpuacct:/a\n2:memory:/a", {"cpu/a/cpu.cfs_quota_us": "100000", "cpu/a/cpu.cfs_period_us": "100000"}, 1),
+        ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ("2:memory:/", {}, 4),
+    ],
+)  # fmt: skip
+def test_the_quota_is_that_of_the_process_own_group(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str, files: dict[str, str], cores: int
+) -> None:
+    from rwkv_cli.kernels.cpu import cores as module
+
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    real = Path.read_text
+
+    def read(self: Path, *args: Any, **kwargs: Any) -> str:
+        if self.name == "thread_siblings_list":
+            return self.parts[-3]
+        return own + "\n" if self == Path("/proc/self/cgroup") else real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(module, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    assert usable_cores() == Cores(cores, cores)
+
+
 def test_a_team_is_made_once() -> None:
     assert team(2) is team(2)
 
