@@ -25,9 +25,9 @@ import naive
 
 from rwkv_cli.kernels.cpu import backend as cpu
 from rwkv_cli.kernels.cpu import limits
+from rwkv_cli.kernels.cpu.compile import instructions
 from rwkv_cli.kernels.cpu.cores import usable_cores
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
-from rwkv_cli.kernels.cpu.rounding import VNNI
 from rwkv_cli.kernels.program import Count, Input, InputMatrix, LayerState, Norm, Product, Program, Wkv7
 from rwkv_cli.quant.formats.int8 import quantize
 
@@ -122,8 +122,7 @@ def main() -> None:
     D, F = o.width, 4 * o.width
     bandwidth, peak = limits.read_bandwidth(o.threads), limits.int8_peak(o.threads)
     most = f"{peak / 1e9:.0f} GMAC/s" if peak else "not measured"
-    path = "AVX-512 VNNI" if VNNI else "portable"
-    print(f"{path} path, {o.threads} threads, memory {bandwidth / 1e9:.1f} GB/s, int8 {most}")
+    print(f"{instructions()} path, {o.threads} threads, memory {bandwidth / 1e9:.1f} GB/s, int8 {most}")
     for name, N, K, layout, nonzero in (
         ("receptance, key, value, output", D, D, "tile", 1.0), ("ffn.key", F, D, "tile", 1.0),
         ("head", 65536, D, "tile", 1.0), ("ffn.value, all of it", D, F, "columns", 1.0),

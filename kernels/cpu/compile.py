@@ -94,3 +94,8 @@ def pair_words() -> int:
     if platform.machine() not in ("x86_64", "AMD64"):
         return 0
     return 16 if _has("avx2") else 8
+
+
+def instructions() -> str:
+    """The name of the instructions that kernels are compiled for."""
+    return "AVX-512 VNNI" if has_vnni() else "AVX2" if pair_words() == 16 else "portable"

@@ -50,25 +50,25 @@ def command(model: Path | None, devices: bool, tensors: bool, plot: Path | None,
 def _devices(as_json: bool) -> None:
     """Print the CPU and the GPUs."""
     from rwkv_cli.errors import DeviceError
-    from rwkv_cli.kernels.cpu.compile import has_vnni
+    from rwkv_cli.kernels.cpu.compile import instructions
     from rwkv_cli.kernels.cpu.cores import usable_cores
     from rwkv_cli.kernels.cuda.gpus import found
 
-    cores, instructions = usable_cores(), "AVX-512 VNNI" if has_vnni() else "portable"
+    cores, kernels = usable_cores(), instructions()
     gpus, reason = [], None
     try:
         gpus = found()
     except DeviceError as error:
         reason = str(error)
     if as_json:
-        cpu = {"cores": cores.physical, "threads": cores.logical, "instructions": instructions}
+        cpu = {"cores": cores.physical, "threads": cores.logical, "instructions": kernels}
         listed = [
             {"name": gpu.name, "memory": gpu.memory, "compute_capability": "{}.{}".format(*gpu.capability)}
             for gpu in gpus
         ]
         click.echo(json.dumps({"cpu": cpu, "cuda": listed, "no_cuda": reason}))
         return
-    rows = [("cpu", f"{cores.physical} cores, {cores.logical} threads, {instructions} kernels")]
+    rows = [("cpu", f"{cores.physical} cores, {cores.logical} threads, {kernels} kernels")]
     for gpu in gpus:
         capability = "{}.{}".format(*gpu.capability)
         rows.append(("cuda", f"{gpu.name}, {gpu.memory / 1e9:.1f} GB, compute capability {capability}"))
