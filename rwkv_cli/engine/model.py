@@ -72,7 +72,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
                 checkpoint.array("tokenizer.bytes"), checkpoint.array("tokenizer.lengths")
             )
         if kind == "json":
-            return JsonTokenizer(checkpoint.array("tokenizer.json").tobytes(), "tokenizer.json")
+            return JsonTokenizer(checkpoint.array("tokenizer.json").tobytes(), "tokenizer.json", str(checkpoint.path))
     except TokenizerError as error:
         raise FormatError(f"{checkpoint.path}: its tokenizer is damaged ({error}); convert the model again") from None
     raise FormatError(f"{checkpoint.path}: has a tokenizer of unknown kind {kind!r}; upgrade rwkv-cli")
