@@ -11,7 +11,7 @@ import click
 
 from rwkv_cli import __version__
 from rwkv_cli.errors import RwkvError
-from rwkv_cli.terminal.output import harmless
+from rwkv_cli.terminal.output import one_line
 
 COMMANDS = {
     "convert": "Convert a released checkpoint to a quantized file.",
@@ -52,15 +52,15 @@ class _Commands(click.Group):
         """Word every expected error, without what could steer the terminal."""
         try:
             return super().invoke(ctx)
-        except click.UsageError:
-            raise
+        except click.UsageError as error:
+            raise click.UsageError(one_line(error.format_message()), error.ctx) from None
         except click.ClickException as error:
-            raise click.ClickException(harmless(error.message)) from None
+            raise click.ClickException(one_line(error.message)) from None
         except (OSError, ValueError, MemoryError) as error:
             message = _expected(error)
             if message is None:
                 raise
-            raise click.ClickException(harmless(message)) from None
+            raise click.ClickException(one_line(message)) from None
 
 
 def _expected(error: Exception) -> str | None:

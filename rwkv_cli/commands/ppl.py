@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rwkv_cli.commands.options import model_options, open_model, plot_option
-from rwkv_cli.terminal.output import columns, progress_bar
+from rwkv_cli.terminal.output import columns, one_line, progress_bar
 from rwkv_cli.terminal.plot import plot_nll
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _score(file: Path, scorer: Scorer) -> Score:
     with progress_bar(
         TextColumn("{task.description}", markup=False), BarColumn(), text, TimeRemainingColumn()
     ) as progress:
-        task = progress.add_task(file.name, total=1.0, rate="")
+        task = progress.add_task(one_line(file.name), total=1.0, rate="")
 
         def show(share: float, score: Score) -> None:
             progress.update(task, completed=share, rate=f"{score.tokens_per_second:.0f} tok/s  ppl {score.ppl:.4g}")

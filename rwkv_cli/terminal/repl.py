@@ -17,7 +17,7 @@ from rwkv_cli.engine.sessions import Session
 from rwkv_cli.engine.templates import THINK
 from rwkv_cli.errors import ConversationError, SessionError, TokenizerError
 from rwkv_cli.quant import replacing
-from rwkv_cli.terminal.output import columns, note, reading_bar, write
+from rwkv_cli.terminal.output import columns, note, one_line, reading_bar, write
 from rwkv_cli.terminal.reader import is_terminal, no_echo, reader
 from rwkv_cli.terminal.settings import MAX_TOKENS, SAMPLING
 from rwkv_cli.terminal.wrap import Wrapped
@@ -105,7 +105,7 @@ class Repl:
         read = reader({name: command.words for name, command in self.commands.items()})
         if self.terminal:
             config = self.talk.model.config
-            note(f"{self.talk.model.path.name} · RWKV-{config.version} · /help lists commands", faint=True)
+            note(f"{one_line(self.talk.model.path.name)} · RWKV-{config.version} · /help lists commands", faint=True)
             self._resumed()
         while not self.over:
             editing, self.edited = self.edited, ""
@@ -349,7 +349,7 @@ class Repl:
             raise ConversationError(f"{path} exists; name another file")
         with replacing(path) as out:
             out.write(markdown(self.talk.model.path.name, self.talk.turns).encode("utf-8", "replace"))
-        note(f"Wrote {path}")
+        note(f"Wrote {one_line(path)}")
 
     def help(self, _rest: str) -> None:
         """List the commands."""
