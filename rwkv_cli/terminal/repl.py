@@ -344,7 +344,10 @@ class Repl:
 
     def copy(self, rest: str) -> None:
         """Write the conversation into a file as Markdown."""
-        path = Path(rest).expanduser()
+        try:
+            path = Path(rest.replace("\0", "")).expanduser()
+        except RuntimeError:
+            raise ConversationError(f"{rest}: there is no such user; name another file") from None
         if path.exists():
             raise ConversationError(f"{path} exists; name another file")
         with replacing(path) as out:

@@ -455,6 +455,11 @@ def test_what_was_said_can_be_had(chat: Run, tmp_path: Path) -> None:
     assert f"**You:** Hi\n\n{answer.strip()}" in file.read_text("utf-8")
     assert f"{file} exists; name another file" in result.stderr
     assert f"{tmp_path}/no/where: No such file or directory" in result.stderr
+    odd = chat(input=f"Hi\n/copy ~nosuchuser/x\n/copy {tmp_path}/a\0b\n/history\n")
+    assert odd.exit_code == 0
+    assert "~nosuchuser/x: there is no such user; name another file" in odd.stderr
+    assert "> Hi" in odd.stdout
+    assert (tmp_path / "ab").exists()
     assert re.search(r"turns +1\n", result.stderr)
 
 
@@ -479,6 +484,13 @@ def test_an_unknown_template_in_the_file_is_named(chat: Run, byte_model: Path, m
         f"Error: {byte_model}: its chat template 'plain' is unknown; choose one with --template"
     )
     assert chat("--template", "qa", input="Hi\n").exit_code == 0
+
+
+def test_a_turn_that_is_no_token_is_refused(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Conversation, "encode", lambda *_: [])
+    result = chat(input="Hi\n")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "the tokenizer makes nothing of this turn" in result.stderr
 
 
 def test_output_that_is_not_finite_ends_the_chat(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,18 @@ def damage(path: Path, how: str) -> None:
         path.write_text(json.dumps(data | {"sampling": {"temperature": "hot"}}))
     elif how in data:
         path.write_text(json.dumps({key: value for key, value in data.items() if key != how}))
+    elif how in ("NaN", "1.5"):
+        path.write_text(
+            json.dumps(data | {"sampling": data["sampling"] | {"temperature" if how == "NaN" else "top_k": float(how)}})
+        )
+    elif how in ("seed -1", "max_tokens 0", "revision 1.5"):
+        path.write_text(json.dumps(data | {how.split()[0]: json.loads(how.split()[1])}))
+    elif how == "surrogate":
+        path.write_text(json.dumps(data | {"system": "\ud800"}))
+    elif how == "large random":
+        for state in data["states"]:
+            state["random"]["state"]["state"] = 1 << 200
+        path.write_text(json.dumps(data))
     elif how == "turn":
         path.write_text(json.dumps(data | {"turns": [{"user": 1, "answer": 2}]}))
     elif how == "state":
@@ -146,6 +158,13 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how",
     [
+        "NaN",
+        "1.5",
+        "seed -1",
+        "max_tokens 0",
+        "revision 1.5",
+        "surrogate",
+        "large random",
         "cut",
         "list",
         "newer",
