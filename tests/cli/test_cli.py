@@ -232,3 +232,11 @@ def test_a_message_is_not_endless(rwkv: Run) -> None:
     result = rwkv("info", "a" * 100_000)
     assert result.exit_code == 1
     assert 1000 < len(result.stderr) < 2000
+
+
+def test_a_wrong_model_in_the_environment_is_named(rwkv: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RWKV_MODEL", "gone.safetensors")
+    for command in (["generate", "a"], ["info"], ["chat"]):
+        result = rwkv(*command)
+        assert result.exit_code == 1
+        assert "gone.safetensors: there is no such model; $RWKV_MODEL names it" in result.stderr
