@@ -11,7 +11,7 @@ import click
 
 from rwkv_cli import __version__
 from rwkv_cli.errors import RwkvError
-from rwkv_cli.terminal.output import harmless
+from rwkv_cli.terminal.output import one_line
 
 COMMANDS = {
     "convert": "Convert a released checkpoint to a quantized file.",
@@ -52,15 +52,21 @@ class _Commands(click.Group):
         """Word every expected error, without what could steer the terminal."""
         try:
             return super().invoke(ctx)
-        except click.UsageError:
-            raise
+        except click.UsageError as error:
+            raise click.UsageError(_short(error.format_message()), error.ctx) from None
         except click.ClickException as error:
-            raise click.ClickException(harmless(error.message)) from None
+            raise click.ClickException(_short(error.message)) from None
         except (OSError, ValueError, MemoryError) as error:
             message = _expected(error)
             if message is None:
                 raise
-            raise click.ClickException(harmless(message)) from None
+            raise click.ClickException(_short(message)) from None
+
+
+def _short(message: str) -> str:
+    """Return a message on one line, without the middle of one that names something enormous."""
+    message = one_line(message)
+    return message if len(message) <= 2000 else f"{message[:1000]} … {message[-500:]}"
 
 
 def _expected(error: Exception) -> str | None:
@@ -98,4 +104,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Bytes that are no text, and characters that the terminal lacks, are no reason to stop.
             stream.reconfigure(errors="replace")
-    cli()
+    try:
+        cli()
+    except OSError as error:  # the help texts could not be written
+        click.echo(f"Error: {_short(_expected(error) or str(error))}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left goes nowhere when Python ends
+        sys.exit(1)

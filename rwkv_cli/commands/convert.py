@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rwkv_cli.terminal.output import columns, note, one_line
+
 if TYPE_CHECKING:
     from rwkv_cli.engine.conversion import Conversion
     from rwkv_cli.quant.writer import Written
@@ -69,13 +71,11 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
         announce_compilation()
         done = conversion.write(dst, overwrite=force, bar=converting_bar)
     click.echo(_report(conversion, done))
-    click.echo(f"Dry run: {dst} was not written." if dry_run else f"Wrote {dst}", err=True)
+    note(f"Dry run: {one_line(dst)} was not written." if dry_run else f"Wrote {one_line(dst)}")
 
 
 def _report(conversion: Conversion, done: list[Written]) -> str:
     """The model and what became of it, as tables."""
-    from rwkv_cli.terminal.output import columns
-
     config, contents = conversion.config, conversion.contents
     tokenizer, template = contents.metadata["tokenizer"], contents.metadata["template"]
     heads = f", {config.heads} heads of {config.head_size}" if config.version != "4" else ""
@@ -94,7 +94,6 @@ def _report(conversion: Conversion, done: list[Written]) -> str:
 def _errors(done: list[Written]) -> str:
     """The size and the error of the quantized tensors by kind, as a table; "" if there are none."""
     from rwkv_cli.models.naming import kind_of
-    from rwkv_cli.terminal.output import columns
 
     kinds: dict[str, list[tuple[Written, float]]] = defaultdict(list)
     for item in done:

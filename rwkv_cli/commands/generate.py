@@ -15,7 +15,7 @@ from rwkv_cli.commands.batch import answer_file, check_options
 from rwkv_cli.commands.options import model_options, open_model, sampling_options, state_option
 from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
-from rwkv_cli.terminal.output import harmless, note, reading_bar, write
+from rwkv_cli.terminal.output import note, reading_bar, write
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
@@ -197,5 +197,5 @@ def _encode(lm: LanguageModel, start: Start, text: bytes, load_state: Path | Non
         raise click.UsageError(f"the prompt is {error}") from None
     if not ids:
         what = f"the text in {load_state} had come to its end" if load_state else "the prompt is empty"
-        raise click.UsageError(harmless(f"{what}; give some text to go on with"))
+        raise click.UsageError(f"{what}; give some text to go on with")
     return ids

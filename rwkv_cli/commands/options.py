@@ -77,8 +77,14 @@ def named_model(path: Path | None) -> Path:
     from rwkv_cli.terminal.converting import converting_bar
 
     named = os.environ.get("RWKV_MODEL")
-    if path is not None or named:
-        return path or Path(str(named))
+    if path is not None:
+        return path
+    if named:
+        if not Path(named).exists():
+            raise click.ClickException(
+                f"{named}: there is no such model; $RWKV_MODEL names it, or give another with -m"
+            )
+        return Path(named)
     from rwkv_cli.engine.storyteller import storyteller
 
     announce_compilation()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from rwkv_cli.commands.options import model_options, open_model, plot_option
-from rwkv_cli.terminal.output import columns, progress_bar
+from rwkv_cli.terminal.output import columns, one_line, progress_bar
 from rwkv_cli.terminal.plot import plot_nll
 
 if TYPE_CHECKING:
@@ -118,12 +119,17 @@ def _score(file: Path, scorer: Scorer) -> Score:
     with progress_bar(
         TextColumn("{task.description}", markup=False), BarColumn(), text, TimeRemainingColumn()
     ) as progress:
-        task = progress.add_task(file.name, total=1.0, rate="")
+        task = progress.add_task(one_line(file.name), total=1.0, rate="")
 
         def show(share: float, score: Score) -> None:
             progress.update(task, completed=share, rate=f"{score.tokens_per_second:.0f} tok/s  ppl {score.ppl:.4g}")
 
         return scorer.score(file, show)
+
+
+def _error(stderr: float, digits: int) -> str:
+    """Write a standard error behind its figure. One token alone has none."""
+    return "" if math.isnan(stderr) else f" ± {stderr:.{digits}f}"
 
 
 def report(file: Path, s: Score, compare: Path | None) -> str:
@@ -132,8 +138,8 @@ def report(file: Path, s: Score, compare: Path | None) -> str:
     context = "whole file" if s.context is None else f"{s.context} tokens"
     rows = [
         ("file", file),
-        ("perplexity", f"{s.ppl:.4f} ± {s.ppl_stderr:.4f}"),
-        ("NLL", f"{s.nll:.6f} ± {s.nll_stderr:.6f} nats per token"),
+        ("perplexity", f"{s.ppl:.4f}{_error(s.ppl_stderr, 4)}"),
+        ("NLL", f"{s.nll:.6f}{_error(s.nll_stderr, 6)} nats per token"),
         ("bits per byte", f"{s.bits_per_byte:.4f}"),
         ("tokens", f"{s.tokens} ({s.bytes} bytes), context {context}, start token {start}"),
         ("speed", f"{s.tokens_per_second:.1f} tokens per second"),
@@ -144,6 +150,6 @@ def report(file: Path, s: Score, compare: Path | None) -> str:
             ("against", f"{compare}: perplexity {c.other_ppl:.4f}"),
             ("KL", f"{c.kl_mean:.3e} mean, {c.kl_p999:.3e} at 99.9 %"),
             ("top-1", f"{100 * c.top1_agreement:.3f} % the same"),
-            ("NLL difference", f"{c.nll_diff:+.6f} ± {c.nll_diff_stderr:.6f} nats per token"),
+            ("NLL difference", f"{c.nll_diff:+.6f}{_error(c.nll_diff_stderr, 6)} nats per token"),
         ]
     return columns(rows)

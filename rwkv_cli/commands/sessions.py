@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,18 @@ def list_(as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(row))
     if not as_json and rows:
-        table = [(r["name"], r["turns"], r["saved"].replace("T", " ")[:16], Path(r["model"]).name) for r in rows]
-        click.echo(columns([("name", "turns", "saved (UTC)", "model"), *table], right=[1]))
+        table = [(r["name"], r["turns"], _local(r["saved"]), Path(r["model"]).name) for r in rows]
+        click.echo(columns([("name", "turns", "saved", "model"), *table], right=[1]))
     elif not rows:
         note("No sessions; rwkv chat --session NAME begins one.")
+
+
+def _local(saved: str) -> str:
+    """Return a time as this machine's clock shows it."""
+    try:
+        return datetime.fromisoformat(saved).astimezone().strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError):
+        return saved
 
 
 @command.command("show")
@@ -69,6 +78,12 @@ def rm(names: tuple[str, ...]) -> None:
     """Delete sessions: transcripts and states."""
     from rwkv_cli.engine import sessions
 
+    missed = []
     for name in names:
-        sessions.remove(name)
-        note(f"Removed {name}.")
+        try:
+            sessions.remove(name)
+            note(f"Removed {name}.")
+        except (SessionError, OSError) as error:
+            missed.append(str(error))
+    if missed:
+        raise SessionError("; ".join(missed))

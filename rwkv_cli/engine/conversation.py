@@ -103,6 +103,8 @@ class Conversation:
         self.sampler.random = random or before.random
         self.sampler.forget()  # an answer is penalized for its own repetitions only
         prompt = self.encode(before.unread + self.template.prompt(text, self.think))
+        if not prompt:
+            raise ConversationError("the tokenizer makes nothing of this turn; say it in other words")
         request = Request(prompt, self.limit, self.template.stops)
         return Reply(
             conversation=self,

@@ -130,7 +130,9 @@ def read_tokenizer_file(path: Path) -> Tokenizer:
     data = path.read_bytes()
     try:
         if data.lstrip()[:1] == b"{":
-            return JsonTokenizer(data, str(path))
+            tokenizer = JsonTokenizer(data, str(path))
+            tokenizer.check()
+            return tokenizer
         return WorldTokenizer.from_vocabulary(path)
     except TokenizerError as error:
         raise TokenizerError(f"{error}; give a sound one with --tokenizer") from None

@@ -13,6 +13,7 @@ from rwkv_cli.errors import FormatError, TokenizerError
 from rwkv_cli.kernels.cache import compiled_marker
 from rwkv_cli.models import Model
 from rwkv_cli.quant import Checkpoint
+from rwkv_cli.quant.formats import FORMATS
 
 
 class LanguageModel(Model):
@@ -34,6 +35,10 @@ class LanguageModel(Model):
             raise FormatError(f"{self.path}: its tokenizer has more tokens than the model; convert it again")
         self.template: str = checkpoint.metadata("template", str)
         self.quantization: str = checkpoint.metadata("quantization", str)
+        if self.quantization not in FORMATS:
+            raise FormatError(
+                f"{self.path}: is quantized as {self.quantization[:40]!r}, which is unknown; upgrade rwkv-cli"
+            )
 
     @classmethod
     def load(
@@ -72,7 +77,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
                 checkpoint.array("tokenizer.bytes"), checkpoint.array("tokenizer.lengths")
             )
         if kind == "json":
-            return JsonTokenizer(checkpoint.array("tokenizer.json").tobytes(), "tokenizer.json")
+            return JsonTokenizer(checkpoint.array("tokenizer.json").tobytes(), "tokenizer.json", str(checkpoint.path))
     except TokenizerError as error:
         raise FormatError(f"{checkpoint.path}: its tokenizer is damaged ({error}); convert the model again") from None
     raise FormatError(f"{checkpoint.path}: has a tokenizer of unknown kind {kind!r}; upgrade rwkv-cli")

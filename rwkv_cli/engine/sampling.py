@@ -4,6 +4,7 @@ Penalties come off the logits. Softmax, top-p, top-k and min-p follow, at temper
 a power of the probabilities that are left.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,19 @@ class Sampling:
     presence_penalty: float = 0.2
     frequency_penalty: float = 0.2
     penalty_decay: float = 0.996
+
+    def check(self) -> None:
+        """Raise ValueError for a setting that no answer can be made with."""
+        shares = self.top_p, self.min_p, self.penalty_decay
+        penalties = self.presence_penalty, self.frequency_penalty
+        numbers = (self.temperature, *shares, *penalties)
+        if type(self.top_k) is not int or any(type(number) not in (int, float) for number in numbers):
+            raise ValueError("a setting is no number of its kind")
+        # a comparison with NaN is False
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and all(0 <= share <= 1 for share in shares)):
+            raise ValueError("a setting is out of its range")
+        if not all(-100 <= penalty <= 100 for penalty in penalties):
+            raise ValueError("a penalty is out of its range")
 
     def changed(self, **given: Any) -> "Sampling":
         """These settings with those of `given` that are not None in their place."""

@@ -74,9 +74,13 @@ def read(name: str) -> dict[str, Any]:
             raise SessionError(f"session {name} was written by a newer rwkv; upgrade rwkv-cli")
         words = [data["saved"], data["model"]["path"], data["model"]["digest"], data["system"], data["think"]]
         words += [part for turn in data["turns"] for part in (turn["user"], turn["answer"])]
-        numbers = [data["revision"], data["seed"], data["max_tokens"] or 1, *data["sampling"].values()]
-        if not all(type(word) is str for word in words) or not all(type(n) in (int, float) for n in numbers):
-            raise ValueError("a field is of the wrong kind")
+        for word in words:
+            word.encode()  # which fails for half a surrogate pair, and for what is no text
+        limit = 1 if data["max_tokens"] is None else data["max_tokens"]
+        for number, least in ((data["revision"], 1), (data["seed"], 0), (limit, 1)):
+            if type(number) is not int or not least <= number < 1 << 63:
+                raise ValueError("a number is of the wrong kind or size")
+        Sampling(**data["sampling"]).check()
     except FileNotFoundError:
         raise SessionError(f"there is no session {name}; rwkv sessions list shows those there are") from None
     except SessionError:
@@ -196,7 +200,7 @@ class Session:
                 )
             try:
                 return cls(name, data["revision"]), _restored(path_of(name), data, model)
-            except (KeyError, TypeError, ValueError, OSError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
                 raise SessionError(
                     f"session {name} is damaged ({error}); rwkv sessions show {name} prints what was said"
                 ) from None
@@ -221,7 +225,9 @@ def _restored(path: Path, data: dict[str, Any], model: LanguageModel) -> Convers
         try:
             state = State.load(file, like=talk.now.state)
             talk.sampler.random = entry["random"]
-        except (KeyError, TypeError, ValueError, OSError):
+            if talk.sampler.random != entry["random"]:
+                raise ValueError("the random numbers are nowhere that they can be")
+        except (KeyError, TypeError, ValueError, OverflowError, OSError):
             if last:
                 raise
             continue

@@ -8,14 +8,15 @@ import ast
 import codecs
 import importlib.util
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.errors import TokenizerError
+from rwkv_cli.errors import FormatError, TokenizerError
 
 END_OF_TEXT = 0
 """The token that ends a text in every official vocabulary."""
@@ -241,29 +242,47 @@ def official_vocabulary() -> Path:
     raise TokenizerError("the World vocabulary is missing: reinstall it with pip install rwkv")
 
 
+_MOST_HELD = 64
+"""Ids that may wait for the end of a character. Bytes that are no UTF-8 would wait forever."""
+
+_SAMPLE = "The quick brown fox, 0123456789.\n\n\tÜber é 你好 🙂 \x00"
+"""A text with all kinds of characters, to try a tokenizer on."""
+
+
 class _JsonStream:
-    """A text that a tokenizer.json decodes with each id."""
+    """A text that a tokenizer.json decodes with each id.
 
-    def __init__(self, tokenizer: Any) -> None:
-        from tokenizers.decoders import DecodeStream
+    Each id is decoded behind those of the last piece, since a decoder may treat the beginning of a text in its own way.
+    """
 
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=False)
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._last: list[int] = []
+        """The ids of the last piece."""
         self._held: list[int] = []
+        """The ids after them."""
 
     @property
     def unfinished(self) -> bool:
         return bool(self._held)
 
     def push(self, token: int) -> str:
-        text = self._stream.step(self._tokenizer, token)
-        self._held = [] if text else [*self._held, token]
-        return text or ""
+        self._held.append(token)
+        text = self._text()
+        if not text or (text.endswith("\ufffd") and len(self._held) < _MOST_HELD):
+            return ""
+        self._last, self._held = self._held, []
+        return text
 
     def flush(self) -> str:
-        held, self._held = self._held, []
-        text: str = self._tokenizer.decode(held, skip_special_tokens=False)
+        text = self._text() if self._held else ""
+        self._last, self._held = self._held, []
         return text
+
+    def _text(self) -> str:
+        """Decode the held ids. Bytes that are no UTF-8 change the text before them, but that is out already."""
+        before, whole = self._decode(self._last), self._decode([*self._last, *self._held])
+        return whole[len(before) :] if whole.startswith(before) else self._decode(self._held)
 
 
 class JsonTokenizer:
@@ -271,13 +290,17 @@ class JsonTokenizer:
 
     kind = "json"
 
-    def __init__(self, text: bytes, name: str) -> None:
+    def __init__(self, text: bytes, name: str, owner: str | None = None) -> None:
+        """`name` is the file's in errors, and `owner` the name of the file that it lies in."""
         import tokenizers
 
+        self.owner = owner or name
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(text)
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{name}: not a tokenizer.json ({error})") from None
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and BaseException where Rust panics
+            raise TokenizerError(f"{name}: not a tokenizer.json ({_one_line(error)})") from None
         # A file may ask for both, which are for training.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -292,16 +315,39 @@ class JsonTokenizer:
             raise TokenizerError(f"not UTF-8 at byte {error.start}; this model's tokenizer takes text only") from None
 
     def encode(self, text: str | bytes) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(self._text(text), add_special_tokens=False).ids
+        ids: list[int] = self._encoded(self._text(text)).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         known = [i for i in ids if 0 <= i < self.size]
-        text: str = self._tokenizer.decode(known, skip_special_tokens=False)
+        with self._sound("decode"):
+            text: str = self._tokenizer.decode(known, skip_special_tokens=False)
         return text
 
     def stream(self) -> TextStream:
-        return _JsonStream(self._tokenizer)
+        return _JsonStream(self.decode)
+
+    def check(self) -> None:
+        """Try the tokenizer on a text. Raises FormatError if it fails."""
+        self.decode(self.encode(_SAMPLE))
+
+    def _encoded(self, text: str) -> Any:
+        """Return the library's encoding. Raises FormatError where the tokenizer fails."""
+        with self._sound("encode"):
+            return self._tokenizer.encode(text, add_special_tokens=False)
+
+    @contextmanager
+    def _sound(self, what: str) -> Iterator[None]:
+        """Turn whatever the library raises into a FormatError that names the file."""
+        try:
+            yield
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and BaseException where Rust panics
+            raise FormatError(
+                f"{self.owner}: its tokenizer cannot {what} ({_one_line(error)}); "
+                "convert the model with a sound one: --tokenizer PATH"
+            ) from None
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
         decoder = codecs.getincrementaldecoder("utf-8")()
@@ -322,7 +368,7 @@ class JsonTokenizer:
 
     def _piece(self, text: str) -> Piece:
         """Encode a part of a text, with the bytes that end with each token."""
-        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        encoded = self._encoded(text)
         # This counts the UTF-8 bytes up to each character, by its code point.
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         width = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
@@ -330,6 +376,11 @@ class JsonTokenizer:
         stops = np.array([end for _, end in encoded.offsets], np.int64)
         stops[-1:] = len(text)  # offsets may leave out blanks at the end
         return Piece(encoded.ids, upto[np.maximum.accumulate(stops)])
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the beginning of an error's text."""
+    return " ".join(str(error).split())[:200]
 
 
 def _word_border(text: str) -> int:

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 # A model or a file may hold any bytes, an escape sequence among them. Control characters that are not blanks are
 # replaced. A carriage return would overwrite the line. It is left out, as it comes with a line break anyway.
-_CONTROL: dict[int, str | None] = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+# So are the characters that turn the direction of writing, since they can show a name as another one.
+_TURNING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROL: dict[int, str | None] = {
+    code: "�" for code in (*range(32), *range(127, 160), *_TURNING) if chr(code) not in "\t\n"
+}
 _CONTROL[ord("\r")] = None
+_BREAKS = {ord(char): "�" for char in "\r\n\t\u2028\u2029"}
 
 
 def harmless(text: str) -> str:
@@ -25,9 +30,14 @@ def harmless(text: str) -> str:
     return text.translate(_CONTROL)
 
 
+def one_line(text: object) -> str:
+    """Return a name, or a sentence with names in it, on one line and without what could steer a terminal."""
+    return harmless(str(text).translate(_BREAKS))
+
+
 def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
     """Write rows as lines, each column as wide as its widest cell. Columns numbered in `right` are right-aligned."""
-    cells = [[harmless(str(cell)) for cell in row] for row in rows]
+    cells = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rwkv_cli.terminal.output import harmless, note
+from rwkv_cli.terminal.output import harmless, note, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,7 +148,7 @@ def _figure(size: tuple[float, float], path: Path) -> Iterator[Figure]:
         figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=200)
     with replacing(path) as file:
         file.write(drawn.getbuffer())
-    note(f"Wrote {path}")
+    note(f"Wrote {one_line(path)}")
 
 
 def _title(axes: Axes, title: str, facts: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """The reading of a person's turns: line editing and history on a terminal, plain lines from anywhere else."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +24,16 @@ def reader(words: Words) -> Callable[[str], str]:
     The function raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C.
     """
     return _terminal_reader(words) if is_terminal() else lambda _default: input()
+
+
+@contextmanager
+def on_interrupt(react: Callable[[], object]) -> Iterator[None]:
+    """Call `react` on Ctrl-C instead of raising, so that no kernel is ever torn out of a token."""
+    before = signal.signal(signal.SIGINT, lambda *_: react())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

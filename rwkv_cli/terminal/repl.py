@@ -1,7 +1,6 @@
 """The chat program. It reads turns and commands, shows answers as they come, and keeps the session."""
 
 import difflib
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,12 +16,15 @@ from rwkv_cli.engine.sessions import Session
 from rwkv_cli.engine.templates import THINK
 from rwkv_cli.errors import ConversationError, SessionError, TokenizerError
 from rwkv_cli.quant import replacing
-from rwkv_cli.terminal.output import columns, note, reading_bar, write
-from rwkv_cli.terminal.reader import is_terminal, no_echo, reader
+from rwkv_cli.terminal.output import columns, note, one_line, reading_bar, write
+from rwkv_cli.terminal.reader import is_terminal, no_echo, on_interrupt, reader
 from rwkv_cli.terminal.settings import MAX_TOKENS, SAMPLING
 from rwkv_cli.terminal.wrap import Wrapped
 
 _KEYS = "Ctrl-C ends an answer, Ctrl-D leaves, Alt-Enter begins a new line; a line that begins with // is text."
+_ALIASES = {"/bye": "/exit", "/quit": "/exit", "/clear": "/reset", "/new": "/reset", "/?": "/help"}
+"""The names that other chat programs have for these commands."""
+
 _SETTINGS = {name: setting.kind for name, setting in SAMPLING.items()} | {"max_tokens": MAX_TOKENS}
 """The names that /set takes, and their values."""
 
@@ -76,7 +78,9 @@ class Repl:
             "/reset": _Command("", "begin anew; /undo takes it back", self.reset),
             "/system": _Command("[TEXT|off]", "show the system text, or begin anew with another", self.system),
             "/think": _Command("[MODE]", "show or set how long the model reasons", self.think, lambda: THINK),
-            "/set": _Command("NAME VALUE", "change a setting from the next answer on", self.set, lambda: _SETTINGS),
+            "/set": _Command(
+                "NAME [VALUE]", "show a setting, or change it from the next answer on", self.set, lambda: _SETTINGS
+            ),
             "/params": _Command("", "the settings", self.params),
             "/history": _Command("", "all that was said", self.history),
             "/save": _Command("NAME", keep_as, self.save, sessions.names),
@@ -105,12 +109,14 @@ class Repl:
         read = reader({name: command.words for name, command in self.commands.items()})
         if self.terminal:
             config = self.talk.model.config
-            note(f"{self.talk.model.path.name} · RWKV-{config.version} · /help lists commands", faint=True)
+            note(f"{one_line(self.talk.model.path.name)} · RWKV-{config.version} · /help lists commands", faint=True)
             self._resumed()
         while not self.over:
             editing, self.edited = self.edited, ""
             try:
                 line = read(editing).strip()
+                if self.terminal and line in ("exit", "quit"):
+                    line = "/exit"
                 if line.startswith("/") and not line.startswith("//"):
                     self._obey(line)
                 elif line:
@@ -127,6 +133,7 @@ class Repl:
     def _obey(self, line: str) -> None:
         """Do what a command line says, or say what is wrong with it."""
         name, _, rest = line.partition(" ")
+        name = _ALIASES.get(name, name)
         if name not in self.commands:
             near = difflib.get_close_matches(name, self.commands, 1)
             note(f"{name} is not a command; " + (f"did you mean {near[0]}?" if near else "/help lists them"))
@@ -146,7 +153,7 @@ class Repl:
         """Show an answer as it comes. Ctrl-C ends the answer."""
         completion, thought = reply.completion, False
         show = Wrapped().write if self.terminal else write
-        with _on_interrupt(completion.cancel), no_echo():
+        with on_interrupt(completion.cancel), no_echo():
             with reading_bar(len(completion.request.prompt)) as on_read:
                 for thinking, piece in reply.stream(on_read):
                     if thinking and not self.terminal:
@@ -205,7 +212,7 @@ class Repl:
 
                 yield on_read
 
-        with _on_interrupt(interrupt):
+        with on_interrupt(interrupt):
             self.talk.recall(bar)
 
     def _resumed(self) -> None:
@@ -277,8 +284,11 @@ class Repl:
         """Change a setting from the next answer on."""
         name, _, text = rest.replace("=", " ", 1).partition(" ")
         name = name.replace("-", "_")
-        if name not in _SETTINGS or not text.strip():
+        if name not in _SETTINGS:
             raise ConversationError(f"/set NAME VALUE, where NAME is one of {', '.join(_SETTINGS)}")
+        if not text.strip():
+            note(f"{name} {self._settings()[name]}")
+            return
         value = _SETTINGS[name].convert(text.strip(), None, None)
         if name == "max_tokens":
             self.talk.max_tokens = value
@@ -292,9 +302,12 @@ class Repl:
     def params(self, _rest: str) -> None:
         """Show the settings."""
         talk = self.talk
-        rows: dict[str, Any] = asdict(talk.settings)
-        rows |= {"seed": talk.sampler.seed, "max_tokens": talk.limit, "template": talk.template.name}
-        note(columns(list((rows | {"think": talk.think, "system": talk.system or "none"}).items())))
+        others = {"template": talk.template.name, "think": talk.think, "system": talk.system or "none"}
+        note(columns(list((self._settings() | others).items())))
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what /set can change."""
+        return asdict(self.talk.settings) | {"seed": self.talk.sampler.seed, "max_tokens": self.talk.limit}
 
     def history(self, _rest: str) -> None:
         """Print everything said so far."""
@@ -344,12 +357,15 @@ class Repl:
 
     def copy(self, rest: str) -> None:
         """Write the conversation into a file as Markdown."""
-        path = Path(rest).expanduser()
+        try:
+            path = Path(rest.replace("\0", "")).expanduser()
+        except RuntimeError:
+            raise ConversationError(f"{rest}: there is no such user; name another file") from None
         if path.exists():
             raise ConversationError(f"{path} exists; name another file")
         with replacing(path) as out:
             out.write(markdown(self.talk.model.path.name, self.talk.turns).encode("utf-8", "replace"))
-        note(f"Wrote {path}")
+        note(f"Wrote {one_line(path)}")
 
     def help(self, _rest: str) -> None:
         """List the commands."""
@@ -378,13 +394,3 @@ def _figures(r: Result) -> str:
     read = f"prompt {r.prompt_tokens} tokens"
     read += f", {r.prompt_tokens / r.prompt_seconds:.0f} tok/s" if r.prompt_seconds else ""
     return f"{made} · {read}"
-
-
-@contextmanager
-def _on_interrupt(react: Callable[[], object]) -> Iterator[None]:
-    """Call `react` on Ctrl-C instead of raising, so that no kernel is ever torn out of a token."""
-    before = signal.signal(signal.SIGINT, lambda *_: react())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -344,6 +344,17 @@ def test_commands(chat: Run) -> None:
     assert chat(input="Hi\nHi\n").stdout != again
 
 
+def test_names_of_other_programs_are_understood(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chat(input="/?\n").stderr == chat(input="/help\n").stderr
+    for reset in ("/clear", "/new"):
+        assert chat(input=f"Hi\n{reset}\nHi\n").stdout == chat(input="Hi\n/reset\nHi\n").stdout
+    for leave in ("/bye", "/quit"):
+        assert chat(input=f"Hi\n{leave}\nHi\n").stdout == chat(input="Hi\n").stdout
+    assert len(chat(input="exit\n").stdout) > 0  # in a pipe it is a text
+    monkeypatch.setattr("rwkv_cli.terminal.repl.is_terminal", lambda: True)
+    assert chat(input="exit\nHi\n").stdout == chat(input="quit\n").stdout == ""
+
+
 def test_undo_retry_and_edit_in_a_pipe(chat: Run) -> None:
     once = chat(input="Hi\n").stdout
     assert chat(input="Hi\n/undo\nHi\n").stdout == once + once
@@ -387,10 +398,11 @@ def test_settings_change_the_next_answer(chat: Run) -> None:
     assert changed.stdout == greedy
     assert chat("-n", 3, input="Hi\n").stdout == chat(input="/set max_tokens 3\nHi\n").stdout
     assert chat("--seed", 9, input="Hi\n").stdout == chat(input="/set seed 9\nHi\n").stdout
-    for wrong in ("temperature -1", "temperature nan", "temperature", "heat 3", "top_k 1.5", "seed x"):
+    for wrong in ("temperature -1", "temperature nan", "heat", "heat 3", "top_k 1.5", "seed x"):
         result = chat(input=f"/set {wrong}\nHi\n")
         assert (result.exit_code, result.stdout) == (0, chat(input="Hi\n").stdout)
         assert len(result.stderr.strip().splitlines()) == 1
+    assert chat("--top-p", 0.25, input="/set top_p\n/set max-tokens\n").stderr == "top_p 0.25\nmax_tokens 12\n"
     shown = chat(input="/set top_p 0.25\n/params\n").stderr
     assert re.search(r"top_p +0\.25\n", shown)
     assert re.search(r"seed +5\n", shown)
@@ -455,6 +467,11 @@ def test_what_was_said_can_be_had(chat: Run, tmp_path: Path) -> None:
     assert f"**You:** Hi\n\n{answer.strip()}" in file.read_text("utf-8")
     assert f"{file} exists; name another file" in result.stderr
     assert f"{tmp_path}/no/where: No such file or directory" in result.stderr
+    odd = chat(input=f"Hi\n/copy ~nosuchuser/x\n/copy {tmp_path}/a\0b\n/history\n")
+    assert odd.exit_code == 0
+    assert "~nosuchuser/x: there is no such user; name another file" in odd.stderr
+    assert "> Hi" in odd.stdout
+    assert (tmp_path / "ab").exists()
     assert re.search(r"turns +1\n", result.stderr)
 
 
@@ -479,6 +496,13 @@ def test_an_unknown_template_in_the_file_is_named(chat: Run, byte_model: Path, m
         f"Error: {byte_model}: its chat template 'plain' is unknown; choose one with --template"
     )
     assert chat("--template", "qa", input="Hi\n").exit_code == 0
+
+
+def test_a_turn_that_is_no_token_is_refused(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Conversation, "encode", lambda *_: [])
+    result = chat(input="Hi\n")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "the tokenizer makes nothing of this turn" in result.stderr
 
 
 def test_output_that_is_not_finite_ends_the_chat(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ class Screen(io.StringIO):
 
 def test_a_terminal_is_not_steered(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\x1b[31m\x07\x00\tb\r\nc\x9b2J\x7f\rd\u202eé"
-    for stream, want in ((io.StringIO(), text), (Screen(), "a�[31m��\tb\nc�2J�d\u202eé")):
+    for stream, want in ((io.StringIO(), text), (Screen(), "a�[31m��\tb\nc�2J�d�é")):
         monkeypatch.setattr(sys, "stdout", stream)
         terminal.write(text)
         assert stream.getvalue() == want
@@ -216,3 +216,27 @@ def test_info_on_another_file(rwkv: Run, tmp_path: Path, content: bytes | None) 
     assert result.stderr.startswith("Error: ")
     assert str(tmp_path / "m") in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("command", ["--help", "chat --help", "info"])
+def test_a_full_disk_is_a_sentence(command: str) -> None:
+    script = f'"{sys.executable}" -m rwkv_cli {command} > /dev/full'
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "Error: No space left on device"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_message_is_not_endless(rwkv: Run) -> None:
+    result = rwkv("info", "a" * 100_000)
+    assert result.exit_code == 1
+    assert 1000 < len(result.stderr) < 2000
+
+
+def test_a_wrong_model_in_the_environment_is_named(rwkv: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RWKV_MODEL", "gone.safetensors")
+    for command in (["generate", "a"], ["info"], ["chat"]):
+        result = rwkv(*command)
+        assert result.exit_code == 1
+        assert "gone.safetensors: there is no such model; $RWKV_MODEL names it" in result.stderr

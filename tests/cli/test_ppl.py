@@ -297,3 +297,10 @@ def test_means_and_quantiles() -> None:
     assert mean.stderr == pytest.approx(values.std(ddof=1) / math.sqrt(5000), rel=1e-12)
     for share in (0.01, 0.5, 0.999, 1.0):
         assert quantile.at(share) == pytest.approx(np.sort(values)[math.ceil(share * 5000) - 1], rel=3e-3)
+
+
+def test_one_token_has_no_standard_error(rwkv: Run, byte_model: Path, text: Path) -> None:
+    shown = rwkv("ppl", text, "-m", byte_model, "--compare", byte_model, "--limit", 1).stdout
+    assert "perplexity" in shown
+    assert "nan" not in shown
+    assert "±" not in shown

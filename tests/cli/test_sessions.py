@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -134,6 +135,18 @@ def damage(path: Path, how: str) -> None:
         path.write_text(json.dumps(data | {"sampling": {"temperature": "hot"}}))
     elif how in data:
         path.write_text(json.dumps({key: value for key, value in data.items() if key != how}))
+    elif how in ("NaN", "1.5"):
+        path.write_text(
+            json.dumps(data | {"sampling": data["sampling"] | {"temperature" if how == "NaN" else "top_k": float(how)}})
+        )
+    elif how in ("seed -1", "max_tokens 0", "revision 1.5"):
+        path.write_text(json.dumps(data | {how.split()[0]: json.loads(how.split()[1])}))
+    elif how == "surrogate":
+        path.write_text(json.dumps(data | {"system": "\ud800"}))
+    elif how == "large random":
+        for state in data["states"]:
+            state["random"]["state"]["state"] = 1 << 200
+        path.write_text(json.dumps(data))
     elif how == "turn":
         path.write_text(json.dumps(data | {"turns": [{"user": 1, "answer": 2}]}))
     elif how == "state":
@@ -146,6 +159,13 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how",
     [
+        "NaN",
+        "1.5",
+        "seed -1",
+        "max_tokens 0",
+        "revision 1.5",
+        "surrogate",
+        "large random",
         "cut",
         "list",
         "newer",
@@ -359,6 +379,29 @@ def test_the_last_chat_without_a_name(chat: Run, monkeypatch: pytest.MonkeyPatch
     assert "/save NAME before leaving" not in chat("--session", "b", input="ten\n").stderr
     refused = chat("--last", "--session", "b")
     assert refused.exit_code == 2
+
+
+def test_sessions_rm_goes_on(chat: Run, rwkv: Run) -> None:
+    for name in ("a", "b"):
+        chat("--session", name, input="Hi\n")
+    result = rwkv("sessions", "rm", "a", "none", "b")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Removed a.\nRemoved b.\nError: there is no session none;")
+    assert sessions.names() == []
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows")
+def test_sessions_are_listed_in_local_time(chat: Run, rwkv: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat("--session", "a", input="Hi\n")
+    transcript = home / "a" / "transcript.json"
+    data = json.loads(transcript.read_text("utf-8"))
+    for saved, want in (("2026-01-31T22:30:00+00:00", "2026-02-01 04:00"), ("some day", "some day")):
+        transcript.write_text(json.dumps(data | {"saved": saved}), "utf-8")
+        with monkeypatch.context() as zone:
+            zone.setenv("TZ", "XXX-5:30")
+            time.tzset()
+            assert want in rwkv("sessions", "list").stdout
+        time.tzset()
 
 
 def test_loading_does_not_drop_what_is_not_kept(chat: Run) -> None:

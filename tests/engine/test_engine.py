@@ -299,3 +299,12 @@ def test_only_what_a_stop_text_can_reach_is_searched(monkeypatch: pytest.MonkeyP
     assert result.text == "".join(pieces) == "hello\nab" * 300
     assert len(searched) == 900
     assert max(searched) <= len("\nab" + "hello")
+
+
+@pytest.mark.parametrize("name", ["a/b", "\\u0000", "x" * 300])
+def test_an_unknown_quantization_is_refused(world: Path, tmp_path: Path, name: str) -> None:
+    with safe_open(world, "np") as file:
+        metadata = file.metadata()
+    save_file(load_file(world), tmp_path / "odd", metadata | {"quantization": f'"{name}"'})
+    with pytest.raises(FormatError, match="which is unknown; upgrade rwkv-cli"):
+        rwkv_cli.load(tmp_path / "odd")

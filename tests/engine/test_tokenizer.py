@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
-from rwkv_cli.errors import TokenizerError
+from rwkv_cli.errors import FormatError, TokenizerError
 
 SAMPLE = "The cat sat on the mat.  It said: 你好，世界！ It's 12 é́ 👩‍👩‍👧 the cat\n\nthe end 𝄞\t\u00a0x" + "   \n" * 9
 
@@ -312,3 +312,65 @@ def test_a_missing_world_vocabulary_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_broken_tokenizer_json_is_refused(text: bytes) -> None:
     with pytest.raises(TokenizerError, match=r"^there: not a tokenizer.json"):
         JsonTokenizer(text, "there")
+
+
+def byte_fallback() -> JsonTokenizer:
+    """A tokenizer like Llama's: blanks are ▁, and what it lacks becomes bytes."""
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"▁": 257, "a": 258, "▁a": 259}
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    )
+    parts = tokenizers.decoders
+    made.decoder = parts.Sequence([parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)])
+    return JsonTokenizer(made.to_str().encode(), "llama.json")
+
+
+@pytest.mark.parametrize(
+    ("written", "want"),
+    [
+        (["▁a", "▁a", 0xC3, 0xA9, "a"], "a aéa"),
+        (["a", 0xFF, "▁a"], "a� a"),
+        ([0xC3, 0xA9, 0xFF, 0xFF, "▁a"], "é�� a"),
+        ([0xC3, 0xA9, 0xE4, 0xB8, 0x96], "é世"),
+        ([0xE4, 0xB8], "��"),
+        ([0xFF] * 200 + ["a"], "�" * 200 + "a"),
+    ],
+)
+def test_bytes_that_are_no_text_are_shown_as_such(written: list[Any], want: str) -> None:
+    tokenizer = byte_fallback()
+    stream = tokenizer.stream()
+    ids = [part + 1 if isinstance(part, int) else {"a": 258, "▁a": 259}[part] for part in written]
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) + stream.flush() == want
+    assert not stream.unfinished
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, 259), max_size=40))
+def test_any_bytes_can_be_streamed(ids: list[int]) -> None:
+    stream = byte_fallback().stream()
+    text = "".join(map(stream.push, ids)) + stream.flush()
+    assert text.count("a") >= sum(token in (258, 259) for token in ids)  # among bad bytes, a byte "a" is one of them
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        tokenizers.models.WordLevel(vocab={"a": 0}, unk_token="[UNK]"),
+        tokenizers.models.WordPiece(vocab={"a": 0}, unk_token="[UNK]"),
+        tokenizers.models.BPE(vocab={"a": 0}, merges=[], unk_token="[UNK]"),
+    ],
+)
+def test_a_tokenizer_that_cannot_encode_is_named(made: Any, rwkv: Any, converted: Any, tmp_path: Path) -> None:
+    text = tokenizers.Tokenizer(made).to_str().encode()
+    tokenizer = JsonTokenizer(text, "tokenizer.json", "model.safetensors")
+    says = r"^model\.safetensors: its tokenizer cannot encode \(.*\); convert the model with a sound one"
+    with pytest.raises(FormatError, match=says):
+        tokenizer.encode("b")
+    with pytest.raises(FormatError, match=says):
+        list(tokenizer.encode_blocks([b"b"]))
+    (tmp_path / "bad.json").write_bytes(text)
+    result = rwkv("convert", converted().with_suffix(".pth"), tmp_path / "out", "--tokenizer", tmp_path / "bad.json")
+    assert result.exit_code == 1
+    assert f"Error: {tmp_path / 'bad.json'}: its tokenizer cannot encode" in result.stderr
+    assert not (tmp_path / "out").exists()

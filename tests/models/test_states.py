@@ -207,7 +207,7 @@ def test_no_other_file_is_overwritten(generate: Run, byte_model: Path, tmp_path:
         wrong(generate("Once", option, path), f"{path} is there and is not a {kind}; remove it, or give another file")
     wrong(generate("Once", option, tmp_path / "a" / "b"), f"{tmp_path}/a is not a folder; make it first, or give anoth")
     assert (tmp_path / "text").read_text() == "mine"
-    assert left(tmp_path) == {"text", "empty", "pipe", "other"}
+    assert left(tmp_path) == {"text", "empty", "other"}
 
 
 @pytest.mark.usefixtures("letters")
