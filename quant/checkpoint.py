@@ -57,6 +57,10 @@ class Checkpoint:
             raise FormatError(f"{self.path}: metadata {key!r} is missing or damaged; convert the model again")
         return value
 
+    def has(self, key: str) -> bool:
+        """True if there is metadata under `key`."""
+        return key in self._text
+
     def _where(self, name: str) -> str:
         return f"{self.path}: tensor {name}"
 

@@ -31,3 +31,7 @@ class SessionError(RwkvError):
 
 class JobError(RwkvError):
     """A file of prompts, or the file of their answers, cannot be used."""
+
+
+class MessagesError(RwkvError):
+    """A file of messages or of tools cannot be used."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "Convert a released checkpoint to a quantized file.",
     "generate": "Continue a text.",
     "chat": "Talk with a model.",
+    "prompt": "Show what a model reads of a chat.",
     "sessions": "List, show and remove kept chats.",
     "ppl": "Measure perplexity on text files.",
     "info": "Show what a converted file holds.",

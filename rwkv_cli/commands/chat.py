@@ -7,24 +7,22 @@ from typing import Any
 
 import click
 
-from rwkv_cli.commands.options import complete_session, model_options, open_model, sampling_options, state_option
+from rwkv_cli.commands.options import (
+    complete_session,
+    model_options,
+    open_model,
+    sampling_options,
+    state_option,
+    template_options,
+)
 from rwkv_cli.commands.texts import read_text
 
 
 @click.command("chat")
 @click.argument("question", nargs=-1, metavar="[QUESTION]")
 @model_options
-@click.option(
-    "--template",
-    type=click.Choice(["world", "g1", "raven", "qa", "plain"]),
-    help="How turns are written; default: what conversion found.",
-)
+@template_options
 @click.option("--system", metavar="TEXT", help="What the model is told before the first turn.")
-@click.option(
-    "--think",
-    type=click.Choice(["off", "on", "short", "long", "fast"]),
-    help="How long a reasoning model (G1) thinks before it answers; default: on for such models.",
-)
 @click.option(
     "--session",
     metavar="NAME",
@@ -49,6 +47,7 @@ def command(
     threads: int | None,
     device: str,
     template: str | None,
+    style: str | None,
     system: str | None,
     think: str | None,
     session: str | None,
@@ -73,7 +72,6 @@ def command(
     from rwkv_cli.engine import sessions
     from rwkv_cli.engine.conversation import Conversation
     from rwkv_cli.engine.sessions import Session
-    from rwkv_cli.engine.templates import TEMPLATES
     from rwkv_cli.models.tuned import read_tuned_state
     from rwkv_cli.terminal.repl import Repl
 
@@ -84,9 +82,9 @@ def command(
     name = sessions.LAST if last else session
     kept = Session(name) if name is not None else None
     resumed = name if name is not None and sessions.exists(name) else None
-    if resumed and (template or state or system is not None):
+    if resumed and (template or style or state or system is not None):
         what = "the last chat" if last else f"session {name}"
-        raise click.UsageError(f"{what} has begun: --template, --system and --state are for a new one")
+        raise click.UsageError(f"{what} has begun: --template, --style, --system and --state are for a new one")
     text = ""
     if question or whole:
         text = read_text(question or ["-"], needed=True).decode("utf-8", "replace")
@@ -98,29 +96,25 @@ def command(
     lm = open_model(model, device, threads)
     if resumed:
         kept, talk = Session.resume(resumed, lm)
+        if think is not None:
+            talk.set_think(think)
         talk.settings, talk.max_tokens = talk.settings.changed(**sampling), max_tokens or talk.max_tokens
         if seed is not None:
             talk.set_seed(seed)
     else:
-        form_name = template or lm.template
-        if form_name not in TEMPLATES:
-            raise click.ClickException(
-                f"{lm.path}: its chat template {form_name!r} is unknown; choose one with --template"
-            )
-        form = TEMPLATES[form_name]
+        form = lm.template.template(template, style)
+        think = think or form.default_think
         start = read_tuned_state(state, lm) if state is not None else None
         talk = Conversation(
             lm,
             form,
-            form.sampling.changed(**sampling),
+            form.sampling_for(think).changed(**sampling),
             seed,
             max_tokens,
             system=system or "",
-            think="on" if form.thinks else "off",
+            think=think,
             start=start,
         )
-    if think is not None:
-        talk.set_think(think)
     repl = Repl(talk, kept)
     if text:
         repl.ask(text)

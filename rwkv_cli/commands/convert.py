@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rwkv_cli.commands.options import TEMPLATE_NAMES
 from rwkv_cli.terminal.output import columns, note, one_line
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--template",
-    type=click.Choice(["auto", "world", "g1", "raven", "qa", "plain"]),
+    type=click.Choice(["auto", *TEMPLATE_NAMES]),
     default="auto",
     show_default=True,
-    help="How the model was taught to chat; auto tells it from the file name.",
+    help="How the model was taught to chat; auto takes the one beside SRC, or tells it from the file name.",
 )
 @click.option("--force", is_flag=True, help="Replace DST if it is there.")
 @click.option("--dry-run", is_flag=True, help="Check SRC and show what would be written, but write nothing.")
@@ -71,6 +72,12 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
         announce_compilation()
         done = conversion.write(dst, overwrite=force, bar=converting_bar)
     click.echo(_report(conversion, done))
+    metadata = conversion.contents.metadata
+    if metadata["template_from"] == "guess" and metadata["tokenizer"] != "none":
+        note(
+            f"The file's name tells no chat template for certain: {metadata['template']} was taken. "
+            "Choose another with --template, here or in rwkv chat."
+        )
     note(f"Dry run: {one_line(dst)} was not written." if dry_run else f"Wrote {one_line(dst)}")
 
 

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 )
 @sampling_options
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
+@click.option(
+    "--suffix",
+    metavar="TEXT",
+    help="Write what comes between PROMPT and this text, in the form that G1c and later models know.",
+)
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end the text.")
 @state_option
 @click.option(
@@ -83,6 +88,7 @@ def command(
     device: str,
     max_tokens: int,
     stops: tuple[str, ...],
+    suffix: str | None,
     ignore_eos: bool,
     state: Path | None,
     load_state: Path | None,
@@ -120,6 +126,8 @@ def command(
 
     if state and load_state:
         raise click.UsageError("--state and --load-state exclude each other: a saved state had its beginning")
+    if suffix is not None and load_state:
+        raise click.UsageError("--suffix and --load-state exclude each other: the suffix comes before all other text")
     if any(not stop for stop in stops):
         raise click.BadParameter("an empty text would end at once", param_hint="--stop")
     settings = Sampling().changed(**sampling)
@@ -144,7 +152,7 @@ def command(
     text = read_text(prompt, needed=load_state is None)
     lm = open_model(model, device, threads)
     start = _start(lm, state, load_state)
-    ids = _encode(lm, start, text, load_state)
+    ids = _encode(lm, start, text, load_state) if suffix is None else _around(lm, text, suffix)
     sampler = new_sampler(lm, settings, start.seed if seed is None else seed)
     sampler.counts = start.counts
     if seed is None and start.random:
@@ -199,3 +207,15 @@ def _encode(lm: LanguageModel, start: Start, text: bytes, load_state: Path | Non
         what = f"the text in {load_state} had come to its end" if load_state else "the prompt is empty"
         raise click.UsageError(f"{what}; give some text to go on with")
     return ids
+
+
+def _around(lm: LanguageModel, text: bytes, suffix: str) -> list[int]:
+    """Encode the prompt for what comes between two texts. Token 0 begins it, as it begins every text in training."""
+    from rwkv_cli.engine.g1h import fill_in
+    from rwkv_cli.engine.tokenizer import END_OF_TEXT
+
+    try:
+        written = fill_in(text.decode("utf-8", "surrogateescape"), suffix)
+        return [END_OF_TEXT, *lm.text_tokenizer.encode(written)]
+    except TokenizerError as error:
+        raise click.UsageError(f"the prompt or the suffix is {error}") from None

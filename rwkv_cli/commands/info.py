@@ -91,10 +91,25 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         "parameters": parameters,
         "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / max(parameters, 1),
         "config": checkpoint.metadata("config", dict),
-        **{key: checkpoint.metadata(key, str) for key in ("quantization", "tokenizer", "template", "source")},
+        **{key: checkpoint.metadata(key, str) for key in ("quantization", "tokenizer")},
+        **_template(checkpoint),
+        "source": checkpoint.metadata("source", str),
         "digest": checkpoint.digest,
         "tensors": rows,
     }
+
+
+def _template(checkpoint: Any) -> dict[str, Any]:
+    """Tell the chat template, and what can be chosen with it."""
+    from rwkv_cli.engine.stored import StoredTemplate
+    from rwkv_cli.errors import ConversationError
+
+    stored = StoredTemplate.of(checkpoint)
+    try:
+        form = stored.template()
+    except ConversationError:  # a newer version knows it
+        return {"template": stored.name, "styles": [], "think": []}
+    return {"template": stored.name, "styles": form.styles, "think": list(form.modes) if form.thinks else []}
 
 
 def _plot(plot: Path, facts: dict[str, Any]) -> None:
@@ -123,7 +138,9 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
         ("parameters", f"{facts['parameters'] / 1e6:,.1f} M"),
         ("size", f"{facts['bytes'] / 1e6:,.1f} MB"),
         ("bits per weight", f"{facts['bits_per_weight']:.2f}"),
-        *((key, facts[key]) for key in ("quantization", "tokenizer", "template", "source", "digest")),
+        *((key, facts[key]) for key in ("quantization", "tokenizer", "template")),
+        *((key, ", ".join(facts[key])) for key in ("styles", "think") if facts[key]),
+        *((key, facts[key]) for key in ("source", "digest")),
     ]))  # fmt: skip
     if tensors:
         rows = [

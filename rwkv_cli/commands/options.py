@@ -40,6 +40,25 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+TEMPLATE_NAMES = ["world", "g1", "g1h", "raven", "qa", "plain"]
+"""The templates that --template names."""
+
+
+def template_options(command: Command) -> Command:
+    """Add --template, --style and --think. The command gets None for an option that is not given."""
+    options = [
+        click.option("--template", type=click.Choice(TEMPLATE_NAMES),
+                     help="How turns are written; default: what conversion found."),
+        click.option("--style", type=click.Choice(["bot", "assistant", "function_calling"]),
+                     help="The style of template g1h; default: bot."),
+        click.option("--think", type=click.Choice(["off", "on", "short", "long", "fast"]),
+                     help="How long a reasoning model (G1) thinks before it answers; default: on for such models."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def state_option(command: Command) -> Command:
     """Add --state, a file for `models.tuned.read_tuned_state`. The command gets `state: Path | None`."""
     text = "Start from a tuned initial state (.pth or .safetensors)."

@@ -2,15 +2,17 @@
 
 import itertools
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
 from rwkv_cli.engine.completion import Completion, OnRead, Request, new_sampler
+from rwkv_cli.engine.forms import Template
+from rwkv_cli.engine.messages import Chat
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampling
-from rwkv_cli.engine.templates import THINK, Template, parts
+from rwkv_cli.engine.templates import parts
 from rwkv_cli.errors import ConversationError
 from rwkv_cli.models import State
 from rwkv_cli.models.base import chunks
@@ -36,6 +38,8 @@ class Snapshot:
     """The text before the next turn that the state has not read."""
     random: dict[str, Any]
     """Position in the sampler's random numbers."""
+    read: str = ""
+    """The text that the state has read, where the template writes each prompt from the beginning."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
@@ -55,7 +59,7 @@ class Turn:
 
     def written(self, template: Template) -> str:
         """Write the turn as the model reads it, without what follows the answer."""
-        return template.prompt(self.user) + (f" {self.answer}" if self.answer else "")
+        return template.past(self.user, self.answer)
 
 
 @dataclass
@@ -75,6 +79,7 @@ class Conversation:
     """The state before the first word, where it is not the model's own."""
 
     def __post_init__(self) -> None:
+        self.template.mode(self.think)
         self.reset()
 
     def reset(self) -> None:
@@ -85,8 +90,11 @@ class Conversation:
 
     def _beginning(self) -> Snapshot:
         """Return a snapshot before the first turn."""
-        state = self.model.new_state() if self.start is None else self.start
-        return Snapshot(state, self.template.begin(self.system), self.sampler.random)
+        return Snapshot(self._first_state(), self.template.begin(self.system), self.sampler.random)
+
+    def _first_state(self) -> State:
+        """Return the state before the first word."""
+        return self.model.new_state() if self.start is None else self.start
 
     def anew(self, system: str) -> "Conversation":
         """Return a new conversation with these settings and another system text. This one stays as it is."""
@@ -102,7 +110,9 @@ class Conversation:
         self.sampler.settings = self.settings
         self.sampler.random = random or before.random
         self.sampler.forget()  # an answer is penalized for its own repetitions only
-        prompt = self.encode(before.unread + self.template.prompt(text, self.think))
+        turns = self.turns[:-1] if again else self.turns
+        written, read, state = self._written(text, before, turns)
+        prompt = ([] if turns else self.template.first_ids) + self.encode(written)
         if not prompt:
             raise ConversationError("the tokenizer makes nothing of this turn; say it in other words")
         request = Request(prompt, self.limit, self.template.stops)
@@ -111,9 +121,22 @@ class Conversation:
             user=text,
             before=before,
             again=again,
-            start=THINK[self.think].start,
-            completion=Completion(self.model, before.state.clone(), self.sampler, request),
+            start=self.template.begun(written, self.think),
+            whole=read + written,
+            completion=Completion(self.model, state.clone(), self.sampler, request),
         )
+
+    def _written(self, text: str, before: Snapshot, turns: Sequence[Turn]) -> tuple[str, str, State]:
+        """Write the prompt of a turn. Returns what is to be read, the text before it, and the state there."""
+        if self.template.turn_by_turn:
+            return before.unread + self.template.prompt(text, self.think), "", before.state
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in turns:
+            messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
+        whole = self.template.whole(Chat([*messages, {"role": "user", "content": text}]), self.think)
+        if before.read and whole.startswith(before.read):
+            return whole[len(before.read) :], before.read, before.state
+        return whole, "", self._first_state()
 
     def undo(self) -> Turn:
         """Take the last turn back, so that everything is as before it. Raises ConversationError if there is none."""
@@ -141,17 +164,21 @@ class Conversation:
         if not self.turns or self.turns[-1].before is not None:
             return
         *earlier, last = self.turns
+        random = (self.sampler if earlier else new_sampler(self.model, self.settings, self.sampler.seed)).random
+        if not self.template.turn_by_turn:  # the next prompt has all of it
+            last.before = replace(self._beginning(), random=random)
+            return
         kept = [(at, turn.before) for at, turn in enumerate(earlier) if turn.before is not None]
         first, before = kept[-1] if kept else (0, self._beginning())
         ends = self.template.end
         text = ends.join(turn.written(self.template) for turn in earlier[first:])
         ids, state = self.encode(before.unread + text) if text else [], before.state.clone()
+        ids = self.template.first_ids + ids if text and first == 0 else ids
         with bar(len(ids)) as on_read:
             for part in chunks(len(ids)):
                 self.model.advance(ids[part], state)
                 on_read(min(part.stop, len(ids)))
-        beginning = new_sampler(self.model, self.settings, self.sampler.seed)
-        last.before = Snapshot(state, ends if text else before.unread, (self.sampler if text else beginning).random)
+        last.before = Snapshot(state, ends if text else before.unread, random)
 
     def retry(self) -> "Reply":
         """Prepare another answer to the last turn, from the state before it with the next random numbers."""
@@ -159,11 +186,14 @@ class Conversation:
         return self.reply(self.turns[-1].user, True, self.now.random)
 
     def set_think(self, mode: str) -> None:
-        """Change the think mode. Raises ConversationError for a mode that is unknown or that the template lacks."""
-        if mode not in THINK:
-            raise ConversationError(f"{mode} is no think mode; there are {', '.join(THINK)}")
-        if mode != "off" and not self.template.thinks:
-            raise ConversationError(f"template {self.template.name} does not reason; --template g1 does")
+        """Change the think mode, and with it the settings that are still those of the mode before.
+
+        Raises ConversationError for a mode that is unknown or that the template lacks.
+        """
+        self.template.mode(mode)
+        before, after = (asdict(self.template.sampling_for(think)) for think in (self.think, mode))
+        now = asdict(self.settings)
+        self.settings = self.settings.changed(**{key: after[key] for key in now if now[key] == before[key]})
         self.think = mode
 
     def set_seed(self, seed: int) -> None:
@@ -181,14 +211,7 @@ class Conversation:
 
     def encode(self, text: str) -> list[int]:
         """Encode a prompt, with blank lines as the model knows them."""
-        tokenizer = self.model.text_tokenizer
-        ids = tokenizer.encode(text)
-        if not self.template.single_newlines:
-            return ids
-        one, two = tokenizer.encode("\n"), tokenizer.encode("\n\n")
-        if len(one) != 1 or len(two) != 1:
-            return ids
-        return [part for token in ids for part in (one * 2 if token == two[0] else [token])]
+        return self.template.encode(self.model.text_tokenizer, text)
 
     def finish(self, reply: "Reply") -> None:
         """Move on to after an answer. The oldest snapshots are given up if there are too many."""
@@ -196,7 +219,9 @@ class Conversation:
         if reply.again:
             self.turns.pop()
         self.turns.append(Turn(reply.user, (reply.start + result.text).strip(), reply.before))
-        self.now = Snapshot(state, result.unread + self.template.end, self.sampler.random)
+        whole = reply.whole + result.text
+        read = "" if self.template.turn_by_turn else whole[: len(whole) - len(result.unread)]
+        self.now = Snapshot(state, self.template.close(result.unread), self.sampler.random, read)
         size = sum(array.nbytes for array in state.arrays().values())
         for old in self.turns[: -max(_SNAPSHOT_BYTES // size, 1)]:
             old.before = None
@@ -213,6 +238,8 @@ class Reply:
     """True if the answer takes the last turn's place."""
     start: str
     """The text that the answer is made to begin with."""
+    whole: str
+    """The prompt from the beginning of the conversation, or from the last turn where that is all that is known."""
     completion: Completion
 
     def stream(self, on_read: OnRead | None = None) -> Iterator[tuple[bool, str]]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.engine import templates
+from rwkv_cli.engine.stored import template_beside
+from rwkv_cli.engine.templates import recognize
 from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
 from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
@@ -55,7 +56,7 @@ class Conversion:
             "config": config.as_json(),
             "quantization": quantization,
             "tokenizer": kind,
-            "template": templates.guess(name, kind, config.vocab) if template == "auto" else template,
+            **_stored_template(template, src, kind, config.vocab),
             "source": name,
         }
         return cls(config, Contents(plan, metadata, arrays))
@@ -136,6 +137,18 @@ def read_tokenizer_file(path: Path) -> Tokenizer:
         return WorldTokenizer.from_vocabulary(path)
     except TokenizerError as error:
         raise TokenizerError(f"{error}; give a sound one with --tokenizer") from None
+
+
+def _stored_template(choice: str, src: Path, tokenizer: str, vocab: int) -> dict[str, Any]:
+    """The metadata of the chat template: the one chosen, the folder's own, or the one that the name tells."""
+    if choice != "auto":
+        return {"template": choice, "template_from": "choice"}
+    path = full_path(src)
+    found = template_beside(src if src.is_dir() else path.parent)
+    if found is not None:
+        return found
+    told = recognize(path.name, tokenizer, vocab)
+    return {"template": told.name, "template_from": "name" if told.sure else "guess"}
 
 
 def _stored_tokenizer(tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.engine.stored import StoredTemplate
 from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
 from rwkv_cli.errors import FormatError, TokenizerError
 from rwkv_cli.kernels.cache import compiled_marker
@@ -17,7 +18,7 @@ from rwkv_cli.quant.formats import FORMATS
 
 
 class LanguageModel(Model):
-    """A model with its tokenizer (None if conversion found none) and the name of its chat template."""
+    """A model with its tokenizer (None if conversion found none) and its chat template."""
 
     tokenizer: Tokenizer | None
 
@@ -33,7 +34,7 @@ class LanguageModel(Model):
         self.tokenizer = read_tokenizer(checkpoint)
         if self.tokenizer is not None and self.tokenizer.size > self.config.vocab:
             raise FormatError(f"{self.path}: its tokenizer has more tokens than the model; convert it again")
-        self.template: str = checkpoint.metadata("template", str)
+        self.template = StoredTemplate.of(checkpoint)
         self.quantization: str = checkpoint.metadata("quantization", str)
         if self.quantization not in FORMATS:
             raise FormatError(

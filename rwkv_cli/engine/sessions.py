@@ -20,7 +20,6 @@ import platformdirs
 from rwkv_cli.engine.conversation import Conversation, Snapshot, Turn
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampling
-from rwkv_cli.engine.templates import TEMPLATES
 from rwkv_cli.errors import SessionError
 from rwkv_cli.models import State
 from rwkv_cli.quant import replacing
@@ -154,7 +153,8 @@ class Session:
                 file = f"state-{snapshot.id}.safetensors"
                 if not (path / file).exists():
                     snapshot.state.save(path / file)
-                states.append({"turns": count, "file": file, "unread": snapshot.unread, "random": snapshot.random})
+                texts = {"unread": snapshot.unread, "read": snapshot.read}
+                states.append({"turns": count, "file": file, **texts, "random": snapshot.random})
         if conversation.start is not None and self.revision == 0:
             conversation.start.save(path / _START)
         data = {
@@ -162,6 +162,7 @@ class Session:
             "revision": self.revision + 1,
             "model": {"path": str(model.path.resolve()), "digest": model.digest, "version": model.config.version},
             "template": conversation.template.name,
+            "style": conversation.template.style,
             "system": conversation.system,
             "think": conversation.think,
             "sampling": asdict(conversation.settings),
@@ -210,14 +211,14 @@ def _restored(path: Path, data: dict[str, Any], model: LanguageModel) -> Convers
     """Restore the conversation of a transcript. Only the last of the states has to be sound."""
     talk = Conversation(
         model,
-        TEMPLATES[data["template"]],
+        model.template.template(data["template"], data.get("style")),
         Sampling(**data["sampling"]),
         data["seed"],
         data["max_tokens"],
         system=data["system"],
+        think=data["think"],
         start=State.load(path / _START, like=model.new_state()) if data["start"] else None,
     )
-    talk.set_think(data["think"])
     snapshots = {}
     for entry in data["states"]:
         last = entry["turns"] == len(data["turns"])
@@ -231,8 +232,8 @@ def _restored(path: Path, data: dict[str, Any], model: LanguageModel) -> Convers
             if last:
                 raise
             continue
-        unread, id_ = str(entry["unread"]), file.stem.removeprefix("state-")
-        snapshots[entry["turns"]] = Snapshot(state, unread, entry["random"], id_)
+        unread, read, id_ = str(entry["unread"]), str(entry.get("read", "")), file.stem.removeprefix("state-")
+        snapshots[entry["turns"]] = Snapshot(state, unread, entry["random"], read, id_)
     talk.turns = [Turn(turn["user"], turn["answer"], snapshots.get(i)) for i, turn in enumerate(data["turns"])]
     talk.now = snapshots[len(talk.turns)]
     return talk

@@ -1,12 +1,14 @@
 """Templates: the ways to write a chat that models were trained on.
 
-Sources: ChatRWKV API_DEMO_CHAT.py (World), v2/chat.py (Raven), RWKV-LM RWKV-v7/RWKV7-G1x-templates.txt (G1).
+Sources: ChatRWKV API_DEMO_CHAT.py (World), v2/chat.py (Raven), RWKV-LM RWKV-v7/RWKV7-G1x-templates.txt (G1), g1h.py.
 """
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
+from rwkv_cli.engine import g1h
+from rwkv_cli.engine.forms import THINK, Template
 from rwkv_cli.engine.sampling import Sampling
 
 _WORLD_SAMPLING = Sampling(1.0, 0.3, presence_penalty=0.5, frequency_penalty=0.5)
@@ -15,64 +17,13 @@ _GREETING = (
     "Please feel free to ask any question and I will always answer it."
 )
 
-
-@dataclass(frozen=True)
-class ThinkMode:
-    """One way to have a model reason. The model writes the `>` after the start itself."""
-
-    request: str = ""
-    """The text that is added to the user's."""
-    start: str = ""
-    """The beginning of the answer."""
-
-
-THINK = {
-    "off": ThinkMode(),
-    "on": ThinkMode("", "<think"),
-    "short": ThinkMode(" (think a bit)", "<think"),
-    "long": ThinkMode(" (think a lot)", "<think"),
-    "fast": ThinkMode("", "<think>\n</think"),
-}
-
-
-@dataclass(frozen=True)
-class Template:
-    """One way to write turns. `turn` holds {text}, an answer ends at any of `stops`, and `end` follows it."""
-
-    name: str
-    turn: str
-    stops: tuple[str, ...]
-    sampling: Sampling
-    opening: str = ""
-    """The text before the first turn, unless a system text takes its place."""
-    system: str = "System: {text}\n\n"
-    end: str = "\n\n"
-    thinks: bool = False
-    """True if the model was trained to reason between <think> and </think>."""
-    single_newlines: bool = False
-    """True if a blank line is two tokens of one line break each, never one token (ChatRWKV v2/chat.py, fix_tokens)."""
-
-    def begin(self, system: str) -> str:
-        """Write the text before the first turn."""
-        return self.system.format(text=_closed_up(system)) if system else self.opening
-
-    def prompt(self, text: str, think: str = "off") -> str:
-        """Write a user's turn up to the model's answer. Blank lines are closed up, since they would end the turn."""
-        mode = THINK[think]
-        return self.turn.format(text=_closed_up(text) + mode.request) + (f" {mode.start}" if mode.start else "")
-
-
-def _closed_up(text: str) -> str:
-    """Return a text without blank lines and blanks around it."""
-    return re.sub(r"\n\s*\n", "\n", text.replace("\r\n", "\n").strip())
-
-
 _ALL = (
     Template(
         "world", "User: {text}\n\nAssistant:", ("\n\n",), _WORLD_SAMPLING, f"User: hi\n\nAssistant: {_GREETING}\n\n"
     ),
     # Reasoning and answers may hold blank lines, so only the next turn ends an answer.
-    Template("g1", "User: {text}\n\nAssistant:", ("\n\nUser:",), _WORLD_SAMPLING, thinks=True),
+    Template("g1", "User: {text}\n\nAssistant:", ("\n\nUser:",), _WORLD_SAMPLING, modes=THINK),
+    g1h.STYLES["bot"],
     Template(
         "raven",
         "Bob: {text}\n\nAlice:",
@@ -84,19 +35,43 @@ _ALL = (
     Template("qa", "Q: {text}\n\nA:", ("\n\n", "\nQ:"), Sampling(), "\n", "{text}\n\n", single_newlines=True),
     Template("plain", "User: {text}\n\nAssistant:", ("\n\n",), Sampling(temperature=0.8)),
 )
-TEMPLATES = {template.name: template for template in _ALL}
+TEMPLATES: dict[str, Template] = {template.name: template for template in _ALL}
+
+_SERIES = dict.fromkeys("abcdefg", "g1") | dict.fromkeys("hijk", "g1h")
+"""The template of each known G1 series, by its letter."""
+
+_G1H_FROM = 20260710
+"""The date of the first model of G1h's template."""
 
 
-def guess(name: str, tokenizer: str | None, vocab: int) -> str:
-    """Guess the template of a checkpoint from its file name and vocabulary."""
+class Recognized(NamedTuple):
+    """A template told from a file's name and vocabulary."""
+
+    name: str
+    sure: bool
+    """False if the name says neither a known series nor a known kind of model."""
+
+
+def recognize(name: str, tokenizer: str | None, vocab: int) -> Recognized:
+    """Tell the template of a checkpoint from its file's name and its vocabulary."""
     name = name.lower()
     if "raven" in name:
-        return "raven"
+        return Recognized("raven", True)
+    date = re.search(r"(?<![0-9])20[0-9]{6}(?![0-9])", name)
+    new = date is not None and int(date[0]) >= _G1H_FROM
+    series = re.search(r"(?<![a-z0-9])g([0-9])(?:([a-z])[0-9]*)?(?![a-z0-9])", name)
+    if series is not None:
+        number, letter = series.groups()
+        if number == "0" or (number == "1" and letter in _SERIES):
+            return Recognized(_SERIES.get(letter, "g1") if number == "1" else "g1", True)
+        if number == "1" and not letter:
+            return Recognized("g1h" if new else "g1", not new)
+        return Recognized("g1h", False)
     if re.search(r"(?<![a-z0-9])g[01](?![0-9])", name):
-        return "g1"
+        return Recognized("g1h" if new else "g1", False)
     if tokenizer == "world":
-        return "world"
-    return "qa" if 50254 <= vocab <= 50432 else "plain"
+        return Recognized("g1h" if new and "world" not in name else "world", "world" in name)
+    return Recognized("qa" if 50254 <= vocab <= 50432 else "plain", "pile" in name)
 
 
 def parts(pieces: Iterable[str]) -> Iterator[tuple[bool, str]]:

@@ -13,7 +13,6 @@ from rwkv_cli.engine import sessions
 from rwkv_cli.engine.completion import Result
 from rwkv_cli.engine.conversation import Conversation, Reply, markdown
 from rwkv_cli.engine.sessions import Session
-from rwkv_cli.engine.templates import THINK
 from rwkv_cli.errors import ConversationError, SessionError, TokenizerError
 from rwkv_cli.quant import replacing
 from rwkv_cli.terminal.output import columns, note, one_line, reading_bar, write
@@ -77,7 +76,9 @@ class Repl:
             "/edit": _Command("[TEXT]", "change the last turn and answer it anew", self.edit),
             "/reset": _Command("", "begin anew; /undo takes it back", self.reset),
             "/system": _Command("[TEXT|off]", "show the system text, or begin anew with another", self.system),
-            "/think": _Command("[MODE]", "show or set how long the model reasons", self.think, lambda: THINK),
+            "/think": _Command(
+                "[MODE]", "show or set how long the model reasons", self.think, lambda: self.talk.template.modes
+            ),
             "/set": _Command(
                 "NAME [VALUE]", "show a setting, or change it from the next answer on", self.set, lambda: _SETTINGS
             ),
@@ -303,6 +304,7 @@ class Repl:
         """Show the settings."""
         talk = self.talk
         others = {"template": talk.template.name, "think": talk.think, "system": talk.system or "none"}
+        others |= {"style": talk.template.style} if talk.template.style else {}
         note(columns(list((self._settings() | others).items())))
 
     def _settings(self) -> dict[str, Any]:

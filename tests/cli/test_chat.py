@@ -18,7 +18,7 @@ from naive import error_ratio
 import rwkv_cli
 from rwkv_cli.engine.conversation import Conversation, Reply, Snapshot, Turn, markdown
 from rwkv_cli.engine.sampling import Sampler, Sampling
-from rwkv_cli.engine.templates import TEMPLATES, Template, guess, parts
+from rwkv_cli.engine.templates import TEMPLATES, Template, parts, recognize
 from rwkv_cli.errors import ConversationError
 from rwkv_cli.models import Model
 
@@ -70,7 +70,7 @@ def test_templates_sample_as_their_authors() -> None:
     ],
 )
 def test_the_template_is_guessed_from_official_names(name: str, tokenizer: str | None, vocab: int, want: str) -> None:
-    assert guess(name, tokenizer, vocab) == want
+    assert recognize(name, tokenizer, vocab).name == want
 
 
 @pytest.fixture
