@@ -41,6 +41,8 @@ class G1h(Template):
     """One message, with {role} and {text}."""
     joint: str = "\n"
     """The text between messages."""
+    answer: str = ""
+    """The label before an answer."""
 
     @property
     def styles(self) -> list[str]:
@@ -68,8 +70,7 @@ class G1h(Template):
     def whole(self, chat: Chat, think: str) -> str:
         """Write a whole chat up to the answer to its last message."""
         written = _with_tools(chat) if self.style == "function_calling" else [self._written(m) for m in chat.messages]
-        label = self.turn.partition("{text}")[2].removeprefix(self.message.partition("{text}")[2] + self.joint)
-        return self.joint.join([*written, label + self.gap + self.mode(think).start])
+        return self.joint.join([*written, self.answer + self.gap + self.mode(think).start])
 
     def _written(self, message: Any) -> str:
         """Write one message. One without text has no blank after its label."""
@@ -134,6 +135,7 @@ def _style(name: str, answer: str, stop: str, **texts: Any) -> G1h:
         style=name,
         skipped=_SKIPPED,
         begins_with_end=True,
+        answer=answer,
         **texts,
     )
 

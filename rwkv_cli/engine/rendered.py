@@ -109,7 +109,15 @@ class Rendered(Template):
                 **{"bos_token": "", "eos_token": "", **self.special},
             )
             return text
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ConversationError(
                 f"the model's own chat template fails ({error}); choose another with --template"
             ) from None

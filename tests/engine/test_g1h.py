@@ -14,7 +14,7 @@ from rwkv_cli.engine.conversion import find_tokenizer
 from rwkv_cli.engine.forms import Template
 from rwkv_cli.engine.g1h import STYLES
 from rwkv_cli.engine.messages import read_chat
-from rwkv_cli.engine.rendered import Rendered
+from rwkv_cli.engine.rendered import Rendered, is_g1h
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.engine.sessions import Session
 from rwkv_cli.engine.templates import TEMPLATES, recognize
@@ -271,6 +271,46 @@ def test_a_session_keeps_the_style(byte_model: Path, tmp_path: Path, monkeypatch
     del data["style"]
     path.write_text(json.dumps(data | {"template": "plain"}), "utf-8")
     assert Session.resume("a", model)[1].template == TEMPLATES["plain"]
+
+
+LIKE_G1H = """
+{%- set tooled = tools or rwkv_prompt_template == 'function_calling' or messages | selectattr('tool_calls') | list -%}
+{%- set n = namespace(parts=[]) -%}
+{%- for m in messages -%}
+{%- if not tooled -%}
+{%- set label = {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[m.role] -%}
+{%- set text = 'ANSWER' if rwkv_prompt_template == 'bot' and m.role == 'assistant' else label -%}
+{%- set bot = (text ~ '✿' ~ m.content ~ '✿') | replace('ANSWER', 'Bot') -%}
+{%- set n.parts = n.parts + [bot if rwkv_prompt_template == 'bot' else label ~ ': ' ~ m.content] -%}
+{%- elif m.role == 'tool' -%}
+{%- set n.parts = n.parts + ['### Tool Output', '```json', m.rwkv_json_content | tojson(indent=2), '```'] -%}
+{%- else -%}
+{%- set n.parts = n.parts + ['### ' ~ m.role | capitalize] + ([m.content] if m.content else []) -%}
+{%- for c in m.tool_calls or [] -%}
+{%- set n.parts = n.parts + ['**Tool Call:**', '```json', c.function | tojson(indent=2), '```'] -%}
+{%- endfor -%}
+{%- if m.role == 'system' -%}
+{%- for t in tools or [] -%}
+{%- set f = t.function -%}
+{%- set n.parts = n.parts + ['### `' ~ f.name ~ '`', '**Description:** ' ~ f.description, '**Parameters:**'] -%}
+{%- set n.parts = n.parts + ['```json', f.parameters | tojson(indent=2), '```'] + ([HOW] if loop.last else []) -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set think = '<think' if rwkv_generation_prompt == 'open_think' else '<think></think' -%}
+{%- set answer = {'bot': 'Bot✿', 'assistant': 'Assistant: '}.get(rwkv_prompt_template) -%}
+{%- set last = ['### Assistant', think] if tooled else [answer ~ think] -%}
+{{ bos_token }}{{ (n.parts + last) | join('\\n\\n' if not tooled and rwkv_prompt_template == 'assistant' else '\\n') }}
+"""
+"""A template that writes what G1h's does, where a chat has a system text and every tool a description."""
+
+
+@pytest.mark.parametrize("change", [("", ""), ("Bot✿", "Bot ✿"), ("### Tool Output", "### Output")])
+def test_a_template_like_g1h_is_known(change: tuple[str, str]) -> None:
+    how = TOOL_PROMPT[TOOL_PROMPT.index("To call") : TOOL_PROMPT.index("\n### User")]
+    source = LIKE_G1H.strip().replace("HOW", json.dumps(how)).replace(*change)
+    assert is_g1h(Rendered.of(source, {"bos_token": "<s>"})) == (change == ("", ""))
 
 
 CHATML = (
