@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from naive import error_ratio
 
 import rwkv_cli
 from rwkv_cli.engine.conversation import Conversation
@@ -254,6 +255,28 @@ def test_a_chat_reads_what_its_messages_say(
     talk.undo()
     list(talk.reply("one").stream())
     assert reads() == [first]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_undo_past_the_kept_states_reads_the_same(
+    byte_model: Path, monkeypatch: pytest.MonkeyPatch, reads: Callable[[], list[list[int]]], own: bool
+) -> None:
+    """Token 0 and the reasoning of earlier answers are read once more, too."""
+    template = Rendered.of(CHATML, {}) if own else STYLES["bot"]
+    talk = Conversation(rwkv_cli.load(byte_model), template, Sampling(), think="on", system="S")
+    end = "<|end|>" if own else "✿"
+    answering(monkeypatch, "".join(f">hm</think>{letter}{end}" for letter in "ABCC"))
+    for text in ("one", "two", "three"):
+        list(talk.reply(text).stream())
+    want, asked = talk.now, reads()[2]
+    for turn in talk.turns:
+        turn.before = None
+    talk.undo()
+    list(talk.reply("three").stream())
+    assert own or reads() == [asked]
+    got = talk.now
+    assert [turn.user for turn in talk.turns] == ["one", "two", "three"]
+    assert error_ratio(got.state.wkv, want.state.wkv) < 1e-5
 
 
 def test_a_session_keeps_the_style(byte_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
