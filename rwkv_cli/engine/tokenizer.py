@@ -150,8 +150,6 @@ class WorldTokenizer(_ByteTable):
         self._lengths = {head: sorted(found, reverse=True) for head, found in lengths.items() if len(head) == 2}
         if not self._ids:
             raise TokenizerError("a vocabulary without tokens")
-        if len(self._ids) != sum(map(bool, table)):
-            raise TokenizerError("a vocabulary with two ids for one token")
 
     def encode(self, text: str | bytes) -> list[int]:
         data = _to_bytes(text)

@@ -263,7 +263,6 @@ SINGLES = "".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256))
     ("text", "message"),
     [
         (b"", "without tokens"),
-        (SINGLES.encode() + b"257 'a' 1\n", "two ids for one token"),
         (SINGLES[20:].encode(), "line"),
         (SINGLES.encode() + b"257 'ab' 3\n", "disagree"),
         (SINGLES.encode() + b"257 '' 0\n", "disagree"),
@@ -292,14 +291,14 @@ def test_a_broken_vocabulary_is_refused(tmp_path: Path, text: bytes, message: st
     [
         (np.zeros(3, np.uint8), np.array([1, 1], np.uint8)),
         (np.zeros(0, np.uint8), np.array([], np.uint8)),
-        (np.zeros(2, np.uint8), np.array([1, 1], np.uint8)),
+        (np.zeros(0, np.uint8), np.array([0, 0], np.uint8)),
         (np.zeros((), np.uint8), np.array(2, np.uint8)),
         (np.zeros(2, np.float32), np.array([1, 1], np.uint8)),
         (np.zeros(2, np.uint8), np.array([1, 1], np.int8)),
     ],
 )
 def test_damaged_arrays_are_refused(data: Any, lengths: Any) -> None:
-    with pytest.raises(TokenizerError, match=r"do not add up|two ids for one token"):
+    with pytest.raises(TokenizerError, match=r"do not add up|without tokens"):
         WorldTokenizer.from_arrays(data, lengths)
 
 
