@@ -1,15 +1,17 @@
 """Names of tensors. Other namings are brought to the official one (RWKV-LM's .pth), and no value is touched.
 
 Sources: transformers, models/rwkv/convert_rwkv_checkpoint_to_hf.py (v4); the remote code of RWKV/rwkv-5-world and
-RWKV/rwkv-6-world as listed in llama.cpp's tensor_mapping.py; flash-linear-attention, utils/convert_from_rwkv7.py.
+RWKV/rwkv-6-world as listed in llama.cpp's tensor_mapping.py; flash-linear-attention, utils/convert_from_rwkv7.py;
+web-rwkv, assets/scripts/convert_safetensors.py.
 """
 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from rwkv_cli.errors import FormatError
-from rwkv_cli.quant import Source, SourceTensor
+from rwkv_cli.quant import Source, SourceTensor, is_safetensors
 from rwkv_cli.quant.dtypes import BITS
 
 _WRAPPERS = re.compile(r"^(_forward_module\.|module\.|base_model\.model\.)+|(?<![^.])_orig_mod\.")
@@ -71,7 +73,7 @@ def official(source: Source) -> dict[str, SourceTensor]:
     if is_fla(source):
         named = [pair for name, tensor in named for pair in _from_fla(name, tensor)]
     else:
-        named = [(_rename(name, _WORLD), tensor) for name, tensor in named]
+        named = _from_web([(_rename(name, _WORLD), tensor) for name, tensor in named])
     tensors: dict[str, SourceTensor] = {}
     for name, tensor in named:
         if name in tensors:
@@ -86,6 +88,50 @@ def _rename(name: str, rules: list[tuple[str, str]]) -> str:
     return name
 
 
+def _turned(tensor: SourceTensor) -> SourceTensor:
+    """The tensor with its last two axes swapped."""
+    shape, strides = tensor.shape, tensor.strides
+    return replace(tensor, shape=(*shape[:-2], *shape[:-3:-1]), strides=(*strides[:-2], *strides[:-3:-1]))
+
+
+def _from_web(named: list[tuple[str, SourceTensor]]) -> list[tuple[str, SourceTensor]]:
+    """The official tensors of a web-rwkv file; those of any other file stay as they are.
+
+    There, low-rank factors and states are turned. v5.1 to v6 have a `time_first` in place of `time_faaaa`, and v6 has
+    its mixes under the names of v5's (web-rwkv, assets/scripts/convert_safetensors.py).
+    """
+    shapes = {name: tensor.shape for name, tensor in named}
+    rules = []
+    v6 = "blocks.0.att.time_mix_w1" in shapes
+    if v6:
+        rules = [(r"\.time_mix_", ".time_maa_")]
+    if "blocks.0.att.gate.weight" in shapes and "blocks.0.att.time_first" in shapes:
+        rules += [(r"\.time_first$", ".time_faaaa")]
+    first = [shapes.get(f"blocks.0.att.{x}1", ()) for x in "wag"]
+    width = shapes.get("emb.weight", (0, 0))[-1]
+    v7 = all(len(shape) == 2 and shape[1] == width for shape in first) and any(shape[0] != width for shape in first)
+    if rules or v7:
+        named = [(_rename(name, rules), _turned(t) if _turned_in_web(name, t) else t) for name, t in named]
+    return named
+
+
+def _turned_in_web(name: str, tensor: SourceTensor) -> bool:
+    """Return true for a tensor that web-rwkv keeps with its last two axes swapped."""
+    low_rank = r"\.att\.(time_mix_w[12]|time_decay_w[12]|[wavg][12]|time_state)$"
+    return len(tensor.shape) > 1 and re.search(low_rank, name) is not None
+
+
+def tuned_states(path: Path, source: Source) -> Source:
+    """The tuned states in a file, [value, key] as officially.
+
+    web-rwkv and ai00 keep them turned, in safetensors files. Nothing but the ending .state or .st tells these.
+    """
+    named = {plain(name): tensor for name, tensor in source.items()}
+    if path.suffix in (".state", ".st") and is_safetensors(path):
+        named = {name: _turned(tensor) if _turned_in_web(name, tensor) else tensor for name, tensor in named.items()}
+    return named
+
+
 def _from_fla(name: str, tensor: SourceTensor) -> Iterator[tuple[str, SourceTensor]]:
     """The official tensors that one of flash-linear-attention stands for.
 
@@ -93,7 +139,7 @@ def _from_fla(name: str, tensor: SourceTensor) -> Iterator[tuple[str, SourceTens
     """
     new = _rename(name, _FLA)
     if ".lora." in name and name.endswith(".weight") and len(tensor.shape) == 2:
-        yield new, replace(tensor, shape=tensor.shape[::-1], strides=tensor.strides[::-1])
+        yield new, _turned(tensor)
     elif new.endswith(".att.x_x") and tensor.shape and tensor.shape[0] == 6:
         step = tensor.strides[0] * BITS[tensor.dtype].itemsize
         for i, x in enumerate("rwkvag"):

@@ -22,6 +22,9 @@ MODULES: dict[str, ModuleType] = {
 
 _RELATIVES = [
     (r"\.lora_[AB]\b|\.lora\.[01]$", "a LoRA adapter; merge it into its base model first"),
+    (r"\.init_lora_[AB]$", "the start of a PiSSA adapter; merge both of its files into their base model first"),
+    (r"\.(disha|bone)$", "a DiSHA adapter; merge it into its base model first"),
+    (r"^(proj|vit)\.", "a part of VisualRWKV, which reads pictures and is not supported; plain RWKV is"),
     (r"\.ffn\.enn\b", "RWKV-8, which is not supported yet; RWKV-4 to RWKV-7 are"),
     (r"\.qkv\.", "RWKV-7b (DeepEmbedAttention), which is not supported; plain RWKV-7 is"),
     (r"\.ffn\.s_emb", "RWKV-7a (DeepEmbed), which is not supported; plain RWKV-7 is"),

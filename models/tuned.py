@@ -1,7 +1,7 @@
 """Reads tuned initial states: files of state tuning, which hold the state before a text and nothing else.
 
 A file has `blocks.{i}.att.time_state` [H, N, N] for every layer, as [value, key] (RWKV-LM, RWKV-v6/RWKV-v7 state
-tuning). Both token shifts start at zero.
+tuning). web-rwkv and ai00 have files of their own, see `naming.py`. Both token shifts start at zero.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 
 from rwkv_cli.errors import FormatError, UnsupportedModelError
 from rwkv_cli.models.base import Model
+from rwkv_cli.models.naming import tuned_states
 from rwkv_cli.models.registry import tensors
 from rwkv_cli.models.state import State
 from rwkv_cli.quant import open_source
@@ -27,7 +28,7 @@ def read_tuned_state(path: Path | str, model: Model) -> State:
     entries = {name: entry for name, entry in tensors(c).items() if entry.name == _NAME}
     if not entries:
         raise UnsupportedModelError(f"{path}: RWKV-{c.version} has no initial state to tune; RWKV-5 to RWKV-7 have")
-    source = open_source(path)
+    source = tuned_states(path, open_source(path))
     if not any(name.endswith(_NAME) for name in source):
         if "wkv" in source:
             raise FormatError(f"{path}: a saved state, not a tuned initial one; rwkv generate --load-state takes it")

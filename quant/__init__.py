@@ -4,6 +4,7 @@ from rwkv_cli.quant.checkpoint import Checkpoint
 from rwkv_cli.quant.formats import Floats, Int8
 from rwkv_cli.quant.opening import open_source, read_settings
 from rwkv_cli.quant.replacing import check_regular, replacing
+from rwkv_cli.quant.safetensors import is_safetensors
 from rwkv_cli.quant.source import Source, SourceTensor, Zeros
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "SourceTensor",
     "Zeros",
     "check_regular",
+    "is_safetensors",
     "open_source",
     "read_settings",
     "replacing",

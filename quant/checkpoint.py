@@ -47,8 +47,10 @@ class Checkpoint:
         self._map = _mapped(path)
         self.digest = self._text.get("digest", "")
 
-    def metadata(self, key: str, kind: type) -> Any:
-        """The JSON value under `key`, of type `kind`."""
+    def metadata(self, key: str, kind: type, default: Any = None) -> Any:
+        """The JSON value under `key`, of type `kind`. A key that is not there has the default, if there is one."""
+        if key not in self._text and default is not None:
+            return default
         try:
             value = json.loads(self._text[key])
         except (KeyError, ValueError, RecursionError):

@@ -20,6 +20,16 @@ def open_source(path: Path) -> dict[str, SourceTensor]:
     """
     if path.is_dir():
         return _open_folder(path)
+    part = re.search(r"-0*([0-9]+)-of-0*([0-9]+)\.(safetensors|bin|pth)$", path.name)
+    if part and part[2] != "1":
+        raise FormatError(f"{path}: part {part[1]} of {part[2]} of a model; give the folder with all of them")
+    if path.name.endswith(".index.json"):
+        raise FormatError(f"{path}: the list of a model's parts; give the folder with all of them")
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> dict[str, SourceTensor]:
+    """Every tensor of a file, which may be one of several parts."""
     check_regular(path)
     with path.open("rb") as file:
         head = file.read(512)
@@ -60,7 +70,7 @@ def _open_folder(folder: Path) -> dict[str, SourceTensor]:
         if files:
             tensors: dict[str, SourceTensor] = {}
             for file in files:
-                for name, tensor in open_source(file).items():
+                for name, tensor in _open_file(file).items():
                     if name in tensors:
                         raise FormatError(f"{file}: tensor {name} is also in {tensors[name].path.name}")
                     tensors[name] = tensor

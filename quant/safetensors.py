@@ -21,6 +21,12 @@ def open_safetensors(path: Path) -> dict[str, SourceTensor]:
     return tensors
 
 
+def is_safetensors(path: Path) -> bool:
+    """Return true if the file begins as safetensors files do."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
     """The tensors and the metadata of a file. Raises FormatError where the header does not describe the file exactly.
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     show_default=True,
     metavar="auto|world|PATH",
     help="What to put in: auto finds it by the vocabulary's size and beside SRC; a tokenizer.json or a "
-    "World vocabulary file can be named.",
+    "vocabulary as text or JSON can be named.",
 )
 @click.option(
     "--template",
@@ -41,9 +41,20 @@ if TYPE_CHECKING:
     show_default=True,
     help="How the model was taught to chat; auto takes the one beside SRC, or tells it from the file name.",
 )
+@click.option("--eos", type=int, metavar="ID", help="The token that ends a text; default: 0, and config.json's.")
 @click.option("--force", is_flag=True, help="Replace DST if it is there.")
 @click.option("--dry-run", is_flag=True, help="Check SRC and show what would be written, but write nothing.")
-def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: str, force: bool, dry_run: bool) -> None:
+def command(
+    src: Path,
+    dst: Path | None,
+    quant: str,
+    tokenizer: str,
+    template: str,
+    *,
+    eos: int | None,
+    force: bool,
+    dry_run: bool,
+) -> None:
     """Convert a released checkpoint to one file that the other commands run.
 
     SRC is a torch .pth, a safetensors file with official tensor names, or a Hugging Face folder, of RWKV-4, 5, 6 or 7.
@@ -58,7 +69,7 @@ def command(src: Path, dst: Path | None, quant: str, tokenizer: str, template: s
     from rwkv_cli.terminal.converting import converting_bar
 
     dst = dst or default_destination(src, quant)
-    conversion = Conversion.of(src, quant, tokenizer, template)
+    conversion = Conversion.of(src, quant, tokenizer, template, eos=eos)
     check_destination(dst, conversion, overwrite=force or dry_run)
     if conversion.contents.metadata["tokenizer"] == "none":
         vocab = conversion.config.vocab

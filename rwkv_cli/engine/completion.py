@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from rwkv_cli.engine.model import LanguageModel, check_finite
 from rwkv_cli.engine.sampling import Sampler, Sampling
-from rwkv_cli.engine.tokenizer import END_OF_TEXT
+from rwkv_cli.engine.tokenizer import Tokenizer
+from rwkv_cli.errors import TokenizerError
 from rwkv_cli.models import State
 from rwkv_cli.models.base import chunks
 
@@ -28,10 +29,18 @@ def new_sampler(model: LanguageModel, settings: Sampling, seed: int | None) -> S
     A seed of None is replaced by a random one.
     """
     tokenizer, blank = model.text_tokenizer, " \t0123456789"
-    single = [tokenizer.encode(blank[a:b]) for a in range(len(blank)) for b in range(a + 1, len(blank) + 1)]
+    single = [_spelled(tokenizer, blank[a:b]) for a in range(len(blank)) for b in range(a + 1, len(blank) + 1)]
     if seed is None:
         seed = int(np.random.default_rng().integers(1 << 31))
     return Sampler(settings, seed, frozenset(ids[0] for ids in single if len(ids) == 1))
+
+
+def _spelled(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, none if the vocabulary cannot spell it."""
+    try:
+        return tokenizer.encode(text)
+    except TokenizerError:
+        return []
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,7 @@ class Completion:
                 break
             token = self._sample(logits)
             result.tokens += 1
-            if token == END_OF_TEXT and not request.ignore_eos:
+            if token in self.model.ends and not request.ignore_eos:
                 result.stop = "eos"
                 break
             ids.append(token)
@@ -189,14 +198,14 @@ class Completion:
             result.pieces.append(made[certain:end])
         result.unread = made[before:end]
         cut = result.stop == "stop"
-        result.unread_ids = self.model.text_tokenizer.encode(result.unread) if cut else ids[read:]
+        result.unread_ids = _spelled(self.model.text_tokenizer, result.unread) if cut else ids[read:]
 
     def _sample(self, logits: Logits) -> int:
         """Sample a token, after a check of the logits."""
         check_finite(self.model, logits)
         if self.request.ignore_eos:
             logits = logits.copy()
-            logits[END_OF_TEXT] = -1e30
+            logits[list(self.model.ends)] = -1e30
         return self.sampler.sample(logits)
 
 

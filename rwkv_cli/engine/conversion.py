@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +15,14 @@ from numpy.typing import NDArray
 
 from rwkv_cli.engine.stored import template_beside
 from rwkv_cli.engine.templates import recognize
-from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
+from rwkv_cli.engine.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    WorldTokenizer,
+    official_vocabulary,
+)
 from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
 from rwkv_cli.models import Config, registry
@@ -38,27 +47,35 @@ class Conversion:
     contents: Contents
 
     @classmethod
-    def of(cls, src: Path, quantization: str, tokenizer: str = "auto", template: str = "auto") -> Conversion:
+    def of(
+        cls, src: Path, quantization: str, tokenizer: str = "auto", template: str = "auto", *, eos: int | None = None
+    ) -> Conversion:
         """Plan a conversion, without reading a weight.
 
         `quantization` is a key of FORMATS, `tokenizer` is auto, world or a file, and `template` is auto or a template's
-        name. Raises an RwkvError where the checkpoint or the tokenizer does not do, and OSError.
+        name. `eos` is the token that ends a text; None takes what the source says. Raises an RwkvError where the
+        checkpoint or the tokenizer does not do, and OSError.
         """
         source = open_source(src)
         try:
-            config, tensors = registry.recognize(source, read_settings(src))
+            settings = read_settings(src)
+            config, tensors = registry.recognize(source, settings)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{src}: {error}") from None
         plan = [_planned(name, *matched, quantization) for name, matched in tensors.items()]
-        kind, arrays = _stored_tokenizer(find_tokenizer(tokenizer, src, config.vocab))
+        found = find_tokenizer(tokenizer, src, config.vocab)
+        kind, arrays = _stored_tokenizer(found)
         name = full_path(src).name
-        metadata = {
+        metadata: dict[str, Any] = {
             "config": config.as_json(),
             "quantization": quantization,
             "tokenizer": kind,
             **_stored_template(template, src, kind, config.vocab),
             "source": name,
         }
+        ends = _ends(eos, settings.get("eos_token_id"), found, config.vocab)
+        if ends != [END_OF_TEXT]:
+            metadata["ends"] = ends
         return cls(config, Contents(plan, metadata, arrays))
 
     def write(self, dst: Path, *, overwrite: bool, bar: Bar = _no_bar) -> list[Written]:
@@ -76,6 +93,21 @@ def _planned(name: str, entry: Entry, source: SourceTensor, quantization: str) -
 
     derive = entry.derive or (reshaped if entry.kind == "vector" else None)
     return Planned(name, source, layout_for(entry.kind, quantization), entry.shape, derive)
+
+
+def _ends(eos: int | None, stated: Any, tokenizer: Tokenizer | None, vocab: int) -> list[int]:
+    """The tokens that end a text: the one asked for, else the official one and those of the source's config.json.
+
+    The official one ends no text where a vocabulary gives it a text of its own.
+    """
+    if eos is not None:
+        if not 0 <= eos < vocab:
+            raise TokenizerError(f"--eos {eos}: the model's vocabulary has ids from 0 to {vocab - 1}")
+        return [eos]
+    official = not (isinstance(tokenizer, WorldTokenizer) and tokenizer.table[END_OF_TEXT])
+    listed = stated if isinstance(stated, list) else [stated]
+    known = [token for token in listed if type(token) is int and 0 <= token < vocab]
+    return sorted({*known, *([END_OF_TEXT] if official else [])})
 
 
 def default_destination(src: Path, quantization: str) -> Path:
@@ -110,7 +142,10 @@ def find_tokenizer(choice: str, src: Path, vocab: int) -> Tokenizer | None:
     tokenizer: Tokenizer
     if choice == "auto":
         folder = src if src.is_dir() else full_path(src).parent
-        for name in (f"{full_path(src).stem}.tokenizer.json", "tokenizer.json", "20B_tokenizer.json"):
+        names = [f"{full_path(src).stem}.tokenizer.json", "tokenizer.json", "20B_tokenizer.json"]
+        names += sorted((file.name for file in folder.glob("rwkv_vocab_*.txt")), reverse=True)
+        names += ["vocab.json"] if _json_vocabulary(folder / "vocab.json") else []
+        for name in names:
             if (folder / name).is_file():
                 tokenizer = read_tokenizer_file(folder / name)
                 # a vocabulary is padded by a few hundred rows at most, so any other file lies here by chance
@@ -127,9 +162,12 @@ def find_tokenizer(choice: str, src: Path, vocab: int) -> Tokenizer | None:
 
 
 def read_tokenizer_file(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in a World vocabulary as text."""
+    """The tokenizer in a tokenizer.json, or in a vocabulary as text or JSON."""
     data = path.read_bytes()
     try:
+        vocabulary = _json_vocabulary(path)
+        if vocabulary:
+            return WorldTokenizer.from_json(vocabulary, str(path))
         if data.lstrip()[:1] == b"{":
             tokenizer = JsonTokenizer(data, str(path))
             tokenizer.check()
@@ -149,6 +187,21 @@ def _stored_template(choice: str, src: Path, tokenizer: str, vocab: int) -> dict
         return found
     told = recognize(path.name, tokenizer, vocab)
     return {"template": told.name, "template_from": "name" if told.sure else "guess"}
+
+
+def _json_vocabulary(path: Path) -> dict[str, Any]:
+    """The tokens of a JSON file by their ids, as texts; empty if the file is missing or is another one.
+
+    RWKV-LM writes such files in UTF-16. The vocab.json of other models has the ids of tokens.
+    """
+    data = path.read_bytes() if path.is_file() else b""
+    if not data.startswith((b"{", b"\xff\xfe", b"\xfe\xff")):
+        return {}
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and all(re.fullmatch("[0-9]+", key) for key in found) else {}
 
 
 def _stored_tokenizer(tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.engine.stored import StoredTemplate
-from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
+from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
 from rwkv_cli.errors import FormatError, TokenizerError
 from rwkv_cli.kernels.cache import compiled_marker
 from rwkv_cli.models import Model
@@ -35,6 +35,8 @@ class LanguageModel(Model):
         if self.tokenizer is not None and self.tokenizer.size > self.config.vocab:
             raise FormatError(f"{self.path}: its tokenizer has more tokens than the model; convert it again")
         self.template = StoredTemplate.of(checkpoint)
+        self.ends = _ends(checkpoint, self.config.vocab)
+        """The tokens that end a text."""
         self.quantization: str = checkpoint.metadata("quantization", str)
         if self.quantization not in FORMATS:
             raise FormatError(
@@ -82,6 +84,14 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     except TokenizerError as error:
         raise FormatError(f"{checkpoint.path}: its tokenizer is damaged ({error}); convert the model again") from None
     raise FormatError(f"{checkpoint.path}: has a tokenizer of unknown kind {kind!r}; upgrade rwkv-cli")
+
+
+def _ends(checkpoint: Checkpoint, vocab: int) -> tuple[int, ...]:
+    """The tokens that end a text. Files that do not name them have the official one."""
+    ends = checkpoint.metadata("ends", list, [END_OF_TEXT])
+    if any(type(token) is not int or not 0 <= token < vocab for token in ends):
+        raise FormatError(f"{checkpoint.path}: its end tokens are damaged; convert the model again")
+    return tuple(ends)
 
 
 def check_finite(model: LanguageModel, values: NDArray[np.floating[Any]]) -> None:

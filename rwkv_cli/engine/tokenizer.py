@@ -8,7 +8,7 @@ import ast
 import codecs
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -133,7 +133,10 @@ class ByteTokenizer(_ByteTable):
 
 
 class WorldTokenizer(_ByteTable):
-    """RWKV World, a greedy longest match over bytes (rwkv package, rwkv_tokenizer.py). Any bytes round-trip."""
+    """RWKV World, a greedy longest match over bytes (rwkv package, rwkv_tokenizer.py).
+
+    Any bytes round-trip, unless a vocabulary of its own lacks some.
+    """
 
     kind = "world"
 
@@ -146,8 +149,8 @@ class WorldTokenizer(_ByteTable):
         for token in self._ids:
             lengths.setdefault(token[:2], set()).add(len(token))
         self._lengths = {head: sorted(found, reverse=True) for head, found in lengths.items() if len(head) == 2}
-        if any(bytes([byte]) not in self._ids for byte in range(256)):
-            raise TokenizerError("a World vocabulary must have every single byte as a token")
+        if not self._ids:
+            raise TokenizerError("a vocabulary without tokens")
 
     def encode(self, text: str | bytes) -> list[int]:
         data = _to_bytes(text)
@@ -167,7 +170,11 @@ class WorldTokenizer(_ByteTable):
                 if token is not None:
                     break
             else:
-                token = ids[data[at : at + 1]]
+                token = ids.get(data[at : at + 1])
+                if token is None:
+                    raise TokenizerError(
+                        f"beyond this model's vocabulary, which has no token for {data[at : at + 8]!r}; leave that out"
+                    )
             out.append(token)
             at += len(self.table[token])
             ends.append(at)
@@ -200,6 +207,20 @@ class WorldTokenizer(_ByteTable):
             raise TokenizerError("its token lengths do not add up")
         raw, ends = data.tobytes(), np.cumsum(lengths, dtype=np.int64).tolist()
         return cls([raw[a:b] for a, b in itertools.pairwise([0, *ends])])
+
+    @classmethod
+    def from_json(cls, vocabulary: Mapping[str, Any], name: str) -> "WorldTokenizer":
+        """Read a vocabulary as web-rwkv and RWKV-LM have it: each id with its text, or with the list of its bytes."""
+        table: dict[int, bytes] = {0: b""}
+        for key, value in vocabulary.items():
+            try:
+                token = value.encode() if isinstance(value, str) else bytes(value)
+            except (TypeError, ValueError):
+                token = b""
+            if len(key) > 6 or not (isinstance(value, list | str) and 0 < len(token) < 256):
+                raise TokenizerError(f"{name}: not a vocabulary: token {key:.20} is {value!r:.40}")
+            table[int(key)] = token
+        return cls([table.get(i, b"") for i in range(max(table) + 1)])
 
     @classmethod
     def from_vocabulary(cls, path: Path) -> "WorldTokenizer":

@@ -278,8 +278,11 @@ def test_the_tokenizer_is_found(rwkv: Run, tmp_path: Path, vocab: int, beside: s
 
 BYTES = b"".join(b"%d %r 1\n" % (i + 1, bytes([i])) for i in range(256))
 TOKENIZERS = {
-    b"": "a World vocabulary must have every single byte as a token",
-    b"1 'a' 1\n": "a World vocabulary must have every single byte as a token",
+    b"": "a vocabulary without tokens",
+    b'{"1": 7}': "not a vocabulary: token 1 is 7",
+    b'{"1": ""}': "not a vocabulary: token 1 is ''",
+    b'{"1": [256]}': r"not a vocabulary: token 1 is \[256\]",
+    b'{"99999999": "a"}': "not a vocabulary: token 99999999 is 'a'",
     BYTES + b"257 'ab' 3\n": "not a World vocabulary: line",
     BYTES + b"257 ab 2\n": "not a World vocabulary: line",
     BYTES + b"256 'ab' 2\n": "not a World vocabulary: line",

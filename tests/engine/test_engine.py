@@ -64,6 +64,7 @@ class Scripted:
     script: list[int]
     prompt: list[int] = field(default_factory=lambda: [5, 6, 7])
     text_tokenizer: Any = TOKENIZER
+    ends: tuple[int, ...] = (0,)
     path: Path = Path("scripted")
     calls: list[int] = field(default_factory=list)
     end: float = 0.0

@@ -177,3 +177,22 @@ def test_a_deepspeed_folder_says_how_to_gather_it(rwkv: Run, tmp_path: Path, pla
     refused(rwkv("convert", folder), folder, r"`python zero_to_fp32\.py \. pytorch_model\.bin`", "convert that file")
     tiny.write_pth(folder / "pytorch_model.bin", WEIGHTS, "F32", prefix="_forward_module.")
     assert digest(rwkv, folder) == plain
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_a_part_of_a_model_is_no_model(rwkv: Run, tmp_path: Path, plain: str, ending: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    write = tiny.write_safetensors if ending == "safetensors" else tiny.write_pth
+    for i in range(2):
+        part = dict(sorted(WEIGHTS.items())[i::2])
+        write(folder / f"{stem}-0000{i + 1}-of-00002.{ending}", part, "F32")
+    assert digest(rwkv, folder) == plain
+    part_2 = folder / f"{stem}-00002-of-00002.{ending}"
+    refused(rwkv("convert", part_2), part_2, "part 2 of 2 of a model; give the folder with all of them")
+    index = folder / f"{stem}.{ending}.index.json"
+    index.write_text('{"weight_map": {}}')
+    refused(rwkv("convert", index), index, "the list of a model's parts; give the folder with all of them")
+    alone = write(tmp_path / f"{stem}-00001-of-00001.{ending}", WEIGHTS, "F32")
+    assert digest(rwkv, alone) == plain
