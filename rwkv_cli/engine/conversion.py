@@ -13,16 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.engine.json_tokenizer import JsonTokenizer
 from rwkv_cli.engine.stored import template_beside
 from rwkv_cli.engine.templates import recognize
-from rwkv_cli.engine.tokenizer import (
-    END_OF_TEXT,
-    ByteTokenizer,
-    JsonTokenizer,
-    Tokenizer,
-    WorldTokenizer,
-    official_vocabulary,
-)
+from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
 from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
 from rwkv_cli.models import Config, registry

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.engine.json_tokenizer import JsonTokenizer
 from rwkv_cli.engine.stored import StoredTemplate
-from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
+from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, WorldTokenizer
 from rwkv_cli.errors import FormatError, TokenizerError
 from rwkv_cli.kernels.cache import compiled_marker
 from rwkv_cli.models import Model

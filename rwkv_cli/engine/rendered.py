@@ -10,9 +10,10 @@ from typing import Any
 
 from rwkv_cli.engine import g1h
 from rwkv_cli.engine.forms import Template, ThinkMode
+from rwkv_cli.engine.json_tokenizer import JsonTokenizer
 from rwkv_cli.engine.messages import Chat, function_of, json_value, normalized
 from rwkv_cli.engine.sampling import Sampling
-from rwkv_cli.engine.tokenizer import END_OF_TEXT, JsonTokenizer, Tokenizer
+from rwkv_cli.engine.tokenizer import END_OF_TEXT, Tokenizer
 from rwkv_cli.errors import ConversationError
 
 OWN = "own"

@@ -8,15 +8,14 @@ import ast
 import codecs
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.errors import FormatError, TokenizerError
+from rwkv_cli.errors import TokenizerError
 
 END_OF_TEXT = 0
 """The token that ends a text in every official vocabulary."""
@@ -68,7 +67,7 @@ class Tokenizer(Protocol):
         """Yield the tokens of the text that `blocks` make up. The whole text is never held."""
 
 
-def _to_bytes(text: str | bytes) -> bytes:
+def to_bytes(text: str | bytes) -> bytes:
     """Return the bytes of a text. Raises TokenizerError for half a surrogate pair."""
     try:
         return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
@@ -125,7 +124,7 @@ class ByteTokenizer(_ByteTable):
         self.table = [bytes([i]) for i in range(256)]
 
     def encode(self, text: str | bytes) -> list[int]:
-        return list(_to_bytes(text))
+        return list(to_bytes(text))
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
         for block in blocks:
@@ -153,7 +152,7 @@ class WorldTokenizer(_ByteTable):
             raise TokenizerError("a vocabulary without tokens")
 
     def encode(self, text: str | bytes) -> list[int]:
-        data = _to_bytes(text)
+        data = to_bytes(text)
         ids, _ = self._match(data, len(data))
         return ids
 
@@ -261,156 +260,3 @@ def official_vocabulary() -> Path:
         if found:
             return found[-1]
     raise TokenizerError("the World vocabulary is missing: reinstall it with pip install rwkv")
-
-
-_MOST_HELD = 64
-"""Ids that may wait for the end of a character. Bytes that are no UTF-8 would wait forever."""
-
-_SAMPLE = "The quick brown fox, 0123456789.\n\n\tÜber é 你好 🙂 \x00"
-"""A text with all kinds of characters, to try a tokenizer on."""
-
-
-class _JsonStream:
-    """A text that a tokenizer.json decodes with each id.
-
-    Each id is decoded behind those of the last piece, since a decoder may treat the beginning of a text in its own way.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        self._last: list[int] = []
-        """The ids of the last piece."""
-        self._held: list[int] = []
-        """The ids after them."""
-
-    @property
-    def unfinished(self) -> bool:
-        return bool(self._held)
-
-    def push(self, token: int) -> str:
-        self._held.append(token)
-        text = self._text()
-        if not text or (text.endswith("\ufffd") and len(self._held) < _MOST_HELD):
-            return ""
-        self._last, self._held = self._held, []
-        return text
-
-    def flush(self) -> str:
-        text = self._text() if self._held else ""
-        self._last, self._held = self._held, []
-        return text
-
-    def _text(self) -> str:
-        """Decode the held ids. Bytes that are no UTF-8 change the text before them, but that is out already."""
-        before, whole = self._decode(self._last), self._decode([*self._last, *self._held])
-        return whole[len(before) :] if whole.startswith(before) else self._decode(self._held)
-
-
-class JsonTokenizer:
-    """A Hugging Face tokenizer.json, run by the `tokenizers` library."""
-
-    kind = "json"
-
-    def __init__(self, text: bytes, name: str, owner: str | None = None) -> None:
-        """`name` is the file's in errors, and `owner` the name of the file that it lies in."""
-        import tokenizers
-
-        self.owner = owner or name
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(text)
-        except (KeyboardInterrupt, MemoryError):
-            raise
-        except BaseException as error:  # the library raises bare Exception, and BaseException where Rust panics
-            raise TokenizerError(f"{name}: not a tokenizer.json ({_one_line(error)})") from None
-        # A file may ask for both, which are for training.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.text = text
-        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
-    def _text(self, text: str | bytes) -> str:
-        """Decode UTF-8. Raises TokenizerError for other bytes."""
-        try:
-            return _to_bytes(text).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"not UTF-8 at byte {error.start}; this model's tokenizer takes text only") from None
-
-    def encode(self, text: str | bytes) -> list[int]:
-        ids: list[int] = self._encoded(self._text(text)).ids
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        known = [i for i in ids if 0 <= i < self.size]
-        with self._sound("decode"):
-            text: str = self._tokenizer.decode(known, skip_special_tokens=False)
-        return text
-
-    def stream(self) -> TextStream:
-        return _JsonStream(self.decode)
-
-    def check(self) -> None:
-        """Try the tokenizer on a text. Raises FormatError if it fails."""
-        self.decode(self.encode(_SAMPLE))
-
-    def _encoded(self, text: str) -> Any:
-        """Return the library's encoding. Raises FormatError where the tokenizer fails."""
-        with self._sound("encode"):
-            return self._tokenizer.encode(text, add_special_tokens=False)
-
-    @contextmanager
-    def _sound(self, what: str) -> Iterator[None]:
-        """Turn whatever the library raises into a FormatError that names the file."""
-        try:
-            yield
-        except (KeyboardInterrupt, MemoryError):
-            raise
-        except BaseException as error:  # the library raises bare Exception, and BaseException where Rust panics
-            raise FormatError(
-                f"{self.owner}: its tokenizer cannot {what} ({_one_line(error)}); "
-                "convert the model with a sound one: --tokenizer PATH"
-            ) from None
-
-    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        rest, read, done = "", 0, 0
-        for block in itertools.chain(blocks, [None]):
-            try:
-                text = rest + decoder.decode(block or b"", final=block is None)
-            except UnicodeDecodeError as error:
-                raise TokenizerError(
-                    f"not UTF-8 at byte {done + error.start}; this model's tokenizer takes text only"
-                ) from None
-            read += len(block or b"")
-            done = read - len(decoder.getstate()[0])  # positions in the next error count from the bytes decoded
-            cut = len(text) if block is None else _word_border(text)
-            if cut:
-                yield self._piece(text[:cut])
-            rest = text[cut:]
-
-    def _piece(self, text: str) -> Piece:
-        """Encode a part of a text, with the bytes that end with each token."""
-        encoded = self._encoded(text)
-        # This counts the UTF-8 bytes up to each character, by its code point.
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        width = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
-        upto = np.concatenate([[0], np.cumsum(width)])
-        stops = np.array([end for _, end in encoded.offsets], np.int64)
-        stops[-1:] = len(text)  # offsets may leave out blanks at the end
-        return Piece(encoded.ids, upto[np.maximum.accumulate(stops)])
-
-
-def _one_line(error: BaseException) -> str:
-    """Return the beginning of an error's text."""
-    return " ".join(str(error).split())[:200]
-
-
-def _word_border(text: str) -> int:
-    """Return where a text may be cut: at the last single space between two visible characters.
-
-    Such a space starts a token in byte-level BPE. A text without one waits for more (0), until it has a megabyte.
-    """
-    at = len(text)
-    while (at := text.rfind(" ", 0, at)) > 0:
-        if at + 1 < len(text) and not text[at - 1].isspace() and not text[at + 1].isspace():
-            return at
-    return len(text) if len(text) > 1 << 20 else 0

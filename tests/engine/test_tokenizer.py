@@ -11,7 +11,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_cli.engine.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
+from rwkv_cli.engine.json_tokenizer import JsonTokenizer
+from rwkv_cli.engine.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
 from rwkv_cli.errors import FormatError, TokenizerError
 
 SAMPLE = "The cat sat on the mat.  It said: 你好，世界！ It's 12 é́ 👩‍👩‍👧 the cat\n\nthe end 𝄞\t\u00a0x" + "   \n" * 9
