@@ -99,6 +99,8 @@ def command(
             click.echo(json.dumps({"model": str(lm.path), "file": str(file), **score.as_json()}))
         else:
             click.echo(report(file, score, compare))
+    if len(scores) > 1 and not as_json:
+        click.echo(total([score for _, score in scores]))
     if plot is not None:
         plot_nll(plot, scores, [lm.path] if other is None else [lm.path, other.path])
 
@@ -125,6 +127,20 @@ def _score(file: Path, scorer: Scorer) -> Score:
             progress.update(task, completed=share, rate=f"{score.tokens_per_second:.0f} tok/s  ppl {score.ppl:.4g}")
 
         return scorer.score(file, show)
+
+
+def total(scores: list[Score]) -> str:
+    """Write the figures of several texts together as a table, each token with the same weight."""
+    tokens, size = sum(s.tokens for s in scores), sum(s.bytes for s in scores)
+    nll = sum(s.nll * s.tokens for s in scores) / max(tokens, 1)
+    rows = [
+        ("total", f"{len(scores)} files"),
+        ("perplexity", f"{math.exp(min(nll, 700.0)):.4f}"),
+        ("NLL", f"{nll:.6f} nats per token"),
+        ("bits per byte", f"{nll * tokens / math.log(2) / max(size, 1):.4f}"),
+        ("tokens", f"{tokens} ({size} bytes)"),
+    ]
+    return columns(rows)
 
 
 def _error(stderr: float, digits: int) -> str:

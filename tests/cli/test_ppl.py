@@ -304,3 +304,15 @@ def test_one_token_has_no_standard_error(rwkv: Run, byte_model: Path, text: Path
     assert "perplexity" in shown
     assert "nan" not in shown
     assert "±" not in shown
+
+
+def test_several_files_have_a_total(rwkv: Run, byte_model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "short").write_bytes(TEXT[:50])
+    files = [text, tmp_path / "short"]
+    facts = [json.loads(line) for line in rwkv("ppl", *files, "-m", byte_model, "--json").stdout.splitlines()]
+    assert len(facts) == 2
+    nll = sum(f["nll"] * f["tokens"] for f in facts) / sum(f["tokens"] for f in facts)
+    shown = rwkv("ppl", *files, "-m", byte_model).stdout.split("total")[1]
+    assert f"{math.exp(nll):.4f}" in shown
+    assert f"{len(TEXT) + 50} ({len(TEXT) + 50} bytes)" in shown
+    assert "total" not in rwkv("ppl", text, "-m", byte_model).stdout
