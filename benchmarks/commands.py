@@ -81,8 +81,10 @@ def loop(path: Path, depths: list[int]) -> None:
     rng = np.random.default_rng(0)
     logits = [rng.standard_normal(model.config.vocab, np.float32) * 6 for _ in range(64)]
     request = Request([1], max(depths) + 1000, ("\n\nUser:", "never there"), ignore_eos=True)
-    # a wide choice, so that many different tokens are counted
-    completion = Completion(model, model.new_state(), new_sampler(model, Sampling(top_p=0.95), 1), request)
+    # The likeliest is taken, since the time of a wider choice depends on the logits. Penalties change it.
+    completion = Completion(
+        model, model.new_state(), new_sampler(model, Sampling(top_k=1, presence_penalty=2), 1), request
+    )
     steps, made, figures = completion.steps(), 0, []
     next(steps)
     for target in depths:
