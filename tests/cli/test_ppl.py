@@ -150,13 +150,15 @@ def test_a_model_does_not_differ_from_itself(rwkv: Run, byte_model: Path, text: 
 def test_a_table_shows_the_same_figures(rwkv: Run, byte_model: Path, text: Path) -> None:
     facts = json.loads(rwkv("ppl", text, "-m", byte_model, "--context", 50, "--json").stdout)
     result = rwkv("ppl", text, text, "-m", byte_model, "--context", 50, "--compare", byte_model)
-    rows = dict(line.split("  ", 1) for line in result.stdout.splitlines())
+    each, _, total = result.stdout.partition("total  ")
+    assert total.lstrip().startswith("2 files")
+    rows = dict(line.split("  ", 1) for line in each.splitlines())
     rows = {key: value.strip() for key, value in rows.items()}
     assert rows["perplexity"] == f"{facts['ppl']:.4f} ± {facts['ppl_stderr']:.4f}"
     assert rows["NLL"] == f"{facts['nll']:.6f} ± {facts['nll_stderr']:.6f} nats per token"
     assert rows["tokens"] == f"{len(TEXT)} ({len(TEXT)} bytes), context 50 tokens, start token 0"
     assert rows["top-1"] == "100.000 % the same"
-    assert result.stdout.count("perplexity  ") == 2
+    assert each.count("perplexity  ") == 2
 
 
 def test_each_file_is_scored_by_itself(rwkv: Run, byte_model: Path, tmp_path: Path, text: Path) -> None:
