@@ -1,4 +1,4 @@
-"""What the config.json of a Hugging Face folder says about the mathematics of a model.
+"""The fields of a Hugging Face folder's config.json that change the mathematics of a model.
 
 Each field that changes a result is honoured or refused by its name. All others are ignored.
 

@@ -15,10 +15,10 @@ from rwkv_cli.quant import Source, SourceTensor, is_safetensors
 from rwkv_cli.quant.dtypes import BITS
 
 _WRAPPERS = re.compile(r"^(_forward_module\.|module\.|base_model\.model\.)+|(?<![^.])_orig_mod\.")
-"""What training programs put before and into names: DeepSpeed, DDP, PEFT and torch.compile."""
+"""The words that training programs put before and into names: DeepSpeed, DDP, PEFT and torch.compile."""
 
 _OWNERS = re.compile(r"^(model|rwkv7|rwkv)\.(?=(emb|embeddings|blocks|ln_out|head)\.)")
-"""What Hugging Face folders put before names: the name of the model inside of a causal language model."""
+"""The words that Hugging Face folders put before names: the name of the model inside of a causal language model."""
 
 _WORLD = [
     (r"^rwkv\.", ""),

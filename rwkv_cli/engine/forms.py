@@ -1,4 +1,4 @@
-"""What a chat template is: the texts around turns, the ways to reason, and where answers end."""
+"""The parts of a chat template: the texts around turns, the ways to reason, and where answers end."""
 
 import re
 from collections.abc import Mapping

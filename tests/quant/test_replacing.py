@@ -1,4 +1,4 @@
-"""What is written replaces regular files only, and what is read is one."""
+"""A file that is written replaces regular files only, and a file that is read is one."""
 
 import os
 from collections.abc import Callable
