@@ -71,6 +71,8 @@ def recognize(name: str, tokenizer: str | None, vocab: int) -> Recognized:
         return Recognized("g1h" if new else "g1", False)
     if tokenizer == "world":
         return Recognized("g1h" if new and "world" not in name else "world", "world" in name)
+    if name.startswith("storyteller"):  # the bundled model
+        return Recognized("plain", True)
     return Recognized("qa" if 50254 <= vocab <= 50432 else "plain", "pile" in name)
 
 

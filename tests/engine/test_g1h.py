@@ -182,6 +182,7 @@ def test_what_is_wrong_with_messages_is_said(data: bytes, says: str) -> None:
         ("rwkv7-g2a-1.5b.pth", "world", "g1h", False),
         ("rwkv7-7.2b-20260709.pth", "world", "world", False),
         ("rwkv7-7.2b-20260710.pth", "world", "g1h", False),
+        ("storyteller.pth", "json", "plain", True),
         ("model.pth", "bytes", "plain", False),
     ],
 )
