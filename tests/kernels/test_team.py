@@ -160,12 +160,13 @@ def test_a_child_forked_while_a_thread_computes_can_compute(byte_model: Path) ->
     code = (
         "import os, sys, threading, time, warnings, numpy as np, rwkv_cli\nwarnings.simplefilter('ignore')\n"
         "model = rwkv_cli.load(sys.argv[1])\nwant = model.forward([1, 2])[0]\n"
-        "ids = np.arange(20000) % 200\nthread = threading.Thread(target=model.forward, args=(ids,), daemon=True)\n"
-        "thread.start()\ntime.sleep(0.1)\nassert model._turn.locked()\nchild = os.fork()\n"
+        "def compute():\n    while True: model.forward(np.arange(20000) % 200)\n"
+        "threading.Thread(target=compute, daemon=True).start()\n"
+        "while not model._turn.locked(): time.sleep(0.001)\nchild = os.fork()\n"
         "if child == 0: os._exit(0 if np.array_equal(model.forward([1, 2])[0], want) else 3)\n"
         "for _ in range(300):\n    done, status = os.waitpid(child, os.WNOHANG)\n    if done: break\n"
         "    time.sleep(0.1)\nelse:\n    os.kill(child, 9)\n"
-        "thread.join()\nprint(bool(done), status)\n"
+        "print(bool(done), status, flush=True)\nos._exit(0)\n"
     )
     command = [sys.executable, "-P", "-c", code, str(byte_model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
