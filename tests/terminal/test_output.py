@@ -51,16 +51,8 @@ def test_names_of_files_steer_nothing(rwkv: Run, evil: Path, tmp_path: Path) -> 
     clean(rwkv("ppl", evil, "-m", model, "--plot", f"{evil}.xyz"))
     clean(rwkv("ppl", evil, "-m", f"{evil}.none"), 1)
     clean(rwkv("generate", "a", "-m", evil), 1)
-    clean(
-        rwkv(
-            "chat",
-            "-m",
-            model,
-            "-n",
-            "2",
-            input=f"/copy {tmp_path}/{EVIL.replace(chr(10), '')}.md\n/load {EVIL}\n".replace("b", "�b"),
-        )
-    )
+    one = EVIL.replace("\n", "\ufffd")  # a line break would begin a turn, whose answer may be anything
+    clean(rwkv("chat", "-m", model, input=f"/copy {tmp_path}/{one}.md\n/load {one}\n"))
     clean(rwkv("generate", "a", "-m", model, "--save-state", evil), 1)
     clean(rwkv("bench", model, "--device", EVIL))
     facts = json.loads(rwkv("ppl", evil, "-m", model, "--json").stdout)
