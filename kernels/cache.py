@@ -4,6 +4,7 @@ numba's own cache watches only the file of the function it caches, not its calle
 folder is named by a hash of all kernel sources and of the compilers' versions.
 """
 
+import errno
 import functools
 import getpass
 import hashlib
@@ -24,6 +25,23 @@ config: Any = numba.core.config
 """numba's settings, which it makes at run time."""
 
 
+_LISTENERS: list[Callable[[str], object]] = []
+_SAID: set[str] = set()
+
+
+def on_trouble(say: Callable[[str], object]) -> None:
+    """Have `say` called with a sentence, once for each kind of trouble with the folder of compiled kernels."""
+    _LISTENERS.append(say)
+
+
+def tell(sentence: str) -> None:
+    """Say a sentence about the folder, if it was not said before."""
+    if sentence not in _SAID:
+        _SAID.add(sentence)
+        for say in _LISTENERS:
+            say(sentence)
+
+
 @functools.cache
 def cache_folder() -> Path:
     """The folder for compiled kernels: below $NUMBA_CACHE_DIR or in the user's cache, or where that is read-only in one
@@ -34,17 +52,24 @@ def cache_folder() -> Path:
     name = f"kernels-{digest.hexdigest()[:16]}"
     shared = Path(tempfile.gettempdir()) / f"rwkv-{os.getuid() if hasattr(os, 'getuid') else getpass.getuser()}"
     wanted = os.environ.get("NUMBA_CACHE_DIR")
+    full: list[str] = []
     for parent in (Path(wanted) if wanted else user_cache_path("rwkv"), shared):
         try:
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             (parent / name).mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=parent / name):
                 pass
-        except OSError:
+        except OSError as error:
+            full += [f"{parent}: {error.strerror}"] if error.errno in (errno.ENOSPC, errno.EDQUOT) else []
             continue
         if not hasattr(os, "getuid") or (parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o022):
-            return parent / name
-    return Path(tempfile.mkdtemp(prefix="rwkv-kernels-"))
+            found = parent / name
+            break
+    else:
+        found = Path(tempfile.mkdtemp(prefix="rwkv-kernels-"))
+    for reason in full:
+        tell(f"{reason}. Compiled kernels are kept in {found} instead.")
+    return found
 
 
 def compiled_marker(*facts: str) -> Path:

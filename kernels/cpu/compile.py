@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import llvmlite
 import llvmlite.binding
 import numba
+from numba.core import caching
 
-from rwkv_cli.kernels.cache import cache_folder, config
+from rwkv_cli.kernels.cache import config
+from rwkv_cli.kernels.kept import kept
 
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 """Sums may be reordered and fused. Never nnan or ninf: NaN and infinity keep their meaning."""
@@ -29,16 +31,9 @@ def function(fastmath: set[str] = FASTMATH) -> Callable[[Callable[..., Any]], An
 
 
 def cached(make: Callable[[], Any]) -> Any:
-    """Call `make`, whose compiled code numba then keeps in `cache_folder`.
-
-    numba picks the place from this setting when it is called.
-    """
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(cache_folder())
-    try:
+    """Call `make`, whose compiled code is then kept in `cache_folder`."""
+    with kept(config, caching):
         return make()
-    finally:
-        config.CACHE_DIR = before
 
 
 class Kernel:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rwkv_cli.terminal.output import loading_bar, note
+from rwkv_cli.terminal.output import loading_bar, note, one_line
 from rwkv_cli.terminal.plot import SUFFIXES
 from rwkv_cli.terminal.settings import SAMPLING
 
@@ -139,7 +139,8 @@ def complete_session(_ctx: click.Context, _param: click.Parameter, incomplete: s
 
 @functools.cache
 def announce_compilation() -> None:
-    """Have a note printed, once, if kernels have to be compiled."""
-    from rwkv_cli.kernels.cache import on_first_compilation
+    """Have a note printed, once, if kernels have to be compiled or cannot be kept."""
+    from rwkv_cli.kernels.cache import on_first_compilation, on_trouble
 
+    on_trouble(lambda sentence: click.echo(one_line(sentence), err=True))
     on_first_compilation(lambda: click.echo("Compiling kernels for this machine (only the first time) …", err=True))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rwkv_cli.engine.conversion import Bar, Conversion
 from rwkv_cli.kernels.cache import cache_folder
+from rwkv_cli.quant import replacing
 from rwkv_cli.quant.header import FORMAT_VERSION
 
 SOURCE = Path(__file__).parent.parent / "storyteller.pth"
@@ -17,7 +18,14 @@ def storyteller(bar: Bar) -> Path:
     for file in (SOURCE, TOKENIZER):
         digest.update(file.read_bytes())
     path = cache_folder() / digest.hexdigest()[:16] / "storyteller.int8.safetensors"
-    if not path.exists():
+    checksum = path.with_suffix(".sha256")
+    if not (path.exists() and checksum.exists() and checksum.read_bytes() == _digest(path)):
         path.parent.mkdir(exist_ok=True)
         Conversion.of(SOURCE, "int8").write(path, overwrite=True, bar=bar)
+        with replacing(checksum) as out:
+            out.write(_digest(path))
     return path
+
+
+def _digest(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()

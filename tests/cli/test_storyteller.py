@@ -37,7 +37,16 @@ def test_it_is_converted_once(cache: Path) -> None:
     before = path.stat().st_mtime_ns
     assert storyteller.storyteller(lambda _: pytest.fail("converted again")) == path
     assert path.stat().st_mtime_ns == before
-    assert [file for file in cache.rglob("*") if file.is_file()] == [path]
+    assert {file for file in cache.rglob("*") if file.is_file()} == {path, path.with_suffix(".sha256")}
+
+
+@pytest.mark.parametrize("size", [0, 40_000])
+def test_a_damaged_one_is_converted_again(size: int) -> None:
+    path = storyteller.storyteller(lambda _: nullcontext(lambda _: None))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size] + bytes(len(whole) - size) if size else b"")
+    assert storyteller.storyteller(lambda _: nullcontext(lambda _: None)) == path
+    assert path.read_bytes() == whole
 
 
 def test_commands_take_it_where_no_model_is_named(rwkv: Run, monkeypatch: pytest.MonkeyPatch, byte_model: Path) -> None:

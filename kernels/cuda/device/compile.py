@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
 import numba.cuda
-from numba.cuda.core import config, event
+from numba.cuda.core import caching, config, event
 
-from rwkv_cli.kernels.cache import ANNOUNCERS, cache_folder
+from rwkv_cli.kernels.cache import ANNOUNCERS
+from rwkv_cli.kernels.kept import kept
 
 cuda: Any = numba.cuda
 types: Any = numba.cuda.types
@@ -88,12 +89,9 @@ class Kernel:
         self.kinds = kinds_of(body)
         self.signature = tuple(_TYPES[kind] for kind in self.kinds.values())
         self.bounds = threads, blocks
-        before, config.CACHE_DIR = config.CACHE_DIR, str(cache_folder())
-        try:
+        with kept(config, caching):
             options = {} if SIMULATED else {"cache": True, "launch_bounds": self.bounds}
             self.dispatcher: Any = cuda.jit(**options)(body)
-        finally:
-            config.CACHE_DIR = before
 
 
 KERNELS: list[Kernel] = []
