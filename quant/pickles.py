@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.dtypes import BITS
-from rwkv_cli.quant.source import check_name
+from rwkv_cli.quant.source import MAX_DIMENSIONS, check_name, check_shape
 
 DAMAGED = "broken or truncated torch file"
 MAX_PICKLE = 8 << 20
@@ -67,7 +67,7 @@ class View(NamedTuple):
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> View:
     ok = isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
-    if not ok or not len(shape) == len(strides) <= 8:
+    if not ok or not len(shape) == len(strides) <= MAX_DIMENSIONS:
         raise _RefusedError("a tensor is described wrongly")
     if any(type(n) is not int or not 0 <= n < 1 << 48 for n in (offset, *shape, *strides)):
         raise _RefusedError("a size, stride or offset of a tensor is out of range")
@@ -209,6 +209,7 @@ def tensors_of(path: Path, tree: Any) -> dict[str, View]:
         if not isinstance(name, str):
             raise FormatError(f"{path}: the tensor {name!r:.80} has a number for a name; give a model's checkpoint")
         check_name(path, name)
+        check_shape(path, name, view.shape)
         if view.storage.dtype in _DTYPES.values():
             views[name] = view
         elif prod(view.shape) != 1:

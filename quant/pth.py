@@ -6,7 +6,7 @@ Files from before torch 1.6 are no zip. They are pickles one after the other and
 
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -20,6 +20,9 @@ LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The first bytes of a file from before torch 1.6: torch's magic number as a pickle."""
 
 _LOCAL_HEADER = 30
+
+_REPEATED = 1 << 16
+"""Bytes that tensors may be larger than twice their file, since small ones may repeat a number."""
 
 
 def open_pth(path: Path) -> dict[str, SourceTensor]:
@@ -67,10 +70,11 @@ class _Archive:
             raise FormatError(
                 f"{self._path}: saved on a big-endian machine, which is not supported; save it on another"
             )
-        tree = described(self._path, self._content(self._entries[pickle]))
+        views = tensors_of(self._path, described(self._path, self._content(self._entries[pickle])))
+        _check_total(self._path, views)
         return {
             name: self._locate(self._entries.get(f"{prefix}data/{view.storage.key}"), name, view)
-            for name, view in tensors_of(self._path, tree).items()
+            for name, view in views.items()
         }
 
     def _content(self, entry: zipfile.ZipInfo) -> bytes:
@@ -118,6 +122,19 @@ def _check_inside(where: str, view: View) -> None:
         raise FormatError(f"{where} reaches past the end of its storage; download the file again")
 
 
+def _check_total(path: Path, views: Mapping[str, View]) -> None:
+    """Refuse tensors that repeat few numbers until they are many, as views with strides of 0 can.
+
+    Tied embeddings lie in a storage once and count twice, so that twice the file is allowed.
+    """
+    size = path.stat().st_size
+    total = sum(prod(view.shape) * BITS[view.storage.dtype].itemsize for view in views.values())
+    if total > 2 * size + _REPEATED:
+        raise FormatError(
+            f"{path}: its {size} bytes describe tensors of {total} bytes; save plain copies of them (.clone())"
+        )
+
+
 def open_legacy(path: Path) -> dict[str, SourceTensor]:
     """Every tensor of a file from before torch 1.6 (torch/serialization.py, `_legacy_load`).
 
@@ -131,6 +148,7 @@ def open_legacy(path: Path) -> dict[str, SourceTensor]:
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
             raise FormatError(f"{path}: saved on a big-endian machine, which is not supported; save it on another")
         views = tensors_of(path, tree)
+        _check_total(path, views)
         file.seek(pickles.tell())
         starts = _starts(path, file, [storages.get(key) for key in keys] if isinstance(keys, list) else [])
     found = {}

@@ -1,5 +1,6 @@
 """Reads safetensors files. The library checks the header; this module adds where each tensor lies."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.dtypes import BITS, SOURCE_DTYPES
-from rwkv_cli.quant.source import SourceTensor, check_name, contiguous
+from rwkv_cli.quant.source import SourceTensor, check_name, check_shape, contiguous
 
 
 def open_safetensors(path: Path) -> dict[str, SourceTensor]:
@@ -45,11 +46,9 @@ def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
                 dtype, shape = view.get_dtype(), tuple(view.get_shape())
                 if dtype not in BITS:
                     raise FormatError(f"{path}: tensor {name} is {dtype}; save it again as F32, F16 or BF16")
+                check_shape(path, name, shape)
                 tensors[name] = SourceTensor(path, dtype, shape, start, contiguous(shape))
-                size = BITS[dtype].itemsize
-                for n in shape:
-                    size *= n
-                start += size
+                start += prod(shape) * BITS[dtype].itemsize
     except SafetensorError as error:
         raise FormatError(
             f"{path}: broken or truncated safetensors file ({error}); download or convert again"

@@ -1,6 +1,6 @@
 """Tensors of checkpoints as places in their files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -77,6 +77,20 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     if prod(shape) == 0:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+
+
+MAX_DIMENSIONS = 8
+_MAX_NUMBERS = 1 << 48
+
+
+def check_shape(path: Path, name: str, shape: Sequence[int]) -> None:
+    """Refuse a shape that no weight has, empty ones included, before anything is computed from it."""
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"{path}: tensor {name} has {len(shape)} dimensions, more than any weight; download it again")
+    if prod(max(n, 1) for n in shape) > _MAX_NUMBERS:
+        raise FormatError(
+            f"{path}: tensor {name} has the shape {list(shape)}, larger than any weight; download it again"
+        )
 
 
 def check_name(path: Path, name: str) -> None:

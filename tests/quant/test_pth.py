@@ -223,6 +223,18 @@ OTHER = Persistent(("storage", Ref("torch", "LongStorage"), "0", "cpu", 6))
         ({"a": tensor("0", "F32", 6, 0, (6,), (-1,))}, "size, stride or offset of a tensor is out of range"),
         ({"a": tensor("0", "F32", 6, -1, (6,), (1,))}, "size, stride or offset of a tensor is out of range"),
         ({"a": tensor("0", "F32", 6, 0, (1 << 62,), (0,))}, "size, stride or offset of a tensor is out of range"),
+        (
+            {"a": tensor("0", "F32", 6, 0, (0, 1 << 40, 1 << 40), (1, 1, 1))},
+            "a has the shape .*, larger than any weight",
+        ),
+        (
+            {"a": tensor("0", "F32", 6, 0, (1 << 20, 5), (0, 1))},
+            "describe tensors of 20971520 bytes; save plain copies",
+        ),
+        (
+            {f"blocks.{i}": tensor("0", "F32", 6, 0, (4000,), (0,)) for i in range(200)},
+            "describe tensors of 3200000 bytes; save plain copies",
+        ),
         ({"a": tensor("0", "F32", 6, 0, (6,), (1, 1))}, "a tensor is described wrongly"),
         ({"a": Call(REBUILD, STORAGE, 0, 6, 1)}, "a tensor is described wrongly"),
         ({"a": Call(REBUILD, None, 0, (6,), (1,))}, "a tensor is described wrongly"),

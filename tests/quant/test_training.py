@@ -160,6 +160,10 @@ ONE = {"a": tiny.tensor("0", "F32", 6, 0, (6,), (1,))}
         (legacy(ONE, {"0": bytes(20)}), r"broken or truncated torch file \(storage '0'\); download it again"),
         (legacy(ONE, {"0": bytes(24)})[:-1], r"broken or truncated torch file \(storage '0'\); download it again"),
         (legacy({"a": tiny.tensor("0", "F32", 6, 1, (6,), (1,))}, {"0": bytes(24)}), "past the end of its storage"),
+        (
+            legacy({"a": tiny.tensor("0", "F32", 6, 0, (1 << 20, 5), (0, 1))}, {"0": bytes(24)}),
+            "describe tensors of 20971520 bytes; save plain copies",
+        ),
         (legacy(Call(Ref("os", "system"), "touch ran"), {}), r"nothing in it was run: it asks for 'os\.system'"),
         (legacy("text", {}), "holds str, not a dictionary of tensors"),
         (b"\x80\x04K\x01.", r"a pickle that torch\.save did not write; give a checkpoint"),
