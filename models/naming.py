@@ -51,6 +51,12 @@ _FLA = [
     (r"\.attn\.", ".att."),
 ]
 
+_FACTORS = [
+    (r"\.lora\.0$", ".lora_A"),
+    (r"\.lora\.1$", ".lora_B"),
+    (r"\.(lora_[AB])(\.default)?\.weight$", r".\1"),
+]
+
 
 def plain(name: str) -> str:
     """The name without what programs put before it."""
@@ -130,6 +136,18 @@ def tuned_states(path: Path, source: Source) -> Source:
     if path.suffix in (".state", ".st") and is_safetensors(path):
         named = {name: _turned(tensor) if _turned_in_web(name, tensor) else tensor for name, tensor in named.items()}
     return named
+
+
+def adapter(path: Path, source: Source) -> Source:
+    """The tensors of an adapter by their official names, its factors as RWKV-PEFT has them.
+
+    PEFT's factors end in `.weight`. web-rwkv calls A `lora.0` and turns it, and calls B `lora.1`.
+    """
+    if all(name.endswith(".time_state") for name in source):
+        return tuned_states(path, source)
+    turned = {name: _turned(tensor) if name.endswith(".lora.0") else tensor for name, tensor in source.items()}
+    named = official(turned)
+    return {_rename(name, _FACTORS): tensor for name, tensor in named.items()}
 
 
 def _from_fla(name: str, tensor: SourceTensor) -> Iterator[tuple[str, SourceTensor]]:

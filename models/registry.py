@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from rwkv_cli.errors import UnsupportedModelError
 from rwkv_cli.models import huggingface, naming, rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_cli.models.adapters import Adapter, merge
 from rwkv_cli.models.config import Config, Entry, Shapes, matrix, norm
 from rwkv_cli.quant import Source, SourceTensor
 
@@ -20,10 +21,12 @@ MODULES: dict[str, ModuleType] = {
     "7": rwkv7,
 }
 
+_BASE_FIRST = "name its base model first, as in `rwkv convert BASE.pth --adapter ADAPTER.pth`"
+
 _RELATIVES = [
-    (r"\.lora_[AB]\b|\.lora\.[01]$", "a LoRA adapter; merge it into its base model first"),
-    (r"\.init_lora_[AB]$", "the start of a PiSSA adapter; merge both of its files into their base model first"),
-    (r"\.(disha|bone)$", "a DiSHA adapter; merge it into its base model first"),
+    (r"\.lora_[AB]\b|\.lora\.[01]$", f"a LoRA adapter; {_BASE_FIRST}"),
+    (r"\.init_lora_[AB]$", f"the start of a PiSSA adapter; {_BASE_FIRST}"),
+    (r"\.(disha|bone)$", f"a DiSHA adapter; {_BASE_FIRST}"),
     (r"^(proj|vit)\.", "a part of VisualRWKV, which reads pictures and is not supported; plain RWKV is"),
     (r"\.ffn\.enn\b", "RWKV-8, which is not supported yet; RWKV-4 to RWKV-7 are"),
     (r"\.qkv\.", "RWKV-7b (DeepEmbedAttention), which is not supported; plain RWKV-7 is"),
@@ -47,20 +50,23 @@ class Recognized(NamedTuple):
     """Each tensor to convert, by its name in the converted file."""
 
 
-def recognize(source: Source, settings: Mapping[str, Any] | None = None) -> Recognized:
-    """The model that a checkpoint holds, in whatever naming. `settings` are those of its config.json, if it has one.
+def recognize(
+    source: Source, settings: Mapping[str, Any] | None = None, adapters: Iterable[Adapter] = ()
+) -> Recognized:
+    """The model that a checkpoint holds, in whatever naming, with the adapters merged into it.
 
+    `settings` are those of its config.json, if it has one.
     Raises UnsupportedModelError, naming the variant or the tensor, for anything else.
     """
-    tensors = naming.official(source)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config = detect(shapes)
+    changed = naming.official(source)
+    config = detect({name: tensor.shape for name, tensor in changed.items()})
+    for adapter in adapters:
+        changed = merge(changed, tensors(config), adapter)
     if MODULES[config.version].ROUNDS_EMBEDDING:
-        config = replace(config, embedding_dtype=tensors["emb.weight"].float_dtype)
-    config, tensors = huggingface.honoured(config, tensors, settings or {}, fla=naming.is_fla(source))
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    matched = match(config, shapes).items()
-    return Recognized(config, {name: (entry, tensors[origin]) for name, (entry, origin) in matched})
+        config = replace(config, embedding_dtype=changed["emb.weight"].float_dtype)
+    config, changed = huggingface.honoured(config, changed, settings or {}, fla=naming.is_fla(source))
+    matched = match(config, {name: tensor.shape for name, tensor in changed.items()}).items()
+    return Recognized(config, {name: (entry, changed[origin]) for name, (entry, origin) in matched})
 
 
 def detect(shapes: Shapes) -> Config:
@@ -73,7 +79,7 @@ def detect(shapes: Shapes) -> Config:
         if telling:
             raise UnsupportedModelError(f"this is {what} (found {telling})")
     if shapes and all(name.endswith(".time_state") for name in shapes):
-        raise UnsupportedModelError("these are tuned initial states only, without a model")
+        raise UnsupportedModelError(f"these are tuned initial states only; {_BASE_FIRST}")
     module = _module(shapes)
     layers = {int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d{1,4})\.", name))}
     if layers != set(range(len(layers))):

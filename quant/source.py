@@ -31,6 +31,11 @@ class SourceTensor:
         """The dtype of FLOAT_DTYPES that takes its values best."""
         return "F32" if self.dtype == "F64" else self.dtype
 
+    @property
+    def item_size(self) -> int:
+        """Bytes of one number in the file."""
+        return BITS[self.dtype].itemsize
+
     def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows [start, stop) of the first axis, as a map that goes away with the array."""
         kind = BITS[self.dtype]

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.errors import FormatError
-from rwkv_cli.quant.dtypes import BITS
 from rwkv_cli.quant.formats import format_of
 from rwkv_cli.quant.formats.contract import Facts, Format, Part, Shape, Spec
 from rwkv_cli.quant.header import Header, places, size_of
@@ -45,7 +44,7 @@ class Planned:
 
     @property
     def source_bytes(self) -> int:
-        return self.weights * BITS[self.source.dtype].itemsize
+        return self.weights * self.source.item_size
 
     @property
     def stored_bytes(self) -> int:

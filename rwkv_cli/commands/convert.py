@@ -42,6 +42,21 @@ if TYPE_CHECKING:
     help="How the model was taught to chat; auto takes the one beside SRC, or tells it from the file name.",
 )
 @click.option("--eos", type=int, metavar="ID", help="The token that ends a text; default: 0, and config.json's.")
+@click.option(
+    "--adapter",
+    "adapters",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Merge a fine-tune of RWKV-PEFT or PEFT: LoRA, PiSSA, DiSHA (bone) or a tuned state. Can be given again.",
+)
+@click.option(
+    "--adapter-scale",
+    type=float,
+    metavar="S",
+    help="What a LoRA is multiplied by: alpha / rank. Default: as adapter_config.json or train_log.txt beside it say, "
+    "else 32 / rank.",
+)
 @click.option("--force", is_flag=True, help="Replace DST if it is there.")
 @click.option("--dry-run", is_flag=True, help="Check SRC and show what would be written, but write nothing.")
 def command(
@@ -52,6 +67,8 @@ def command(
     template: str,
     *,
     eos: int | None,
+    adapters: tuple[Path, ...],
+    adapter_scale: float | None,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -62,14 +79,15 @@ def command(
 
     \b
     rwkv convert RWKV-x070-World-0.1B.pth
+    rwkv convert RWKV-x070-World-0.1B.pth --adapter rwkv-0.pth
     rwkv convert rwkv-4-pile-169m/ pile.safetensors --tokenizer 20B_tokenizer.json
     """
     from rwkv_cli.commands.options import announce_compilation
     from rwkv_cli.engine.conversion import Conversion, check_destination, default_destination
     from rwkv_cli.terminal.converting import converting_bar
 
-    dst = dst or default_destination(src, quant)
-    conversion = Conversion.of(src, quant, tokenizer, template, eos=eos)
+    dst = dst or default_destination(src, quant, adapters)
+    conversion = Conversion.of(src, quant, tokenizer, template, eos=eos, adapters=adapters, scale=adapter_scale)
     check_destination(dst, conversion, overwrite=force or dry_run)
     if conversion.contents.metadata["tokenizer"] == "none":
         vocab = conversion.config.vocab
@@ -89,6 +107,12 @@ def command(
             f"The file's name tells no chat template for certain: {metadata['template']} was taken. "
             "Choose another with --template, here or in rwkv chat."
         )
+    for adapter in conversion.adapters:
+        if adapter.guessed:
+            note(
+                f"Nothing tells the alpha of {one_line(adapter.path)}: RWKV-PEFT's default, {adapter.alpha:g}, was "
+                "taken. If it was trained with another, give alpha / rank with --adapter-scale."
+            )
     note(f"Dry run: {one_line(dst)} was not written." if dry_run else f"Wrote {one_line(dst)}")
 
 
@@ -99,6 +123,7 @@ def _report(conversion: Conversion, done: list[Written]) -> str:
     heads = f", {config.heads} heads of {config.head_size}" if config.version != "4" else ""
     rows = [
         ("architecture", f"RWKV-{config.version}"),
+        *(("adapter", one_line(adapter)) for adapter in conversion.adapters),
         ("layers", config.layers),
         ("width", f"{config.width}{heads}, channel mix {config.ffn}"),
         ("vocabulary", f"{config.vocab}, tokenizer {tokenizer}, chat template {template}"),

@@ -94,6 +94,7 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         **{key: checkpoint.metadata(key, str) for key in ("quantization", "tokenizer")},
         **_template(checkpoint),
         "source": checkpoint.metadata("source", str),
+        "adapters": checkpoint.metadata("adapters", list, []),
         "digest": checkpoint.digest,
         "tensors": rows,
     }
@@ -140,7 +141,9 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
         ("bits per weight", f"{facts['bits_per_weight']:.2f}"),
         *((key, facts[key]) for key in ("quantization", "tokenizer", "template")),
         *((key, ", ".join(facts[key])) for key in ("styles", "think") if facts[key]),
-        *((key, facts[key]) for key in ("source", "digest")),
+        ("source", facts["source"]),
+        *(("adapter", adapter) for adapter in facts["adapters"]),
+        ("digest", facts["digest"]),
     ]))  # fmt: skip
     if tensors:
         rows = [

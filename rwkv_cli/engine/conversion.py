@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, Wor
 from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
 from rwkv_cli.models import Config, registry
+from rwkv_cli.models.adapters import Adapter, read_adapters
 from rwkv_cli.models.config import Entry
 from rwkv_cli.quant import SourceTensor, open_source, read_settings
 from rwkv_cli.quant.formats import FORMATS, layout_for
@@ -39,21 +40,34 @@ class Conversion:
 
     config: Config
     contents: Contents
+    adapters: Sequence[Adapter]
+    files: frozenset[Path]
+    """The files that the numbers come from."""
 
     @classmethod
     def of(
-        cls, src: Path, quantization: str, tokenizer: str = "auto", template: str = "auto", *, eos: int | None = None
+        cls,
+        src: Path,
+        quantization: str,
+        tokenizer: str = "auto",
+        template: str = "auto",
+        *,
+        eos: int | None = None,
+        adapters: Sequence[Path] = (),
+        scale: float | None = None,
     ) -> Conversion:
         """Plan a conversion, without reading a weight.
 
         `quantization` is a key of FORMATS, `tokenizer` is auto, world or a file, and `template` is auto or a template's
-        name. `eos` is the token that ends a text; None takes what the source says. Raises an RwkvError where the
-        checkpoint or the tokenizer does not do, and OSError.
+        name. `eos` is the token that ends a text; None takes what the source says. `adapters` are files to merge, and
+        `scale` is that of LoRA; None takes what the files say. Raises an RwkvError where a file does not do, and
+        OSError.
         """
         source = open_source(src)
+        found_adapters = read_adapters(adapters, scale)
         try:
             settings = read_settings(src)
-            config, tensors = registry.recognize(source, settings)
+            config, tensors = registry.recognize(source, settings, found_adapters)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{src}: {error}") from None
         plan = [_planned(name, *matched, quantization) for name, matched in tensors.items()]
@@ -70,7 +84,11 @@ class Conversion:
         ends = _ends(eos, settings.get("eos_token_id"), found, config.vocab)
         if ends != [END_OF_TEXT]:
             metadata["ends"] = ends
-        return cls(config, Contents(plan, metadata, arrays))
+        if found_adapters:
+            metadata["adapters"] = [str(adapter) for adapter in found_adapters]
+        every = [*source.values(), *(tensor for adapter in found_adapters for tensor in adapter.tensors.values())]
+        files = frozenset(tensor.path for tensor in every)
+        return cls(config, Contents(plan, metadata, arrays), found_adapters, files)
 
     def write(self, dst: Path, *, overwrite: bool, bar: Bar = _no_bar) -> list[Written]:
         """Write `dst`. A failure leaves nothing behind."""
@@ -104,11 +122,11 @@ def _ends(eos: int | None, stated: Any, tokenizer: Tokenizer | None, vocab: int)
     return sorted({*known, *([END_OF_TEXT] if official else [])})
 
 
-def default_destination(src: Path, quantization: str) -> Path:
-    """The name of `src` with the format's ending, beside `src`."""
-    src = full_path(src)
-    stem = src.name if src.is_dir() else src.stem
-    return src.parent / f"{stem}.{FORMATS[quantization].NAME}.safetensors"
+def default_destination(src: Path, quantization: str, adapters: Sequence[Path] = ()) -> Path:
+    """The names of `src` and of the adapters with the format's ending, beside `src`."""
+    paths = [full_path(path) for path in (src, *adapters)]
+    stem = "+".join(path.name if path.is_dir() else path.stem for path in paths)
+    return paths[0].parent / f"{stem}.{FORMATS[quantization].NAME}.safetensors"
 
 
 def full_path(src: Path) -> Path:
@@ -122,7 +140,7 @@ def check_destination(dst: Path, conversion: Conversion, *, overwrite: bool) -> 
         raise FormatError(f"{dst} is a folder; give the name of a file as DST")
     if not dst.parent.is_dir():
         raise FormatError(f"{dst.parent} is not a folder; make it first, or give another DST")
-    if dst.exists() and any(dst.samefile(file) for file in {p.source.path for p in conversion.contents.plan}):
+    if dst.exists() and any(dst.samefile(file) for file in conversion.files):
         raise FormatError(f"{dst} is the source itself; give another DST")
     if dst.exists() and not overwrite:
         raise FormatError(f"{dst} exists; give --force to replace it, or another DST")

@@ -87,12 +87,27 @@ def test_an_extra_tensor_is_named(version: str) -> None:
 @pytest.mark.parametrize(
     ("added", "says"),
     [
-        ("blocks.0.att.key.lora_A", "a LoRA adapter; merge it into its base model first"),
-        ("base_model.model.blocks.0.att.key.lora_B.weight", "a LoRA adapter; merge it into its base model first"),
-        ("blocks.0.att.key.lora.0", "a LoRA adapter; merge it into its base model first"),
-        ("blocks.0.att.key.init_lora_A", "the start of a PiSSA adapter; merge both of its files into their base model"),
-        ("blocks.0.att.key.disha", "a DiSHA adapter; merge it into its base model first"),
-        ("blocks.0.att.key.bone", "a DiSHA adapter; merge it into its base model first"),
+        (
+            "blocks.0.att.key.lora_A",
+            r"a LoRA adapter; name its base model first, as in `rwkv convert BASE\.pth --adapter ADAPTER\.pth`",
+        ),
+        (
+            "base_model.model.blocks.0.att.key.lora_B.weight",
+            r"a LoRA adapter; name its base model first, as in `rwkv convert BASE\.pth --adapter ADAPTER\.pth`",
+        ),
+        (
+            "blocks.0.att.key.lora.0",
+            r"a LoRA adapter; name its base model first, as in `rwkv convert BASE\.pth --adapter ADAPTER\.pth`",
+        ),
+        ("blocks.0.att.key.init_lora_A", "the start of a PiSSA adapter; name its base model first"),
+        (
+            "blocks.0.att.key.disha",
+            "a DiSHA adapter; name its base model first",
+        ),
+        (
+            "blocks.0.att.key.bone",
+            "a DiSHA adapter; name its base model first",
+        ),
         ("proj.gate.weight", "a part of VisualRWKV, which reads pictures and is not supported; plain RWKV is"),
         ("blocks.0.ffn.s_emb.weight", r"RWKV-7a \(DeepEmbed\), which is not supported; plain RWKV-7 is"),
         ("blocks.1.qkv.qq.weight", r"RWKV-7b \(DeepEmbedAttention\), which is not supported; plain RWKV-7 is"),
@@ -111,7 +126,7 @@ def test_a_relative_is_called_by_its_name(rwkv: Run, tmp_path: Path, added: str,
 def test_a_state_alone_is_no_model(rwkv: Run, tmp_path: Path) -> None:
     states = {f"blocks.{i}.att.time_state": np.ones((2, 4, 4), np.float32) for i in range(2)}
     path = tiny.write_pth(tmp_path / "a.pth", states)
-    refused(rwkv("convert", path), path, "these are tuned initial states only, without a model")
+    refused(rwkv("convert", path), path, "these are tuned initial states only; name its base model first")
 
 
 D = (48, 48)
