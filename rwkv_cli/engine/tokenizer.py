@@ -6,19 +6,26 @@ Every kind has `encode`, `decode`, `stream` (ids to text as they come, never hal
 
 import ast
 import codecs
+import functools
 import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.errors import TokenizerError
 
+if TYPE_CHECKING:
+    from rwkv_cli.kernels.cpu.longest_match import LongestMatch
+
 END_OF_TEXT = 0
 """The token that ends a text in every official vocabulary."""
+
+_LONG = 1 << 15
+"""Bytes from which a text is worth compiled code: to load that takes as long as to split this many without it."""
 
 
 class Piece(NamedTuple):
@@ -153,11 +160,23 @@ class WorldTokenizer(_ByteTable):
 
     def encode(self, text: str | bytes) -> list[int]:
         data = to_bytes(text)
-        ids, _ = self._match(data, len(data))
-        return ids
+        return self._match(data, len(data)).ids
 
-    def _match(self, data: bytes, stop: int) -> tuple[list[int], list[int]]:
-        """Return the tokens that start before `stop`, and where each ends."""
+    def _match(self, data: bytes, stop: int) -> Piece:
+        """Return the tokens that start before `stop`. Raises TokenizerError where none fits."""
+        if stop < _LONG:
+            ids, ends = self._match_short(data, stop)
+        else:
+            ids, ends = self._compiled.split(data, stop)
+        at = int(ends[-1]) if ids else 0
+        if at < stop:
+            raise TokenizerError(
+                f"beyond this model's vocabulary, which has no token for {data[at : at + 8]!r}; leave that out"
+            )
+        return Piece(ids, ends)
+
+    def _match_short(self, data: bytes, stop: int) -> tuple[list[int], NDArray[np.int64]]:
+        """Do what `LongestMatch.split` does, without any compiled code."""
         ids, lengths = self._ids, self._lengths
         out: list[int] = []
         ends: list[int] = []
@@ -171,26 +190,29 @@ class WorldTokenizer(_ByteTable):
             else:
                 token = ids.get(data[at : at + 1])
                 if token is None:
-                    raise TokenizerError(
-                        f"beyond this model's vocabulary, which has no token for {data[at : at + 8]!r}; leave that out"
-                    )
+                    break
             out.append(token)
             at += len(self.table[token])
             ends.append(at)
-        return out, ends
+        return out, np.array(ends, np.int64)
+
+    @functools.cached_property
+    def _compiled(self) -> "LongestMatch":
+        from rwkv_cli.kernels.cpu.longest_match import LongestMatch
+
+        return LongestMatch(self.table)
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
         rest = b""
         for block in blocks:
             data = rest + block
             # A token that starts before this border cannot depend on bytes that have not come.
-            ids, ends = self._match(data, max(0, len(data) - self._longest))
-            rest = data[ends[-1] :] if ends else data
-            if ids:
-                yield Piece(ids, np.array(ends))
+            piece = self._match(data, max(0, len(data) - self._longest))
+            rest = data[piece.ends[-1] :] if piece.ids else data
+            if piece.ids:
+                yield piece
         if rest:
-            ids, ends = self._match(rest, len(rest))
-            yield Piece(ids, np.array(ends))
+            yield self._match(rest, len(rest))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays in a converted file: all tokens' bytes in the order of their ids, and their lengths."""

@@ -1,6 +1,8 @@
 """Tokenizers against known ids, the reference package and themselves: whole, in blocks, and as a stream."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,74 @@ def test_world_encodes_as_the_reference(reference: Any) -> None:
 
     check()
     assert {i: token for i, token in enumerate(WORLD.table) if token} == reference.idx2token
+
+
+def longest_slices(table: list[bytes], data: bytes) -> list[int]:
+    """Greedy longest match, as plainly as it can be written."""
+    ids = {token: i for i, token in enumerate(table) if token}
+    longest, out, at = max(map(len, ids)), [], 0
+    while at < len(data):
+        token = next(data[at : at + n] for n in range(longest, 0, -1) if data[at : at + n] in ids)
+        out.append(ids[token])
+        at += len(token)
+    return out
+
+
+@pytest.mark.parametrize("text", ["bytes", "tokens", "half tokens", "prose"])
+def test_long_texts_are_split_as_short_ones(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts are split by compiled code, short ones in Python. A plain loop says what is right."""
+    rng = np.random.default_rng(0)
+    tokens = [WORLD.table[i] for i in rng.permutation(WORLD.size)[:20_000]]
+    data = {
+        "bytes": rng.bytes(50_000),
+        "tokens": b"".join(tokens),
+        "half tokens": b"".join(token[: 1 + len(token) // 2] for token in tokens),
+        "prose": (SAMPLE * 300).encode(),
+    }[text]
+    want = longest_slices(WORLD.table, data)
+    assert WORLD.encode(data) == want
+    ends = np.cumsum([len(WORLD.table[i]) for i in want])
+    pieces = list(WORLD.encode_blocks(blocks(data, [1 << 16, 40_000, 100])))
+    assert [i for piece in pieces for i in piece.ids] == want
+    assert np.array_equal(np.concatenate([np.diff(piece.ends, prepend=0) for piece in pieces]).cumsum(), ends)
+    for border in (0, len(data) + 1):  # all compiled, and all in Python
+        monkeypatch.setattr("rwkv_cli.engine.tokenizer._LONG", border)
+        assert WORLD.encode(data) == want
+
+
+def test_long_texts_are_split_as_by_the_reference(shared: Path, reference: Any) -> None:
+    for path in sorted((shared / "text").iterdir()):
+        data = path.read_bytes()[:100_000]
+        assert WORLD.encode(data) == reference.encodeBytes(data), path
+
+
+@modest
+@given(
+    table=st.lists(st.binary(min_size=1, max_size=5), min_size=1, max_size=30), data=st.binary(max_size=40),
+    heads=st.lists(st.integers(0, 29), max_size=20),
+)  # fmt: skip
+def test_any_vocabulary_splits_alike(table: list[bytes], data: bytes, heads: list[int]) -> None:
+    """Of two equal tokens, one counts. What cannot be spelled is named at the same place."""
+    tokenizer = WorldTokenizer([b"", *table])
+    text = b"".join(table[i % len(table)] for i in heads) + data
+    found = []
+    for border in (0, len(text) + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rwkv_cli.engine.tokenizer._LONG", border)
+            try:
+                found.append(tokenizer.encode(text))
+            except TokenizerError as error:
+                found.append(str(error))
+    assert found[0] == found[1]
+
+
+def test_short_texts_need_no_compiled_code() -> None:
+    code = (
+        "import sys\nfrom rwkv_cli.engine.tokenizer import WorldTokenizer\n"
+        "WorldTokenizer([b'', b'a']).encode('a' * 5000)\nprint('numba' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("kind", ["world", "bytes"])
