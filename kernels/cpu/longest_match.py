@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import njit, types  # type: ignore[attr-defined]
+from numba import njit, types
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels.cpu.compile import cached, function
