@@ -54,7 +54,7 @@ class Merged(SourceTensor):
     change: Change
 
     @property
-    def item_size(self) -> int:
+    def item_size(self) -> float:
         return self.base.item_size
 
     def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:

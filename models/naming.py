@@ -7,12 +7,11 @@ web-rwkv, assets/scripts/convert_safetensors.py.
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant import Source, SourceTensor, is_safetensors
-from rwkv_cli.quant.dtypes import BITS
+from rwkv_cli.quant.source import rows_of, turned
 
 _WRAPPERS = re.compile(r"^(_forward_module\.|module\.|base_model\.model\.)+|(?<![^.])_orig_mod\.")
 """The words that training programs put before and into names: DeepSpeed, DDP, PEFT and torch.compile."""
@@ -94,12 +93,6 @@ def _rename(name: str, rules: list[tuple[str, str]]) -> str:
     return name
 
 
-def _turned(tensor: SourceTensor) -> SourceTensor:
-    """The tensor with its last two axes swapped."""
-    shape, strides = tensor.shape, tensor.strides
-    return replace(tensor, shape=(*shape[:-2], *shape[:-3:-1]), strides=(*strides[:-2], *strides[:-3:-1]))
-
-
 def _from_web(named: list[tuple[str, SourceTensor]]) -> list[tuple[str, SourceTensor]]:
     """The official tensors of a web-rwkv file; those of any other file stay as they are.
 
@@ -117,7 +110,7 @@ def _from_web(named: list[tuple[str, SourceTensor]]) -> list[tuple[str, SourceTe
     width = shapes.get("emb.weight", (0, 0))[-1]
     v7 = all(len(shape) == 2 and shape[1] == width for shape in first) and any(shape[0] != width for shape in first)
     if rules or v7:
-        named = [(_rename(name, rules), _turned(t) if _turned_in_web(name, t) else t) for name, t in named]
+        named = [(_rename(name, rules), turned(t) if _turned_in_web(name, t) else t) for name, t in named]
     return named
 
 
@@ -134,7 +127,7 @@ def tuned_states(path: Path, source: Source) -> Source:
     """
     named = {plain(name): tensor for name, tensor in source.items()}
     if path.suffix in (".state", ".st") and is_safetensors(path):
-        named = {name: _turned(tensor) if _turned_in_web(name, tensor) else tensor for name, tensor in named.items()}
+        named = {name: turned(tensor) if _turned_in_web(name, tensor) else tensor for name, tensor in named.items()}
     return named
 
 
@@ -145,8 +138,7 @@ def adapter(path: Path, source: Source) -> Source:
     """
     if all(name.endswith(".time_state") for name in source):
         return tuned_states(path, source)
-    turned = {name: _turned(tensor) if name.endswith(".lora.0") else tensor for name, tensor in source.items()}
-    named = official(turned)
+    named = official({name: turned(tensor) if name.endswith(".lora.0") else tensor for name, tensor in source.items()})
     return {_rename(name, _FACTORS): tensor for name, tensor in named.items()}
 
 
@@ -157,14 +149,9 @@ def _from_fla(name: str, tensor: SourceTensor) -> Iterator[tuple[str, SourceTens
     """
     new = _rename(name, _FLA)
     if ".lora." in name and name.endswith(".weight") and len(tensor.shape) == 2:
-        yield new, _turned(tensor)
+        yield new, turned(tensor)
     elif new.endswith(".att.x_x") and tensor.shape and tensor.shape[0] == 6:
-        step = tensor.strides[0] * BITS[tensor.dtype].itemsize
-        for i, x in enumerate("rwkvag"):
-            start = tensor.start + i * step
-            yield (
-                new.removesuffix("x") + x,
-                replace(tensor, shape=tensor.shape[1:], strides=tensor.strides[1:], start=start),
-            )
+        for x, part in zip("rwkvag", rows_of(tensor), strict=True):
+            yield new.removesuffix("x") + x, part
     else:
         yield new, tensor

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from rwkv_cli.errors import UnsupportedModelError
-from rwkv_cli.models import huggingface, naming, rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_cli.models import gguf, huggingface, naming, rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_cli.models.adapters import Adapter, merge
 from rwkv_cli.models.config import Config, Entry, Shapes, matrix, norm
 from rwkv_cli.quant import Source, SourceTensor
@@ -55,16 +55,22 @@ def recognize(
 ) -> Recognized:
     """The model that a checkpoint holds, in whatever naming, with the adapters merged into it.
 
-    `settings` are those of its config.json, if it has one.
+    `settings` are its config.json's or its GGUF metadata.
     Raises UnsupportedModelError, naming the variant or the tensor, for anything else.
     """
+    settings = settings or {}
+    metadata = settings if gguf.ARCHITECTURE in settings else None
+    if metadata:
+        source, settings = gguf.official(source, metadata)
     changed = naming.official(source)
     config = detect({name: tensor.shape for name, tensor in changed.items()})
+    if metadata:
+        gguf.check(config, metadata)
     for adapter in adapters:
         changed = merge(changed, tensors(config), adapter)
     if MODULES[config.version].ROUNDS_EMBEDDING:
         config = replace(config, embedding_dtype=changed["emb.weight"].float_dtype)
-    config, changed = huggingface.honoured(config, changed, settings or {}, fla=naming.is_fla(source))
+    config, changed = huggingface.honoured(config, changed, settings, fla=naming.is_fla(source))
     matched = match(config, {name: tensor.shape for name, tensor in changed.items()}).items()
     return Recognized(config, {name: (entry, changed[origin]) for name, (entry, origin) in matched})
 

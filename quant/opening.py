@@ -1,4 +1,4 @@
-"""Opens a foreign checkpoint: a `.pth`, a safetensors file, or a folder of either."""
+"""Opens a foreign checkpoint: a `.pth`, a safetensors, GGUF or rwkv.cpp file, or a folder of the first two."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_cli.errors import FormatError
+from rwkv_cli.quant.gguf import MAGIC, open_gguf, read_gguf
 from rwkv_cli.quant.pth import LEGACY, open_legacy, open_pth
 from rwkv_cli.quant.replacing import check_regular
 from rwkv_cli.quant.safetensors import open_safetensors
@@ -39,8 +40,13 @@ def _open_file(path: Path) -> dict[str, SourceTensor]:
 def read_settings(path: Path) -> dict[str, Any]:
     """The config.json of a checkpoint: of a folder, or beside a file with a name that only such folders have.
 
-    It is empty where there is none. Raises FormatError for one that cannot be read.
+    The metadata of a GGUF file are its settings. Otherwise they are empty. Raises FormatError for a config.json that
+    cannot be read.
     """
+    if path.is_file():
+        with path.open("rb") as start:
+            if start.read(len(MAGIC)) == MAGIC:
+                return read_gguf(path).metadata
     folder = path if path.is_dir() else path.absolute().parent
     file = folder / "config.json"
     if not file.is_file() or not (
@@ -107,12 +113,14 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], dict[str, SourceTensor]
         raise FormatError(f"{path}: a Git-LFS pointer, not the file itself; run `git lfs pull` or download the file")
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise FormatError(f"{path}: a web page saved under this name; download the file itself (the raw link)")
-    if head.startswith(b"GGUF"):
-        raise FormatError(f"{path}: a GGUF file; convert from the original .pth or safetensors instead")
+    if head.startswith(MAGIC):
+        return open_gguf
     if head.startswith((b"ggmf", b"fmgg", b"lmgg")):
         raise FormatError(f"{path}: an rwkv.cpp file; convert from the original .pth instead")
     if head.startswith(LEGACY):
         return open_legacy
     if head.startswith(b"\x80"):
         raise FormatError(f"{path}: a pickle that torch.save did not write; give a checkpoint")
-    raise FormatError(f"{path}: neither a torch .pth nor a safetensors file; give a checkpoint, or download it again")
+    raise FormatError(
+        f"{path}: neither a torch .pth nor a safetensors or GGUF file; give a checkpoint, or download it again"
+    )

@@ -1,7 +1,7 @@
 """Tensors of checkpoints as places in their files."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ class SourceTensor:
         return "F32" if self.dtype == "F64" else self.dtype
 
     @property
-    def item_size(self) -> int:
-        """Bytes of one number in the file."""
+    def item_size(self) -> float:
+        """Bytes of one number in the file. In blocks of numbers, it is a fraction."""
         return BITS[self.dtype].itemsize
 
     def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
@@ -69,7 +69,47 @@ class Zeros(SourceTensor):
         return np.zeros(self.shape, BITS[self.dtype])[start:stop]
 
 
+@dataclass(frozen=True)
+class Computed(SourceTensor):
+    """A float32 tensor whose numbers are computed one by one from those of another."""
+
+    of: SourceTensor
+    function: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+    @classmethod
+    def from_each(cls, of: SourceTensor, function: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> "Computed":
+        """The tensor of `function` of each number of `of`."""
+        return cls(of.path, "F32", of.shape, of.start, contiguous(of.shape), of, function)
+
+    @property
+    def item_size(self) -> float:
+        return self.of.item_size
+
+    def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        return self.function(self.of.float32(start, stop))
+
+
 Source = Mapping[str, SourceTensor]
+
+
+def reshaped(tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
+    """A contiguous tensor in another shape of as many numbers."""
+    return replace(tensor, shape=shape, strides=contiguous(shape))
+
+
+def turned(tensor: SourceTensor) -> SourceTensor:
+    """The tensor with its last two axes swapped."""
+    shape, strides = tensor.shape, tensor.strides
+    return replace(tensor, shape=(*shape[:-2], *shape[:-3:-1]), strides=(*strides[:-2], *strides[:-3:-1]))
+
+
+def rows_of(tensor: SourceTensor) -> list[SourceTensor]:
+    """The parts of a stack: one tensor for each place on its first axis."""
+    step = tensor.strides[0] * BITS[tensor.dtype].itemsize
+    return [
+        replace(tensor, shape=tensor.shape[1:], strides=tensor.strides[1:], start=tensor.start + i * step)
+        for i in range(tensor.shape[0])
+    ]
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ class Planned:
 
     @property
     def source_bytes(self) -> int:
-        return self.weights * self.source.item_size
+        return round(self.weights * self.source.item_size)
 
     @property
     def stored_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.engine.inside import check_kind, template_inside, tokenizer_inside
 from rwkv_cli.engine.json_tokenizer import JsonTokenizer
 from rwkv_cli.engine.stored import template_beside
 from rwkv_cli.engine.templates import recognize
@@ -71,17 +72,18 @@ class Conversion:
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{src}: {error}") from None
         plan = [_planned(name, *matched, quantization) for name, matched in tensors.items()]
-        found = find_tokenizer(tokenizer, src, config.vocab)
+        found = find_tokenizer(tokenizer, src, config.vocab, settings)
         kind, arrays = _stored_tokenizer(found)
         name = full_path(src).name
         metadata: dict[str, Any] = {
             "config": config.as_json(),
             "quantization": quantization,
             "tokenizer": kind,
-            **_stored_template(template, src, kind, config.vocab),
+            **_stored_template(template, src, settings, kind, config.vocab),
             "source": name,
         }
-        ends = _ends(eos, settings.get("eos_token_id"), found, config.vocab)
+        stated = settings.get("eos_token_id", settings.get("tokenizer.ggml.eos_token_id"))
+        ends = _ends(eos, stated, found, config.vocab)
         if ends != [END_OF_TEXT]:
             metadata["ends"] = ends
         if found_adapters:
@@ -108,7 +110,7 @@ def _planned(name: str, entry: Entry, source: SourceTensor, quantization: str) -
 
 
 def _ends(eos: int | None, stated: Any, tokenizer: Tokenizer | None, vocab: int) -> list[int]:
-    """The tokens that end a text: the one asked for, else the official one and those of the source's config.json.
+    """The tokens that end a text: the one asked for, else the official one and those that the source states.
 
     The official one ends no text where a vocabulary gives it a text of its own.
     """
@@ -146,13 +148,18 @@ def check_destination(dst: Path, conversion: Conversion, *, overwrite: bool) -> 
         raise FormatError(f"{dst} exists; give --force to replace it, or another DST")
 
 
-def find_tokenizer(choice: str, src: Path, vocab: int) -> Tokenizer | None:
-    """The tokenizer that was chosen. With `auto`, the vocabulary's size or a file beside `src` tells which one fits.
+def find_tokenizer(choice: str, src: Path, vocab: int, settings: Mapping[str, Any] | None = None) -> Tokenizer | None:
+    """The tokenizer that was chosen. With `auto`, a GGUF file has it in its `settings`.
 
-    Raises TokenizerError if the one asked for does not fit.
+    Otherwise, a file beside `src` or the vocabulary's size tells which one fits. Raises TokenizerError if the one asked
+    for does not fit.
     """
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     if choice == "auto":
+        settings = settings or {}
+        tokenizer = tokenizer_inside(src, settings)
+        if tokenizer is not None and tokenizer.size <= vocab:
+            return tokenizer
         folder = src if src.is_dir() else full_path(src).parent
         names = [f"{full_path(src).stem}.tokenizer.json", "tokenizer.json", "20B_tokenizer.json"]
         names += sorted((file.name for file in folder.glob("rwkv_vocab_*.txt")), reverse=True)
@@ -163,6 +170,7 @@ def find_tokenizer(choice: str, src: Path, vocab: int) -> Tokenizer | None:
                 # a vocabulary is padded by a few hundred rows at most, so any other file lies here by chance
                 if tokenizer.size <= vocab < tokenizer.size + 512:
                     return tokenizer
+        check_kind(src, settings)
         if vocab == 65536:
             return WorldTokenizer.from_vocabulary(official_vocabulary())
         return ByteTokenizer() if vocab == 256 else None
@@ -189,12 +197,12 @@ def read_tokenizer_file(path: Path) -> Tokenizer:
         raise TokenizerError(f"{error}; give a sound one with --tokenizer") from None
 
 
-def _stored_template(choice: str, src: Path, tokenizer: str, vocab: int) -> dict[str, Any]:
-    """The metadata of the chat template: the one chosen, the folder's own, or the one that the name tells."""
+def _stored_template(choice: str, src: Path, settings: Mapping[str, Any], tokenizer: str, vocab: int) -> dict[str, Any]:
+    """The metadata of the chat template: the one chosen, the source's own, or the one that the name tells."""
     if choice != "auto":
         return {"template": choice, "template_from": "choice"}
     path = full_path(src)
-    found = template_beside(src if src.is_dir() else path.parent)
+    found = template_inside(src, settings) or template_beside(src if src.is_dir() else path.parent)
     if found is not None:
         return found
     told = recognize(path.name, tokenizer, vocab)

@@ -77,15 +77,22 @@ def template_beside(folder: Path) -> dict[str, Any] | None:
         source, where = _read(file), file
     if not isinstance(source, str) or not source.strip():
         return None
-    special = {key: _text(config.get(key)) for key in ("bos_token", "eos_token")}
+    return judged(where, source, {key: _text(config.get(key)) for key in ("bos_token", "eos_token")}, "folder")
+
+
+def judged(where: Path, source: str, special: dict[str, str], origin: str) -> dict[str, Any]:
+    """Try a template in Jinja's language, and return what a converted file says of it.
+
+    `where` is the file that it stands in, and `origin` says of what kind that is. Raises FormatError.
+    """
     try:
         template = Rendered.of(source, special)
         known = is_g1h(template)
     except ConversationError as error:
         raise FormatError(f"{where}: {error}") from None
     if known:
-        return {"template": "g1h", "template_from": "folder"}
-    return {"template": OWN, "template_from": "folder", "chat_template": source, "special_tokens": special}
+        return {"template": "g1h", "template_from": origin}
+    return {"template": OWN, "template_from": origin, "chat_template": source, "special_tokens": special}
 
 
 def _text(token: Any) -> str:

@@ -1,0 +1,349 @@
+"""GGUF files of RWKV-6 and 7, written by the `gguf` package, are the same models as their `.pth`."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+from click.testing import Result
+
+import rwkv_cli
+from rwkv_cli.engine.inside import tokenizer_inside
+from rwkv_cli.engine.tokenizer import WorldTokenizer, official_vocabulary
+from rwkv_cli.models import registry
+from rwkv_cli.quant import Checkpoint, open_source, read_settings
+from rwkv_cli.quant.gguf import read_gguf
+from rwkv_cli.quant.source import turned
+
+Run = Callable[..., Result]
+TOKENS = ["<s>", "a", "b", "\\n\\n", "\\xe4\\xbd", "it\\'s", 'b"', "\\\\", "é"]
+BYTES = [b"", b"a", b"b", b"\n\n", b"\xe4\xbd", b"it's", b'b"', b"\\", "é".encode()]
+DTYPES = {"F32": np.float32, "F16": np.float16}
+
+
+def llama_tensors(version: str, weights: tiny.Tensors, rescale: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    """The tensors that llama.cpp's conversion/rwkv.py makes, by their names in the file."""
+    out: dict[str, np.ndarray[Any, Any]] = {}
+    top = {"emb.": "token_embd.", "blocks.0.ln0.": "token_embd_norm.", "ln_out.": "output_norm.", "head.": "output."}
+    mixes, x_ = ("wkvrg", "time_maa_") if version == "6" else ("rwkvag", "x_")
+    for name, array in weights.items():
+        for old, new in top.items():
+            if name.startswith(old):
+                out[new + name.removeprefix(old)] = array
+        if not name.startswith("blocks.") or ".ln0." in name:
+            continue
+        _, layer, *parts = name.split(".")
+        part, blk = ".".join(parts), f"blk.{layer}."
+        if part.startswith(("ln1.", "ln2.")):
+            out[blk + part.replace("ln1", "attn_norm").replace("ln2", "attn_norm_2")] = array
+        elif part.startswith("att.ln_x"):
+            out[blk + "time_mix_ln." + parts[-1]] = array
+        elif part.endswith(".weight"):
+            where = {"att": "time_mix_", "ffn": "channel_mix_"}[parts[0]] + parts[1] + ".weight"
+            halved = rescale and part in ("att.output.weight", "ffn.value.weight")
+            out[blk + where] = array / 2 ** (int(layer) // rescale) if halved else array
+        elif part.startswith(f"ffn.{x_}"):
+            out[blk + f"channel_mix_lerp_{part[-1]}.weight"] = array.reshape(-1)
+        elif part == "att.time_maa_x":
+            out[blk + "time_mix_lerp_x.weight"] = array.reshape(-1)
+        elif part == f"att.{x_}{mixes[0]}":
+            fused = [weights[f"blocks.{layer}.att.{x_}{x}"].reshape(1, 1, -1) for x in mixes]
+            out[blk + "time_mix_lerp_fused.weight"] = np.stack(fused)
+        elif not part.startswith(f"att.{x_}") or part[-1] in "12":
+            new = parts[1].replace("time_faaaa", "first").replace("time_maa_", "").replace("time_", "")
+            if part[-1] in "12":
+                array = np.ascontiguousarray(np.swapaxes(array, -1, -2))
+            else:
+                array = array.reshape(-1) if new != "first" else array
+            if version == "7" and layer == "0" and new.startswith("a"):
+                out[blk + f"time_mix_v{new[1]}.weight"] = array  # dummies that are not used
+            if not (version == "7" and layer == "0" and new in ("v0", "v1", "v2")):
+                out[blk + f"time_mix_{new}.weight"] = array
+    return out
+
+
+def write_gguf(
+    path: Path, version: str, weights: tiny.Tensors, kind: str = "F32", *, rescale: int = 0, **changes: Any
+) -> Path:
+    """A GGUF file with matrices of a kind. `changes` are metadata that replace or, if None, remove what belongs there.
+
+    A dot in a key is written as two underscores.
+    """
+    arch, width = f"rwkv{version}", weights["emb.weight"].shape[1]
+    vocab, layers = len(weights["emb.weight"]), sum(name.endswith("ln1.weight") for name in weights)
+    fields: dict[str, Any] = {
+        f"{arch}.context_length": 1048576,
+        f"{arch}.embedding_length": width,
+        f"{arch}.block_count": layers,
+        f"{arch}.feed_forward_length": len(weights["blocks.0.ffn.key.weight"]),
+        f"{arch}.attention.layer_norm_epsilon": 1e-5,
+        f"{arch}.wkv.head_size": 16,
+        f"{arch}.rescale_every_n_layers": rescale,
+        f"{arch}.attention.head_count": 0,
+        "tokenizer.ggml.model": "rwkv",
+        "tokenizer.ggml.tokens": TOKENS + [f"[PAD{i}]" for i in range(len(TOKENS), vocab)],
+        "tokenizer.ggml.token_type": [3] + [1] * (len(TOKENS) - 1) + [5] * (vocab - len(TOKENS)),
+        "tokenizer.ggml.eot_token_id": 3,
+        "tokenizer.chat_template": "rwkv-world",
+    }
+    fields |= {key.replace("__", "."): value for key, value in changes.items()}
+    writer = gguf.GGUFWriter(path, fields.pop("general.architecture", arch))
+    for key, value in fields.items():
+        if key == "general.alignment" and value == 64:
+            writer.add_custom_alignment(value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif value is not None:
+            writer.add_uint32(key, value)
+    for name, array in llama_tensors(version, weights, rescale).items():
+        matrix = array.ndim == 2 and not any(x in name for x in ("_w", "_a", "_v", "_g", "_lerp", "_first"))
+        matrix |= name.endswith(("value.weight", "gate.weight"))
+        if matrix and kind not in DTYPES:
+            chosen = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quantize(array, chosen), raw_dtype=chosen)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(array, DTYPES[kind] if matrix else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def weights_of(version: str, dtype: str = "F32", **sizes: int) -> tiny.Tensors:
+    return tiny.rounded(tiny.weights(version, **{"width": 64, "head": 16, "ffn": 128, "vocab": 40, **sizes}), dtype)
+
+
+@pytest.mark.parametrize("version", ["6", "7"])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("rescale", [0, 1, 2])
+def test_a_float_gguf_file_is_the_same_model(rwkv: Run, tmp_path: Path, version: str, dtype: str, rescale: int) -> None:
+    if rescale and (version, dtype) in (("7", "F32"), ("7", "F16"), ("7", "BF16"), ("6", "F16")):
+        pytest.skip("llama.cpp rescales RWKV-6 only, and half of a small number is rounded in float16")
+    weights = weights_of(version, dtype)
+    tiny.write_pth(tmp_path / "a.pth", weights, dtype)
+    write_gguf(tmp_path / "a.gguf", version, weights, dtype, rescale=rescale)
+    digests, logits = [], []
+    for name in ("a.pth", "a.gguf"):
+        result = rwkv("convert", tmp_path / name, tmp_path / "out", "--quant", "none", "--force")
+        assert result.exit_code == 0, result.stderr
+        digests.append(Checkpoint(tmp_path / "out").digest)
+        model = rwkv_cli.load(tmp_path / "out")
+        logits.append(model.advance([1, 2, 3], model.new_state()))
+    assert digests[0] == digests[1]
+    np.testing.assert_array_equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("version", ["6", "7"])
+def test_quantized_tensors_are_those_of_the_gguf_package(tmp_path: Path, version: str, kind: str) -> None:
+    """Whole and row by row, and near to the numbers that were rounded."""
+    weights = weights_of(version)
+    path = write_gguf(tmp_path / "a", version, weights, kind)
+    matched = registry.recognize(open_source(path), read_settings(path)).tensors
+    for name in ("emb.weight", "blocks.1.att.output.weight", "blocks.2.ffn.value.weight"):
+        _, tensor = matched[name]
+        got = tensor.float32()
+        other = gguf.quantize(weights[name], gguf.GGMLQuantizationType[kind])
+        np.testing.assert_array_equal(got, gguf.dequantize(other, gguf.GGMLQuantizationType[kind]))
+        np.testing.assert_array_equal(got[7:20], tensor.float32(7, 20))
+        error = np.linalg.norm(got - weights[name]) / np.linalg.norm(weights[name])
+        assert error < (0.01 if kind == "Q8_0" else 0.2)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q4_0", "Q8_0"])
+def test_every_kind_of_block_is_read_as_the_gguf_package_reads_it(tmp_path: Path, kind: str) -> None:
+    """On blocks of random bits, whose scales are finite, also where a tensor lies turned."""
+    chosen = gguf.GGMLQuantizationType[kind]
+    rng = np.random.default_rng(1)
+    shape = gguf.quant_shape_to_byte_shape((6, 512), chosen)
+    blocks = rng.integers(0, 256, shape, np.uint8)
+    blocks[blocks % 128 >= 124] = 0  # the upper byte of an infinite float16
+    writer = gguf.GGUFWriter(tmp_path / "a", "rwkv7")
+    writer.add_tensor("x", np.zeros(5, np.float32))
+    writer.add_tensor("blk.0.time_mix_w1.weight", blocks, raw_dtype=chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = open_source(tmp_path / "a")["blk.0.time_mix_w1.weight"]
+    expected = next(t for t in gguf.GGUFReader(tmp_path / "a").tensors if t.name == "blk.0.time_mix_w1.weight")
+    values = gguf.dequantize(np.asarray(expected.data), chosen)
+    assert tensor.shape == values.shape == (6, 512)
+    np.testing.assert_array_equal(tensor.float32(), values)
+    np.testing.assert_array_equal(tensor.float32(2, 5), values[2:5])
+    np.testing.assert_array_equal(turned(tensor).float32(3, 400), values.T[3:400])
+
+
+def test_a_quantized_gguf_file_converts_and_runs(rwkv: Run, tmp_path: Path) -> None:
+    """Its logits are those of the numbers that the package reads."""
+    weights = weights_of("7")
+    path = write_gguf(tmp_path / "a.gguf", "7", weights, "Q8_0")
+    result = rwkv("convert", path, tmp_path / "a", "--quant", "none")
+    assert result.exit_code == 0, result.stderr
+    assert "tokenizer world" in result.stdout
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, array in weights.items():
+        if name.endswith(".weight") and array.ndim == 2:
+            weights[name] = gguf.dequantize(gguf.quantize(array, kind), kind)
+    tiny.write_pth(tmp_path / "b.pth", weights, "F32")
+    assert rwkv("convert", tmp_path / "b.pth", tmp_path / "b", "--quant", "none").exit_code == 0
+    assert Checkpoint(tmp_path / "a").digest == Checkpoint(tmp_path / "b").digest
+    assert rwkv("generate", "ab", "-m", tmp_path / "a", "--max-tokens", "3").exit_code == 0
+
+
+def test_the_reader_finds_what_the_packages_reader_finds(tmp_path: Path) -> None:
+    path = write_gguf(
+        tmp_path / "a", "6", weights_of("6"), "Q8_0", general__alignment=64, x__bool=7, x__list=[1.5, 2.5]
+    )
+    metadata, tensors = read_gguf(path)
+    other = gguf.GGUFReader(path)
+    for name, field in other.fields.items():
+        if not name.startswith("GGUF."):
+            assert metadata[name] == pytest.approx(field.contents()) or metadata[name] == field.contents()
+    assert {t.name: t.data_offset for t in other.tensors} == {name: t.start for name, t in tensors.items()}
+
+
+def test_the_tokenizer_comes_along(rwkv: Run, tmp_path: Path) -> None:
+    """Padding and the token that begins a text have no text."""
+    (tmp_path / "rwkv_vocab_x.txt").write_text("1 'x' 1\n")  # lies there by chance
+    path = write_gguf(tmp_path / "a.gguf", "7", weights_of("7"))
+    assert rwkv("convert", path, tmp_path / "a").exit_code == 0
+    tokenizer = rwkv_cli.load(tmp_path / "a").tokenizer
+    assert isinstance(tokenizer, WorldTokenizer)
+    assert tokenizer.table == BYTES
+
+
+def test_the_world_vocabulary_comes_back_whole() -> None:
+    """Written as llama.cpp's converter writes it."""
+    official = WorldTokenizer.from_vocabulary(official_vocabulary())
+    tokens = ["<s>"] + [repr(token)[2:-1] for token in official.table[1:]] + ["[PAD]"] * 6
+    found = tokenizer_inside(
+        Path("a"),
+        {
+            "tokenizer.ggml.model": "rwkv",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [3] + [1] * (len(official.table) - 1) + [5] * 6,
+        },
+    )
+    assert found is not None
+    assert found.table == official.table
+
+
+def info(rwkv: Run, path: Path) -> dict[str, Any]:
+    result = rwkv("info", path, "--json")
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_the_chat_template_comes_along(rwkv: Run, tmp_path: Path) -> None:
+    """A template in Jinja's language is the model's own. The name that every file has says nothing."""
+    own = "{{ bos_token }}{% for m in messages %}{{ m.role }}> {{ m.content }}\n{% endfor %}assistant>"
+    path = write_gguf(
+        tmp_path / "a.gguf", "7", weights_of("7"), tokenizer__chat_template=own, tokenizer__ggml__bos_token_id=0
+    )
+    assert rwkv("convert", path, tmp_path / "a").exit_code == 0
+    assert info(rwkv, tmp_path / "a")["template"] == "own"
+    metadata = Checkpoint(tmp_path / "a").metadata("special_tokens", dict)
+    assert metadata == {"bos_token": "<s>", "eos_token": ""}
+    named = write_gguf(tmp_path / "rwkv7-g1d-0.1b.gguf", "7", weights_of("7"))
+    assert rwkv("convert", named, tmp_path / "b").exit_code == 0
+    assert info(rwkv, tmp_path / "b")["template"] == "g1"
+
+
+def test_metadata_that_changes_results_is_honoured(rwkv: Run, tmp_path: Path) -> None:
+    changes = {"rwkv7__attention__layer_norm_epsilon": 1e-3, "tokenizer__ggml__eos_token_id": 2}
+    path = write_gguf(tmp_path / "a.gguf", "7", weights_of("7"), **changes)
+    assert rwkv("convert", path, tmp_path / "a").exit_code == 0
+    checkpoint = Checkpoint(tmp_path / "a")
+    assert checkpoint.metadata("config", dict)["norm_eps"] == 1e-3
+    assert checkpoint.metadata("ends", list) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "says"),
+    [
+        ("7", {"general__architecture": "llama"}, "a GGUF file of the architecture 'llama'; of these, rwkv6 and rwkv7"),
+        ("6", {"general__architecture": "rwkv6qwen2"}, "a GGUF file of the architecture 'rwkv6qwen2'"),
+        ("7", {"rwkv7__token_shift_count": 1}, r"its metadata has rwkv7\.token_shift_count 1, but"),
+        ("7", {"rwkv7__wkv__head_size": 48}, r"its metadata has rwkv7\.wkv\.head_size 48, but"),
+        ("7", {"rwkv7__wkv__head_size": None}, r"its metadata has rwkv7\.wkv\.head_size None, but"),
+        ("6", {"rwkv6__wkv__head_size": 32}, r"its metadata has rwkv6\.wkv\.head_size 32, but its tensors have 16"),
+        ("7", {"rwkv7__rescale_every_n_layers": 6}, "rescale_every_n_layers 6, but only RWKV-6"),
+        ("7", {"rwkv7__attention__decay_lora_rank": 9}, r"decay_lora_rank 9, but its tensors have 8"),
+        ("6", {"rwkv6__time_mix_extra_dim": 9}, r"time_mix_extra_dim 9, but its tensors have 8"),
+        ("7", {"rwkv7__block_count": 4}, r"rwkv7\.block_count 4, but its tensors have 3"),
+        ("7", {"rwkv7__attention__layer_norm_epsilon": 2.0}, "an epsilon is out of range"),
+        ("7", {"split__count": 2}, "one of 2 parts of a model; join them with `llama-gguf-split --merge`"),
+        ("7", {"general__alignment": 3}, r"general\.alignment is 3; download the file again"),
+        ("7", {"tokenizer__ggml__model": "gpt2"}, "its tokenizer is of the kind 'gpt2'.*--tokenizer"),
+        ("7", {"tokenizer__ggml__token_type": [1]}, "the vocabulary in it is damaged; give one with --tokenizer"),
+        ("7", {"tokenizer__ggml__tokens": ["a" * 300] * 40}, "no tokens, or too long ones; give one with --tokenizer"),
+        ("7", {"tokenizer__chat_template": "{% for %}"}, "the model's own chat template fails .* --template"),
+    ],
+)  # fmt: skip
+def test_what_a_gguf_file_cannot_have_is_named(
+    rwkv: Run, tmp_path: Path, version: str, changes: dict[str, Any], says: str
+) -> None:
+    path = write_gguf(tmp_path / "a.gguf", version, weights_of(version), **changes)
+    tiny.refused(rwkv("convert", path), f"{path}: ", says)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def damaged(data: bytes) -> dict[str, bytes]:
+    """Files that are not whole, by what is wrong with them."""
+    name = b"token_embd.weight"
+    at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4  # two sizes, the type and the offset
+
+    def with_(place: int, form: str, value: int) -> bytes:
+        return data[:place] + struct.pack(form, value) + data[place + struct.calcsize(form) :]
+
+    return {
+        "a GGUF file of version 1; versions 2 and 3 are read": with_(4, "<I", 1),
+        "a big-endian GGUF file": with_(4, ">I", 3),
+        "truncated or damaged": with_(8, "<Q", 1 << 60),
+        "truncated or damaged;": with_(16, "<Q", 1 << 60),
+        "truncated or damaged; download": data[:2000],
+        "the file is truncated or damaged": data[:20],
+        "lies beyond the end: the file is truncated": data[:-3000],
+        "token_embd.weight has the shape": with_(at, "<Q", 0),
+        "token_embd.weight lies beyond the end": with_(at + 8, "<Q", 1 << 40),
+        "its tensors lie over each other": with_(at + 8, "<Q", (len(data) - 16000) // 256),
+        "token_embd.weight is of the unknown type 999": with_(at + 16, "<I", 999),
+        "token_embd.weight is IQ1_S, which is not read": with_(at + 16, "<I", 19),
+    }
+
+
+def test_damage_is_named(rwkv: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    for says, data in damaged(write_gguf(path, "7", weights_of("7")).read_bytes()).items():
+        path.write_bytes(data)
+        tiny.refused(rwkv("convert", path), path, says)
+        tiny.refused(rwkv("info", path), path, says)
+    write_gguf(path, "7", weights_of("7"))
+    tiny.refused(rwkv("info", path), path, "not a converted model; convert it first")
+
+
+def test_no_damage_of_the_header_is_a_traceback(rwkv: Run, tmp_path: Path) -> None:
+    """A byte here or there is another one, and the file ends anywhere."""
+    path = tmp_path / "a.gguf"
+    data = write_gguf(path, "7", weights_of("7", layers=1)).read_bytes()
+    header = data.index(b"output.weight")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        broken = bytearray(data)
+        for at in rng.integers(4, header, rng.integers(1, 4)):
+            broken[at] = rng.integers(256)
+        path.write_bytes(broken[: rng.integers(1, len(data))] if rng.random() < 0.2 else broken)
+        result = rwkv("convert", path, "--dry-run")
+        assert result.exit_code == 0 or result.stderr.startswith("Error: "), result.stderr
