@@ -37,7 +37,7 @@ def startup(model: Path, repetitions: int) -> None:
     """Medians; the model's tokenizer is not needed, so any converted file will do."""
     script = str(Path(sys.executable).parent / "rwkv")
     print(f"rwkv --help: {statistics.median(seconds([script, '--help']) for _ in range(2 * repetitions)):.3f} s")
-    code = "import sys, rwkv_cli; m = rwkv_cli.load(sys.argv[1]); m.compile_kernels(); m.advance([0], m.new_state())"
+    code = "import sys, rwkv_cli; m = rwkv_cli.load(sys.argv[1]); m.advance([0], m.new_state())"
     first = [sys.executable, "-P", "-c", code, str(model)]
     with tempfile.TemporaryDirectory() as folder:
         print(f"first token, nothing compiled: {seconds(first, NUMBA_CACHE_DIR=folder):.1f} s")

@@ -9,16 +9,15 @@ import functools
 import getpass
 import hashlib
 import os
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
-from numba.core.event import Event, Listener, register
-from numba.core.registry import cpu_target
+from numba.core.event import Event, Listener, register, unregister
 from platformdirs import user_cache_path
 
 config: Any = numba.core.config
@@ -72,19 +71,6 @@ def cache_folder() -> Path:
     return found
 
 
-def compiled_marker(*facts: str) -> Path:
-    """A file that says that all kernels for a use, told by `facts`, are in the cache.
-
-    numba finds a kernel in the cache by Python's version, by where its source lies and by the CPU that it is compiled
-    for, and so this file is named.
-    """
-    source = str(Path(__file__).parent)
-    cpu = cpu_target.target_context.codegen().magic_tuple()  # triple, name and features
-    python = sys.implementation.cache_tag or sys.version
-    digest = hashlib.sha256("\0".join([python, source, *cpu, *facts]).encode()).hexdigest()
-    return cache_folder() / f"compiled-{digest[:16]}"
-
-
 class _Announce(Listener):
     def __init__(self, say: Callable[[], object]) -> None:
         self.say, self.said = say, False
@@ -102,7 +88,14 @@ ANNOUNCERS: list[Listener] = []
 """For another compiler than numba's own to tell, too."""
 
 
-def on_first_compilation(say: Callable[[], object]) -> None:
-    """Have `say` called once, if and when a kernel has to be compiled rather than read from the cache."""
-    ANNOUNCERS.append(_Announce(say))
-    register("numba:compile", ANNOUNCERS[-1])
+@contextmanager
+def on_first_compilation(say: Callable[[], object]) -> Iterator[None]:
+    """Have `say` called once in this block, if and when a kernel has to be compiled rather than read from the cache."""
+    announcer = _Announce(say)
+    ANNOUNCERS.append(announcer)
+    register("numba:compile", announcer)
+    try:
+        yield
+    finally:
+        unregister("numba:compile", announcer)
+        ANNOUNCERS.remove(announcer)

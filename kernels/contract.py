@@ -3,7 +3,7 @@
 Models hand stored tensors to `weight` and `vector`, write a `Program` over what they get back, and have it compiled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,6 +63,13 @@ class Executable(Protocol):
         """The rows of an output that the last run computed, as a numpy array of the caller's own."""
 
 
+class Loadable(Protocol):
+    """A kernel."""
+
+    def load(self) -> None:
+        """Compile it, or read it from the cache."""
+
+
 class Backend(Protocol):
     """A device."""
 
@@ -82,6 +89,12 @@ class Backend(Protocol):
 
     def compile(self, program: Program, threads: int) -> Executable:
         """Lower a program to kernels."""
+
+    def kernels(self, program: Program, threads: int) -> Sequence[Loadable]:
+        """The kernels that `compile` would load for a program. There are none where the first run loads them."""
+
+    def limit_kernels(self) -> Sequence[Loadable]:
+        """The kernels that `read_bandwidth` and `int8_peak` would load."""
 
     def describe(self) -> str:
         """The device in a few words."""

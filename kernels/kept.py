@@ -23,10 +23,12 @@ class CodeFiles:
     """The compiled variants of one function, a file each: the SHA-256 of what follows, then a pickle.
 
     It takes the place of numba's IndexDataCacheFile. Sources need no stamp here: the folder is named by their hash.
+    The path of a source is in no name, so that a program at two places compiles its kernels once.
     """
 
     def __init__(self, cache_path: str, filename_base: str, source_stamp: object) -> None:  # noqa: ARG002 - numba's
-        self._folder, self._name = Path(cache_path), filename_base
+        package = Path(cache_path).name.rpartition("_")[0]  # numba appends a hash of the source's path
+        self._folder, self._name = cache_folder(), f"{package}.{filename_base}"
 
     def _path(self, key: object) -> Path:
         digest = hashlib.sha256(f"{numba.__version__} {key!r}".encode()).hexdigest()

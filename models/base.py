@@ -5,7 +5,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.errors import DeviceError, FormatError, UnsupportedModelError
-from rwkv_cli.kernels.contract import Backend, Executable
+from rwkv_cli.kernels.contract import Backend, Executable, Loadable
 from rwkv_cli.kernels.cpu.cores import usable_cores
 from rwkv_cli.kernels.devices import choose
 from rwkv_cli.kernels.program import (
@@ -229,6 +229,22 @@ class Model:
             self._passes.popitem(last=False)
         return made
 
+    def kernels(self, *heads: Head) -> list[Loadable]:
+        """The kernels of passes of one sequence with these ends. There are none where the first run loads them."""
+        programs = [self.write_pass(kind).program for kind in _kinds(heads)]
+        return list(dict.fromkeys(k for program in programs for k in self.backend.kernels(program, self.threads)))
+
+    def prepare(self, *heads: Head) -> None:
+        """Compile passes of one sequence with these ends, so that the first takes no longer than the next."""
+        runs = not self.kernels(*heads)
+        for kind in _kinds(heads):
+            if runs:
+                ids = [0] if kind.single else [0, 0]
+                targets = self._checked(ids) if kind.head == "losses" else None
+                self._run_one(ids, self.new_state(), kind.head, targets)
+            else:
+                self._compiled(kind)
+
     def write_pass(self, kind: PassKind) -> WrittenPass:
         """A pass of some tokens through the model, as a program over ids, starts, a state's arrays and ends or targets.
 
@@ -290,6 +306,10 @@ class Model:
             bad = tokens[(tokens < 0) | (tokens >= self.config.vocab)][0]
             raise ValueError(f"token id {bad} is outside the model's vocabulary of {self.config.vocab}")
         return np.ascontiguousarray(tokens, np.int64)
+
+
+def _kinds(heads: Iterable[Head]) -> list[PassKind]:
+    return [PassKind(head, single, 1) for head in heads for single in (True, False)]
 
 
 _MODELS: weakref.WeakSet[Model] = weakref.WeakSet()

@@ -7,6 +7,7 @@ logits, state = model.forward(model.tokenizer.encode("Once upon a time"))
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,16 @@ def load(path: str | Path, device: str = "cpu", threads: int | None = None) -> L
     `new_state()`, `config`, and `tokenizer` with `encode` and `decode` (None if conversion found none). `state` is
     not changed; it has `clone()` and `save(path)`. `threads` defaults to all cores.
 
+    Kernels are loaded, too. If they have to be compiled, which takes about 10 seconds once, the logger "rwkv_cli" says
+    so in a warning.
+
     Raises OSError, or a ValueError that says what is wrong with the file, the device or the number of threads.
     """
     from rwkv_cli.engine.model import LanguageModel
+    from rwkv_cli.kernels.cache import on_first_compilation
 
-    return LanguageModel.load(Path(path), device, threads)
+    model = LanguageModel.load(Path(path), device, threads)
+    log = logging.getLogger(__name__)
+    with on_first_compilation(lambda: log.warning("Compiling kernels for this machine (only the first time) …")):
+        model.prepare("last")
+    return model

@@ -4,14 +4,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels.cpu.limits import int8_peak as int8_peak
+from rwkv_cli.kernels.cpu.limits import limit_kernels as limit_kernels
 from rwkv_cli.kernels.cpu.limits import read_bandwidth as read_bandwidth
+from rwkv_cli.kernels.cpu.lower import kernels as kernels
 from rwkv_cli.kernels.cpu.lower import lower as compile
 from rwkv_cli.kernels.cpu.weights import weight as weight
 from rwkv_cli.kernels.program import Array
 
 name = "cpu"
 
-__all__ = ["compile", "describe", "device_array", "int8_peak", "name", "read_bandwidth", "vector", "weight"]
+__all__ = [
+    "compile",
+    "describe",
+    "device_array",
+    "int8_peak",
+    "kernels",
+    "limit_kernels",
+    "name",
+    "read_bandwidth",
+    "vector",
+    "weight",
+]
 
 
 def vector(values: NDArray[np.float32]) -> Array:

@@ -56,6 +56,10 @@ class Kernel:
         with _COMPILING:
             return cached(compile_)
 
+    def load(self) -> None:
+        """Compile it, or read it from the cache."""
+        self._compiled  # noqa: B018 - a cached property
+
     @property
     def address(self) -> int:
         """The address of its code, which is compiled or read from the cache when this is first asked for."""

@@ -236,7 +236,9 @@ def take(args: int, part: int, parts: int) -> None:
     a = unpack(args, TakeArgs)
     begin, end = span(part, parts, len(a.rows))
     for i in range(begin, end):
-        a.out[i] = a.x[a.rows[i]]
+        row, out = a.x[a.rows[i]], a.out[i]
+        for d in range(len(out)):
+            out[d] = row[d]
 
 
 class TakeColumnsArgs(NamedTuple):

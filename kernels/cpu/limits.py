@@ -9,11 +9,13 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.cpu.args import I32_1, U64_1, unpack
 from rwkv_cli.kernels.cpu.compile import has_vnni, kernel
 from rwkv_cli.kernels.cpu.elementwise import span
 from rwkv_cli.kernels.cpu.llvm.emitter import I8, I32, Emitter, vector
 from rwkv_cli.kernels.cpu.steps import Share, Steps
+from rwkv_cli.kernels.cpu.team import TEAM
 
 _BYTES = 1 << 29
 """Bytes to read: many times what a cache holds."""
@@ -78,6 +80,11 @@ def read_bandwidth(threads: int, rounds: int = 5) -> float:
     steps.add(_read, ReadArgs(words, out), Share.fixed(len(out)))
     program = steps.finish()
     return _BYTES / best(lambda: program.run(threads), rounds)
+
+
+def limit_kernels() -> list[Loadable]:
+    """The kernels of the two functions here."""
+    return [TEAM, _read, *([_multiply] if has_vnni() else [])]
 
 
 def int8_peak(threads: int, rounds: int = 5) -> float | None:

@@ -9,11 +9,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels import program as p
+from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.cpu import elementwise, scores, wkv
 from rwkv_cli.kernels.cpu.args import View
 from rwkv_cli.kernels.cpu.lowering import PARTS_A_THREAD, Lowering, by_size
 from rwkv_cli.kernels.cpu.products import add_linear, linear
 from rwkv_cli.kernels.cpu.steps import Runnable, Share
+from rwkv_cli.kernels.cpu.team import TEAM
 from rwkv_cli.kernels.cpu.weights import FloatWeight, Int8Weight
 from rwkv_cli.numbers import FLOAT_DTYPES
 
@@ -33,13 +35,24 @@ class CpuProgram:
 
 def lower(program: p.Program, threads: int) -> CpuProgram:
     """The program as steps for so many threads."""
-    lowering = Lowering(threads)
-    for operation in program.operations:
-        LOWER[type(operation)](lowering, operation)
+    lowering = _lowered(program, threads)
     outputs = {value: lowering.view(value) for value in program.outputs}
     for view in outputs.values():
         lowering.steps.keep(view)
     return CpuProgram(lowering.steps.finish(program.inputs), outputs, threads)
+
+
+def kernels(program: p.Program, threads: int) -> list[Loadable]:
+    """The kernels of a program, each once, and the team's own."""
+    return [TEAM, *dict.fromkeys(_lowered(program, threads).steps.kernels)]
+
+
+def _lowered(program: p.Program, threads: int) -> Lowering:
+    """The steps of all operations."""
+    lowering = Lowering(threads)
+    for operation in program.operations:
+        LOWER[type(operation)](lowering, operation)
+    return lowering
 
 
 def _embed(low: Lowering, op: p.Embed) -> None:

@@ -15,6 +15,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.cpu.args import F32, F32_2, F64_1, I8_2, U16_2, unpack
 from rwkv_cli.kernels.cpu.compile import kernel
 from rwkv_cli.kernels.cpu.cores import usable_cores
@@ -23,6 +24,7 @@ from rwkv_cli.kernels.cpu.llvm.bits import bits_of, float_of
 from rwkv_cli.kernels.cpu.llvm.emitter import F32 as FLOAT
 from rwkv_cli.kernels.cpu.llvm.emitter import I1, I32, I64, Emitter, vector
 from rwkv_cli.kernels.cpu.steps import Share, Steps
+from rwkv_cli.kernels.cpu.team import TEAM
 from rwkv_cli.numbers import GROUP
 
 CANDIDATES, STEP = 24, 3
@@ -101,7 +103,8 @@ def _quantize(args: int, part: int, parts: int) -> None:
                 for i in range(GROUP):
                     group[i] = row[i] * unit
             else:
-                group[:] = 0
+                for i in range(len(row), GROUP):
+                    group[i] = 0
                 for i in range(len(row)):
                     group[i] = row[i] * unit
             top = np.int32(0)
@@ -110,7 +113,8 @@ def _quantize(args: int, part: int, parts: int) -> None:
             out = values[n, g * GROUP : (g + 1) * GROUP]
             if top == 0:
                 scales[n, g] = 0
-                out[:] = 0
+                for i in range(GROUP):
+                    out[i] = 0
                 continue
             # float16 bits of top/128, rounded down: the exponent is rebased from 127 to 15
             base = float_of(top) / np.float32(128)
@@ -129,6 +133,10 @@ def _quantize(args: int, part: int, parts: int) -> None:
         a.errors[n] = error / (np.float64(unit) * np.float64(unit))
     # these must live until here, and their addresses alone do not keep them
     group[0], least[0] = 0, 0
+
+
+KERNELS: list[Loadable] = [TEAM, _quantize]
+"""The kernels of `quantize_rows`."""
 
 
 def quantize_rows(w: NDArray[np.float32], unit: int) -> tuple[NDArray[np.int8], NDArray[np.uint16], float]:

@@ -94,7 +94,8 @@ def sparse_columns(args: int, part: int, parts: int) -> None:  # noqa: ARG001
         if count[g] == 0:
             # a factor that is NaN must reach the output though every activation beside it is zero
             if factor != factor:
-                total[:] = np.nan
+                for i in range(width):
+                    total[i] = np.nan
             continue
         row, level = address_of(rows) + g * GROUP * 8, address_of(a.nonzero) + g * GROUP * 2
         at = 0
@@ -107,6 +108,8 @@ def sparse_columns(args: int, part: int, parts: int) -> None:  # noqa: ARG001
             else:
                 _sum_narrow(group, factor, a.unit)
                 at += STRIP
-    a.y[0, here : here + width] = total
+    y = a.y[0, here : here + width]
+    for i in range(width):
+        y[i] = total[i]
     # the sums must live until here, and their address alone does not keep them
     total[0] = 0

@@ -110,6 +110,18 @@ def _compiled() -> tuple[Any, Any]:
     return compiled[0], compiled[1]
 
 
+class _Own:
+    """The code that every thread of a team runs."""
+
+    def load(self) -> None:
+        """Compile it, or read it from the cache."""
+        _compiled()
+
+
+TEAM = _Own()
+"""The kernel of teams themselves."""
+
+
 class Team:
     """So many threads, the caller's among them. They do one run at a time; other callers wait."""
 

@@ -1,10 +1,12 @@
 """The GPU as a `contract.Backend`: weights, vectors and states lie in its memory."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.cuda.array import DeviceArray
 from rwkv_cli.kernels.cuda.device.compile import SIMULATED
 from rwkv_cli.kernels.cuda.executable import CudaProgram
@@ -17,7 +19,18 @@ from rwkv_cli.kernels.program import Array, Program
 
 name = "cuda"
 
-__all__ = ["compile", "describe", "device_array", "int8_peak", "name", "read_bandwidth", "vector", "weight"]
+__all__ = [
+    "compile",
+    "describe",
+    "device_array",
+    "int8_peak",
+    "kernels",
+    "limit_kernels",
+    "name",
+    "read_bandwidth",
+    "vector",
+    "weight",
+]
 
 
 def vector(values: NDArray[np.float32]) -> Array:
@@ -30,6 +43,14 @@ def device_array(values: Any) -> Array:
 
 def compile(program: Program, threads: int) -> CudaProgram:  # noqa: ARG001 - they are the CPU's
     return lower(program)
+
+
+def kernels(program: Program, threads: int) -> Sequence[Loadable]:  # noqa: ARG001 - a launch decides what is compiled
+    return ()
+
+
+def limit_kernels() -> Sequence[Loadable]:
+    return ()
 
 
 def describe() -> str:

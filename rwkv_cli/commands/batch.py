@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from rwkv_cli.commands.options import make_ready
 from rwkv_cli.terminal.output import note, progress_bar
 from rwkv_cli.terminal.settings import SAMPLING
 
@@ -67,6 +68,7 @@ def answer_file(
     stdout = sys.stdout  # a progress bar puts another stream in its place
     hidden = output is None and stdout.isatty()  # the answers themselves show the progress
     with nullcontext() if output is None else open_answers(output, tasks) as file:
+        make_ready(model, "last")
         answered = set() if file is None else file.answered
         todo = [task for task in tasks if task.job.id not in answered]
         before = count = len(answered)

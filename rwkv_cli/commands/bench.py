@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,21 @@ from rwkv_cli.commands.options import model_options, open_model
 from rwkv_cli.terminal.output import columns, progress_bar
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from rwkv_cli.engine.measuring import Report
 
 
 @click.command("bench")
 @model_options
 @click.option(
-    "-p", "--prompt", type=click.IntRange(min=2), default=512, show_default=True, metavar="N", help="Tokens to prefill."
+    "-p",
+    "--prompt",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens of the prompt to read.",
 )
 @click.option(
     "-n",
@@ -28,7 +37,7 @@ if TYPE_CHECKING:
     default=128,
     show_default=True,
     metavar="N",
-    help="Tokens to decode.",
+    help="Tokens to write.",
 )
 @click.option(
     "-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True, metavar="R", help="Runs of each."
@@ -40,7 +49,7 @@ if TYPE_CHECKING:
     default=0,
     show_default=True,
     metavar="N",
-    help="Tokens that the state has read before.",
+    help="Tokens that the model has read before.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def command(
@@ -54,62 +63,74 @@ def command(
     depth: int,
     as_json: bool,
 ) -> None:
-    """Measure the speed of prefill and decode, beside what this machine can do at most.
+    """Measure how fast a model reads a prompt and writes text, beside the most that this machine can do.
 
-    Bandwidth is that of reading memory (on a GPU that of a copy), the int8 peak that of multiply-adds (AVX-512 VNNI, or
-    a GPU's tensor cores); both are measured in the same run. Tokens are random ones. A model that fits into the CPU's
-    cache may exceed the bandwidth.
+    Writing is limited by memory: each token reads the model once. Reading a prompt is limited by multiplications. Both
+    limits are measured in the same run (multiplications with AVX-512 VNNI or a GPU's tensor cores only). The tokens are
+    random. A model that fits into the CPU's cache may exceed 100 % of the memory's speed.
 
     \b
     rwkv bench -m RWKV-x070-World-0.1B.int8.safetensors
     """
     from rwkv_cli.engine.measuring import measure
+    from rwkv_cli.terminal.compiling import load_kernels
 
-    with progress_bar("Measuring", "{task.description}") as progress:
-        task = progress.add_task("")
+    with ExitStack() as stack:
+        shown: list[Progress] = []
+
+        def show(what: str) -> None:
+            """Say what is measured. The bar comes with the first thing, since loading has bars of its own."""
+            if not shown:
+                shown.append(stack.enter_context(progress_bar("Measuring", "{task.description}")))
+                shown[0].add_task("")
+            shown[0].update(shown[0].task_ids[0], description=what)
+
         report = measure(
             lambda: open_model(model, device, threads),
+            load_kernels,
             prompt=prompt,
             generate=generate,
             repetitions=repetitions,
             depth=depth,
-            progress=lambda what: progress.update(task, description=what),
+            progress=show,
         )
     click.echo(json.dumps(asdict(report)) if as_json else table(report))
 
 
 def table(r: Report) -> str:
-    """Write the figures as llama-bench prints them, and the facts that they come from."""
+    """Write the figures as a table, and the facts that they come from."""
 
     def share(part: float | None) -> str:
         """Write a part of the machine's limit, if that is known."""
         return "" if part is None else f"{part:.0%}"
 
     rates: list[tuple[Any, ...]] = [
-        ("test", "tokens per second", "", "of the machine's"),
+        ("", "tokens per second", "that is", "of the most"),
         (
-            f"prefill {r.prompt}",
+            f"read a prompt of {r.prompt}",
             f"{r.prefill_tokens_per_second:.2f} ± {r.prefill_deviation:.2f}",
-            f"{r.prefill_macs / 1e9:.1f} GMAC/s",
+            f"{r.prefill_macs / 1e9:.1f} billion multiplications/s",
             share(r.prefill_share),
         ),
         (
-            f"decode {r.generate}",
+            f"write {r.generate} tokens",
             f"{r.decode_tokens_per_second:.2f} ± {r.decode_deviation:.2f}",
-            f"{r.decode_bandwidth / 1e9:.1f} GB/s",
+            f"{r.decode_bandwidth / 1e9:.1f} GB/s of memory",
             share(r.decode_share),
         ),
     ]
-    peak = "not measured here" if r.int8_peak is None else f"{r.int8_peak / 1e9:.1f} GMAC/s"
-    skipped = "; the rest is skipped as its input is zero" if r.bytes_per_token < r.dense_bytes_per_token else ""
+    # A weight takes two int8 multiplications, as activations have 15 bits.
+    peak = "" if r.int8_peak is None else f", does {r.int8_peak / 2e9:.1f} billion multiplications/s"
+    skipped = "; the rest is skipped, as its input is zero" if r.bytes_per_token < r.dense_bytes_per_token else ""
+    behind = f", after {r.depth} tokens" if r.depth else ""
     facts = [
         ("model", r.model),
         ("size", f"RWKV-{r.version}, {r.parameters / 1e6:,.1f} M parameters, {r.file_bytes / 1e6:,.1f} MB"),
-        ("device, depth", f"{r.device} (threads: {r.threads}), {r.depth} tokens"),
-        ("read per token", f"{r.bytes_per_token / 1e6:.1f} MB of {r.dense_bytes_per_token / 1e6:.1f} MB{skipped}"),
-        ("memory bandwidth", f"{r.read_bandwidth / 1e9:.1f} GB/s"),
-        ("int8 peak", f"{peak}; a weight takes two, as activations have 15 bits"),
-        ("load", f"{r.load_seconds:.3f} s, first token {r.first_token_seconds:.3f} s"),
-        ("peak memory", f"{r.peak_rss / 1e6:,.1f} MB" if r.peak_rss else "not measured here"),
-    ]
+        ("runs on", f"{r.device}, threads: {r.threads}{behind}"),
+        ("a token reads", f"{r.bytes_per_token / 1e6:.1f} MB of {r.dense_bytes_per_token / 1e6:.1f} MB{skipped}"),
+        ("this machine", f"reads {r.read_bandwidth / 1e9:.1f} GB/s of memory{peak}"),
+        ("seconds to", f"load {r.load_seconds:.3f}, get kernels {r.kernel_seconds:.3f}, "
+                       f"make a first token {r.first_token_seconds:.3f}"),
+        ("memory taken", f"{r.peak_rss / 1e6:,.1f} MB" if r.peak_rss else "not measured here"),
+    ]  # fmt: skip
     return columns(facts) + "\n\n" + columns(rates, right=[1, 2, 3])

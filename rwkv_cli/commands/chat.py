@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from rwkv_cli.commands.options import (
+    check_there,
     complete_session,
+    make_ready,
     model_options,
     open_model,
     sampling_options,
@@ -93,6 +95,7 @@ def command(
     if resumed and model is None:
         known = Path(sessions.read(resumed)["model"]["path"])
         model = known if known.exists() else None
+    check_there(state)
     lm = open_model(model, device, threads)
     if resumed:
         kept, talk = Session.resume(resumed, lm)
@@ -115,6 +118,7 @@ def command(
             think=think,
             start=start,
         )
+    make_ready(lm, "last")
     repl = Repl(talk, kept)
     if text:
         repl.ask(text)

@@ -82,8 +82,8 @@ def command(
     rwkv convert RWKV-x070-World-0.1B.pth --adapter rwkv-0.pth
     rwkv convert rwkv-4-pile-169m/ pile.safetensors --tokenizer 20B_tokenizer.json
     """
-    from rwkv_cli.commands.options import announce_compilation
     from rwkv_cli.engine.conversion import Conversion, check_destination, default_destination
+    from rwkv_cli.terminal.compiling import load_kernels
     from rwkv_cli.terminal.converting import converting_bar
 
     dst = dst or default_destination(src, quant, adapters)
@@ -98,7 +98,7 @@ def command(
         )
     done: list[Written] = []
     if not dry_run:
-        announce_compilation()
+        load_kernels(conversion.kernels)
         done = conversion.write(dst, overwrite=force, bar=converting_bar)
     click.echo(_report(conversion, done))
     metadata = conversion.contents.metadata

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_cli.commands.batch import answer_file, check_options
-from rwkv_cli.commands.options import model_options, open_model, sampling_options, state_option
+from rwkv_cli.commands.options import check_there, make_ready, model_options, open_model, sampling_options, state_option
 from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.terminal.output import note, reading_bar, write
@@ -131,6 +131,7 @@ def command(
     if any(not stop for stop in stops):
         raise click.BadParameter("an empty text would end at once", param_hint="--stop")
     settings = Sampling().changed(**sampling)
+    check_there(state, load_state)
     if batch is not None:
         answer_file(
             batch,
@@ -150,6 +151,8 @@ def command(
     if save_state and prompt_cache and os.path.realpath(save_state) == os.path.realpath(prompt_cache):
         raise click.UsageError("--save-state and --prompt-cache name the same file; give each one of its own")
     text = read_text(prompt, needed=load_state is None)
+    if not text and load_state is None and suffix is None:
+        raise click.UsageError("the prompt is empty; give some text to go on with")
     lm = open_model(model, device, threads)
     start = _start(lm, state, load_state)
     ids = _encode(lm, start, text, load_state) if suffix is None else _around(lm, text, suffix)
@@ -159,6 +162,7 @@ def command(
         sampler.random = start.random
     cache = PromptCache(prompt_cache, lm, start.state, ids) if prompt_cache else None
     begun, cached = cache.find(warn=note) if cache else (start.state, 0)
+    make_ready(lm, "last")
     completion = Completion(lm, begun, sampler, Request(ids[cached:], max_tokens, stops, ignore_eos))
     with reading_bar(len(ids) - cached) as on_read:
         if cache and not cached:

@@ -1,6 +1,5 @@
 """Options that commands share, and the opening of the model that they name."""
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rwkv_cli.terminal.output import loading_bar, note, one_line
+from rwkv_cli.terminal.compiling import announce_trouble, load_kernels
+from rwkv_cli.terminal.output import loading_bar, note
 from rwkv_cli.terminal.plot import SUFFIXES
 from rwkv_cli.terminal.settings import SAMPLING
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
+    from rwkv_cli.models.base import Head
 
 Command = Callable[..., Any]
 
@@ -106,17 +107,16 @@ def named_model(path: Path | None) -> Path:
         return Path(named)
     from rwkv_cli.engine.storyteller import storyteller
 
-    announce_compilation()
-    found = storyteller(converting_bar)
+    announce_trouble()
+    found = storyteller(converting_bar, load_kernels)
     note("No model named: this is the bundled storyteller. Name another with -m or $RWKV_MODEL.")
     return found
 
 
 def open_model(path: Path | None, device: str, threads: int | None) -> "LanguageModel":
-    """Load `named_model(path)`, and compile its kernels if they have to be. A model without a tokenizer is refused."""
+    """Load `named_model(path)`. A model without a tokenizer is refused."""
     from rwkv_cli.engine.model import LanguageModel
 
-    announce_compilation()
     path = named_model(path)
     with loading_bar(path) as show:
         model = LanguageModel.load(path, device, threads, show)
@@ -126,8 +126,23 @@ def open_model(path: Path | None, device: str, threads: int | None) -> "Language
         raise click.ClickException(
             f"{path}: has no tokenizer, so it cannot read text; convert it again with --tokenizer PATH"
         )
-    model.compile_kernels()
     return model
+
+
+def check_there(*paths: Path | None) -> None:
+    """Raise OSError for a path that is given and is not there, before anything is loaded for it."""
+    for path in paths:
+        if path is not None and str(path) != "-":
+            path.stat()
+
+
+def make_ready(model: "LanguageModel", *heads: "Head") -> None:
+    """Load the kernels of passes with these ends, with a counter where they have to be compiled, and make the passes.
+
+    What can be wrong with a command's arguments is checked before.
+    """
+    load_kernels(model.kernels(*heads))
+    model.prepare(*heads)
 
 
 def complete_session(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
@@ -135,12 +150,3 @@ def complete_session(_ctx: click.Context, _param: click.Parameter, incomplete: s
     from rwkv_cli.engine import sessions
 
     return [name for name in sessions.names() if name.startswith(incomplete)]
-
-
-@functools.cache
-def announce_compilation() -> None:
-    """Have a note printed, once, if kernels have to be compiled or cannot be kept."""
-    from rwkv_cli.kernels.cache import on_first_compilation, on_trouble
-
-    on_trouble(lambda sentence: click.echo(one_line(sentence), err=True))
-    on_first_compilation(lambda: click.echo("Compiling kernels for this machine (only the first time) …", err=True))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_cli.commands.options import model_options, open_model, plot_option
+from rwkv_cli.commands.options import check_there, make_ready, model_options, open_model, plot_option
 from rwkv_cli.terminal.output import columns, one_line, progress_bar
 from rwkv_cli.terminal.plot import plot_nll
 
@@ -78,8 +78,10 @@ def command(
     rwkv ppl wiki.test.raw -m model.int8.safetensors --compare model.float.safetensors
     rwkv ppl wiki.test.raw -m model.int8.safetensors --context 1024 --plot context.svg
     """
-    from rwkv_cli.engine.scoring import Scorer
+    from rwkv_cli.engine.scoring import Scorer, comparing_kernels
+    from rwkv_cli.terminal.compiling import load_kernels
 
+    check_there(*files)
     lm = open_model(model, device, threads)
     other = open_model(compare, device, threads) if compare is not None else None
     if start_token is not None and start_token >= lm.config.vocab:
@@ -90,6 +92,12 @@ def command(
         _check_same_tokens(lm, other)
     if plot is not None and plot.exists() and any(file.exists() and plot.samefile(file) for file in files):
         raise click.BadParameter(f"{plot} is one of the texts; name another file", param_hint="--plot")
+    if other is None:
+        make_ready(lm, "losses")
+    else:
+        load_kernels(comparing_kernels([lm, other]))
+        for each in (lm, other):
+            each.prepare("every")
     scores = []
     for file in files:
         scorer = Scorer(lm, other, context=context, start_token=start_token, limit=limit)

@@ -19,7 +19,8 @@ from rwkv_cli.engine.stored import template_beside
 from rwkv_cli.engine.templates import recognize
 from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
 from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
-from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
+from rwkv_cli.kernels.contract import Loadable
+from rwkv_cli.kernels.cpu.quantize_weights import KERNELS, quantize_rows
 from rwkv_cli.models import Config, registry
 from rwkv_cli.models.adapters import Adapter, read_adapters
 from rwkv_cli.models.config import Entry
@@ -92,10 +93,13 @@ class Conversion:
         files = frozenset(tensor.path for tensor in every)
         return cls(config, Contents(plan, metadata, arrays), found_adapters, files)
 
+    @property
+    def kernels(self) -> list[Loadable]:
+        """The kernels that `write` needs."""
+        return KERNELS if self.contents.metadata["quantization"] == "int8" else []
+
     def write(self, dst: Path, *, overwrite: bool, bar: Bar = _no_bar) -> list[Written]:
         """Write `dst`. A failure leaves nothing behind."""
-        # the kernel is compiled here, before there is a bar
-        quantize_rows(np.zeros((1, 32), np.float32), 0)
         with bar(self.contents.source_bytes) as progress:
             return write(dst, self.contents, quantize_rows, overwrite=overwrite, progress=progress)
 

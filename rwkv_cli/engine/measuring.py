@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rwkv_cli.engine.model import LanguageModel
+from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.program import Value
 from rwkv_cli.models.base import PassKind
 from rwkv_cli.quant import Checkpoint
@@ -48,6 +49,8 @@ class Report:
     read_bandwidth: float
     int8_peak: float | None
     load_seconds: float
+    kernel_seconds: float
+    """The time that kernels took to load, or to compile."""
     first_token_seconds: float
     peak_rss: int | None
 
@@ -93,6 +96,7 @@ def traffic(model: LanguageModel, ids: Iterable[int]) -> Traffic:
 
 def measure(
     load: Callable[[], LanguageModel],
+    load_kernels: Callable[[list[Loadable]], object],
     *,
     prompt: int,
     generate: int,
@@ -101,26 +105,27 @@ def measure(
     progress: Callable[[str], object],
 ) -> Report:
     """Load a model and time it on random tokens."""
-    progress("load")
     start = time.perf_counter()
     model = load()
     loaded = time.perf_counter()
+    load_kernels([*model.kernels("last"), *model.backend.limit_kernels()])
+    model.prepare("last")
+    ready = time.perf_counter()
     state = model.new_state()
     model.advance([0], state)
     first = time.perf_counter()
     c = model.config
     ids = np.random.default_rng(0).integers(0, c.vocab, max(prompt, generate, depth, _SAMPLE))
     if depth:
-        progress(f"depth {depth}")
+        progress(f"{depth} tokens before")
         model.advance(ids[:depth], state)
-    model.forward(ids[:prompt], state)  # compiles what is not compiled yet
     prefill, decode = [], []
     for repetition in range(repetitions):
-        progress(f"prefill {repetition + 1} of {repetitions}")
+        progress(f"reading, {repetition + 1} of {repetitions}")
         copy, begin = state.clone(), time.perf_counter()
         model.advance(ids[:prompt], copy)
         prefill.append(prompt / (time.perf_counter() - begin))
-        progress(f"decode {repetition + 1} of {repetitions}")
+        progress(f"writing, {repetition + 1} of {repetitions}")
         copy, begin = state.clone(), time.perf_counter()
         for token in ids[:generate]:
             model.advance([token], copy)
@@ -159,7 +164,8 @@ def measure(
         read_bandwidth=bandwidth,
         int8_peak=peak,
         load_seconds=loaded - start,
-        first_token_seconds=first - loaded,
+        kernel_seconds=ready - loaded,
+        first_token_seconds=first - ready,
         peak_rss=rss,
     )
 

@@ -1,7 +1,5 @@
 """A model with its tokenizer."""
 
-import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from rwkv_cli.engine.json_tokenizer import JsonTokenizer
 from rwkv_cli.engine.stored import StoredTemplate
 from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, WorldTokenizer
 from rwkv_cli.errors import FormatError, TokenizerError
-from rwkv_cli.kernels.cache import compiled_marker
 from rwkv_cli.models import Model
 from rwkv_cli.quant import Checkpoint
 from rwkv_cli.quant.formats import FORMATS
@@ -51,16 +48,6 @@ class LanguageModel(Model):
     ) -> "LanguageModel":
         """Map a converted file, and copy its weights if the device is not the CPU."""
         return cls(Checkpoint(path), device, threads, on_load)
-
-    def compile_kernels(self) -> None:
-        """Compile what this kind of model runs on, if that was never done on this machine."""
-        done = compiled_marker(self.backend.describe(), json.dumps(self.config.as_json()), self.quantization)
-        if not done.exists():
-            state = self.new_state()
-            self.advance([0], state)
-            self.losses([0, 0], [0, 0], state)
-            with contextlib.suppress(OSError):  # a full disk only means that this is done again
-                done.touch()
 
     @property
     def text_tokenizer(self) -> Tokenizer:

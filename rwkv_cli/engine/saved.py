@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,10 @@ def check_target(path: Path, kind: str) -> Path:
         path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FormatError(f"{path.parent} is not a folder; make it first, or give another file")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise FormatError(f"{path.parent}: no file can be made there ({error.strerror}); give another file") from None
     check_regular(path)
     if path.exists():
         try:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from rwkv_cli.engine.model import LanguageModel, check_finite
 from rwkv_cli.errors import TokenizerError
-from rwkv_cli.kernels.program import Count, CrossEntropy, Divergence, Input, InputMatrix, Program
+from rwkv_cli.kernels.contract import Loadable
+from rwkv_cli.kernels.program import Count, CrossEntropy, Divergence, Input, InputMatrix, Program, Value
 from rwkv_cli.models import State
 from rwkv_cli.models.base import chunks
 
@@ -315,7 +316,23 @@ def compare(
 ) -> list[NDArray[Any]]:
     """Compare two models on the same tokens: losses of both, KL of the first from the second, agreeing maxima."""
     logits = [m.advance(inputs, s, all_logits=True) for m, s in zip(models, states, strict=True)]
-    rows, V = Count(len(targets)), models[0].config.vocab
+    program, results = _comparison(len(targets), models[0].config.vocab)
+    executable = models[0].backend.compile(program, models[0].threads)
+    executable.run({"p": logits[0], "q": logits[1], "targets": targets})
+    return [executable.read(result)[:, 0] for result in results]
+
+
+def comparing_kernels(models: Sequence[LanguageModel]) -> list[Loadable]:
+    """The kernels of `compare`."""
+    first = models[0]
+    program, _ = _comparison(1, first.config.vocab)
+    passes = [kernel for model in models for kernel in model.kernels("every")]
+    return [*passes, *first.backend.kernels(program, first.threads)]
+
+
+def _comparison(most: int, V: int) -> tuple[Program, list[Value]]:
+    """A program over logits p and q and over targets, and what it computes: see `compare`."""
+    rows = Count(most)
     p, q = InputMatrix(rows, V, name="p"), InputMatrix(rows, V, name="q")
     goals = Input("targets", (rows,), "I64")
     ops = Program(p, q, goals)
@@ -324,6 +341,4 @@ def compare(
     results += [kl, same]
     for result in results:
         ops.keep(result)
-    executable = models[0].backend.compile(ops, models[0].threads)
-    executable.run({"p": logits[0], "q": logits[1], "targets": targets})
-    return [executable.read(result)[:, 0] for result in results]
+    return ops, results

@@ -1,10 +1,12 @@
 """The bundled model: a small RWKV-7 that tells stories (docs/demo-model.md), converted the first time it is used."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from rwkv_cli.engine.conversion import Bar, Conversion
 from rwkv_cli.kernels.cache import cache_folder
+from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.quant import replacing
 from rwkv_cli.quant.header import FORMAT_VERSION
 
@@ -12,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "storyteller.pth"
 TOKENIZER = SOURCE.with_name("storyteller.tokenizer.json")
 
 
-def storyteller(bar: Bar) -> Path:
+def storyteller(bar: Bar, load_kernels: Callable[[list[Loadable]], object]) -> Path:
     """The converted file. It lies in the user's cache folder, beside the kernels that it was quantized with."""
     digest = hashlib.sha256(f"{FORMAT_VERSION}".encode())
     for file in (SOURCE, TOKENIZER):
@@ -21,7 +23,9 @@ def storyteller(bar: Bar) -> Path:
     checksum = path.with_suffix(".sha256")
     if not (path.exists() and checksum.exists() and checksum.read_bytes() == _digest(path)):
         path.parent.mkdir(exist_ok=True)
-        Conversion.of(SOURCE, "int8").write(path, overwrite=True, bar=bar)
+        conversion = Conversion.of(SOURCE, "int8")
+        load_kernels(conversion.kernels)
+        conversion.write(path, overwrite=True, bar=bar)
         with replacing(checksum) as out:
             out.write(_digest(path))
     return path

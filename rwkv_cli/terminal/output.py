@@ -62,6 +62,11 @@ def dim(text: str) -> str:
     return text if plain else f"\x1b[2m{text}\x1b[22m"
 
 
+def shows_bars() -> bool:
+    """Return whether standard error is a terminal on which lines can be drawn anew."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
 @contextmanager
 def progress_bar(*parts: "ProgressColumn | str") -> Iterator["Progress"]:
     """Show a progress bar on standard error, gone when done. Nothing shows where that is not a terminal."""

@@ -33,8 +33,8 @@ def test_the_figures(rwkv: Run, byte_model: Path) -> None:
 
 def test_the_table(rwkv: Run, byte_model: Path) -> None:
     lines = rwkv("bench", "-m", byte_model, "-p", 4, "-n", 2, "-r", 1).stdout.splitlines()
-    assert any(line.startswith("prefill 4 ") for line in lines)
-    assert any(line.startswith("decode 2 ") for line in lines)
+    assert any(line.startswith("read a prompt of 4 ") for line in lines)
+    assert any(line.startswith("write 2 tokens ") for line in lines)
     assert rwkv("bench", "-m", byte_model, "-p", 1).exit_code == 2
 
 
