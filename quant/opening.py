@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_cli.errors import FormatError
+from rwkv_cli.quant import rwkv_cpp
 from rwkv_cli.quant.gguf import MAGIC, open_gguf, read_gguf
 from rwkv_cli.quant.pth import LEGACY, open_legacy, open_pth
 from rwkv_cli.quant.replacing import check_regular
@@ -115,8 +116,10 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], dict[str, SourceTensor]
         raise FormatError(f"{path}: a web page saved under this name; download the file itself (the raw link)")
     if head.startswith(MAGIC):
         return open_gguf
-    if head.startswith((b"ggmf", b"fmgg", b"lmgg")):
-        raise FormatError(f"{path}: an rwkv.cpp file; convert from the original .pth instead")
+    if head.startswith(rwkv_cpp.MAGIC):
+        return rwkv_cpp.open_rwkv_cpp
+    if head.startswith((rwkv_cpp.MAGIC[::-1], b"lmgg")):
+        raise FormatError(f"{path}: a big-endian or very old file of ggml; convert from the original .pth instead")
     if head.startswith(LEGACY):
         return open_legacy
     if head.startswith(b"\x80"):
