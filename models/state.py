@@ -9,8 +9,9 @@ from safetensors.numpy import save
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.models.config import Array
-from rwkv_cli.quant import SourceTensor, check_regular, open_source, replacing
+from rwkv_cli.quant import SourceTensor, open_source, replacing
 from rwkv_cli.quant.safetensors import read_header
+from rwkv_cli.quant.source import SourceFile
 
 _ORDER = "key, value"
 """The order of the axes of a saved matrix state."""
@@ -101,9 +102,9 @@ class State:
 
 def _opened(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
     """The tensors and the metadata of a saved state."""
-    check_regular(path)
+    file = SourceFile(path)
     try:
-        tensors, metadata = read_header(path)
+        tensors, metadata = read_header(file)
     except FormatError:
         tensors, metadata = {}, {}
     if "rwkv" not in metadata or not {"att_shift", "ffn_shift", "wkv"} <= set(tensors):

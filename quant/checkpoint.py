@@ -19,6 +19,7 @@ from rwkv_cli.quant.header import FORMAT_VERSION
 from rwkv_cli.quant.opening import open_source
 from rwkv_cli.quant.replacing import check_regular
 from rwkv_cli.quant.safetensors import read_header
+from rwkv_cli.quant.source import SourceFile
 
 
 class Checkpoint:
@@ -35,7 +36,8 @@ class Checkpoint:
             # this raises a better reason for a file that is no checkpoint at all
             open_source(path)
         else:
-            self.stored, self._text = read_header(path)
+            file = SourceFile(path)
+            self.stored, self._text = read_header(file)
         if self._text.get("format") != "rwkv":
             raise FormatError(f"{path}: not a converted model; convert it first: rwkv convert {path}")
         version = self._text.get("format_version", "")
@@ -44,7 +46,7 @@ class Checkpoint:
         if int(version) > FORMAT_VERSION:
             raise FormatError(f"{path}: written in format {version}, newer than {FORMAT_VERSION}; upgrade rwkv-cli")
         self._layouts: dict[str, Any] = self.metadata("tensors", dict)
-        self._map = _mapped(path)
+        self._map = _mapped(file)
         self.digest = self._text.get("digest", "")
 
     def metadata(self, key: str, kind: type, default: Any = None) -> Any:
@@ -130,13 +132,12 @@ class Checkpoint:
         return tensor.bits
 
 
-def _mapped(path: Path) -> NDArray[np.uint8]:
+def _mapped(file: SourceFile) -> NDArray[np.uint8]:
     """The file as a read-only map, in huge pages where the system has them for files.
 
     Each token reads all weights. With small pages the CPU would look up an address every 4 KB.
     """
-    with path.open("rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    memory = mmap.mmap(file.file.fileno(), file.size, access=mmap.ACCESS_READ)
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.dtypes import SOURCE_DTYPES
-from rwkv_cli.quant.source import SourceTensor, check_name, contiguous, extent
+from rwkv_cli.quant.source import SourceFile, SourceTensor, check_name, contiguous, extent
 
 _BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 """The kinds of quantized tensors that are read."""
@@ -90,8 +90,9 @@ class Blocks(SourceTensor):
             return np.empty(0, np.float32)
         numbers, size = block_of(self.kind)
         begin, count = first // numbers * size, (last - first) // numbers
-        raw = np.memmap(self.path, np.uint8, "r", self.start + begin, (count, size))
-        return dequantize(np.asarray(raw), GGMLQuantizationType[self.kind]).reshape(-1)
+        raw = np.empty((count, size), np.uint8)
+        self.file.read(self.start + begin, raw)
+        return dequantize(raw, GGMLQuantizationType[self.kind]).reshape(-1)
 
 
 def block_of(kind: str) -> tuple[int, int]:
@@ -122,8 +123,8 @@ def tensor_bytes(path: Path, name: str, kind: str, shape: tuple[int, ...]) -> in
     return prod(shape) // numbers * size
 
 
-def tensor_at(path: Path, kind: str, shape: tuple[int, ...], start: int) -> SourceTensor:
+def tensor_at(file: SourceFile, kind: str, shape: tuple[int, ...], start: int) -> SourceTensor:
     """The tensor that begins at the byte `start`."""
     if kind in SOURCE_DTYPES:
-        return SourceTensor(path, kind, shape, start, contiguous(shape))
-    return Blocks(path, "F32", shape, start, contiguous(shape), kind)
+        return SourceTensor(file, kind, shape, start, contiguous(shape))
+    return Blocks(file, "F32", shape, start, contiguous(shape), kind)

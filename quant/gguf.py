@@ -11,7 +11,7 @@ import numpy as np
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.ggml import Fields, kind_name, tensor_at, tensor_bytes
-from rwkv_cli.quant.source import SourceTensor
+from rwkv_cli.quant.source import SourceFile, SourceTensor
 
 MAGIC = b"GGUF"
 
@@ -30,8 +30,9 @@ class Gguf(NamedTuple):
     """Tensors by their names there. Shapes are NumPy's, which are ggml's turned round."""
 
 
-def read_gguf(path: Path) -> Gguf:
+def read_gguf(source: SourceFile) -> Gguf:
     """The metadata and the tensors of a GGUF file. Raises FormatError for one that is damaged or of another kind."""
+    path = source.path
     with path.open("rb") as file:
         fields = Fields(path, file)
         fields.skip(len(MAGIC))
@@ -55,6 +56,7 @@ def read_gguf(path: Path) -> Gguf:
                 raise fields.truncated()
             shape = tuple(fields.number("Q") for _ in range(dimensions))[::-1]
             entries[name] = (kind_name(fields.number("I")), shape, fields.number("Q"))
+    source.check()  # it was opened a second time, with a buffer
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
         raise FormatError(f"{path}: general.alignment is {alignment!r:.40}; download the file again")
@@ -64,16 +66,16 @@ def read_gguf(path: Path) -> Gguf:
         size = tensor_bytes(path, name, kind, shape)
         if first + offset + size > fields.size:
             raise FormatError(f"{path}: tensor {name} lies beyond the end: the file is truncated; download it again")
-        tensors[name] = tensor_at(path, kind, shape, first + offset)
+        tensors[name] = tensor_at(source, kind, shape, first + offset)
         total += size
     if total > fields.size:
         raise FormatError(f"{path}: its tensors lie over each other; download the file again")
     return Gguf(metadata, tensors)
 
 
-def open_gguf(path: Path) -> dict[str, SourceTensor]:
+def open_gguf(file: SourceFile) -> dict[str, SourceTensor]:
     """Every tensor of a GGUF file."""
-    return read_gguf(path).tensors
+    return read_gguf(file).tensors
 
 
 def _value(fields: Fields, kind: int) -> Any:

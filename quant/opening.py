@@ -10,9 +10,8 @@ from rwkv_cli.errors import FormatError
 from rwkv_cli.quant import rwkv_cpp
 from rwkv_cli.quant.gguf import MAGIC, open_gguf, read_gguf
 from rwkv_cli.quant.pth import LEGACY, open_legacy, open_pth
-from rwkv_cli.quant.replacing import check_regular
 from rwkv_cli.quant.safetensors import open_safetensors
-from rwkv_cli.quant.source import SourceTensor
+from rwkv_cli.quant.source import SourceFile, SourceTensor
 
 
 def open_source(path: Path) -> dict[str, SourceTensor]:
@@ -32,10 +31,8 @@ def open_source(path: Path) -> dict[str, SourceTensor]:
 
 def _open_file(path: Path) -> dict[str, SourceTensor]:
     """Every tensor of a file, which may be one of several parts."""
-    check_regular(path)
-    with path.open("rb") as file:
-        head = file.read(512)
-    return _reader(path, head)(path)
+    file = SourceFile(path)
+    return _reader(path, file.file.read(512))(file)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -45,9 +42,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     cannot be read.
     """
     if path.is_file():
-        with path.open("rb") as start:
-            if start.read(len(MAGIC)) == MAGIC:
-                return read_gguf(path).metadata
+        source = SourceFile(path)
+        if source.file.read(len(MAGIC)) == MAGIC:
+            return read_gguf(source).metadata
     folder = path if path.is_dir() else path.absolute().parent
     file = folder / "config.json"
     if not file.is_file() or not (
@@ -98,7 +95,7 @@ def _check_shards(folder: Path, pattern: str, tensors: Mapping[str, SourceTensor
             raise FormatError(f"{index}: tensors of shard {missing[0]} are missing from {folder}; download it again")
 
 
-def _reader(path: Path, head: bytes) -> Callable[[Path], dict[str, SourceTensor]]:
+def _reader(path: Path, head: bytes) -> Callable[[SourceFile], dict[str, SourceTensor]]:
     """The function that reads the file, told by its first bytes and never by its name.
 
     Raises FormatError, with the reason where it is known, for a file that is no checkpoint.

@@ -8,12 +8,13 @@ from safetensors import SafetensorError, safe_open
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.dtypes import BITS, SOURCE_DTYPES
-from rwkv_cli.quant.source import SourceTensor, check_name, check_shape, contiguous
+from rwkv_cli.quant.source import SourceFile, SourceTensor, check_name, check_shape, contiguous
 
 
-def open_safetensors(path: Path) -> dict[str, SourceTensor]:
+def open_safetensors(file: SourceFile) -> dict[str, SourceTensor]:
     """Every tensor of a safetensors file of floats."""
-    tensors, text = read_header(path)
+    path = file.path
+    tensors, text = read_header(file)
     if text.get("format") == "rwkv":
         raise FormatError(f"{path}: already converted; run it with -m, or convert from the original")
     for name, tensor in tensors.items():
@@ -28,29 +29,31 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
+def read_header(file: SourceFile) -> tuple[dict[str, SourceTensor], dict[str, str]]:
     """The tensors and the metadata of a file. Raises FormatError where the header does not describe the file exactly.
 
     The format has no gaps (safetensors README, "Format"; enforced by `safe_open`), so offsets follow from the order.
     """
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
+    path = file.path
+    file.file.seek(0)
+    start = 8 + int.from_bytes(file.file.read(8), "little")
     tensors: dict[str, SourceTensor] = {}
     try:
-        with safe_open(path, "np") as file_:
-            names: list[str] = file_.offset_keys()
-            metadata: dict[str, str] = file_.metadata() or {}
+        with safe_open(path, "np") as opened:
+            names: list[str] = opened.offset_keys()
+            metadata: dict[str, str] = opened.metadata() or {}
             for name in names:
                 check_name(path, name)
-                view: Any = file_.get_slice(name)
+                view: Any = opened.get_slice(name)
                 dtype, shape = view.get_dtype(), tuple(view.get_shape())
                 if dtype not in BITS:
                     raise FormatError(f"{path}: tensor {name} is {dtype}; save it again as F32, F16 or BF16")
                 check_shape(path, name, shape)
-                tensors[name] = SourceTensor(path, dtype, shape, start, contiguous(shape))
+                tensors[name] = SourceTensor(file, dtype, shape, start, contiguous(shape))
                 start += prod(shape) * BITS[dtype].itemsize
     except SafetensorError as error:
         raise FormatError(
             f"{path}: broken or truncated safetensors file ({error}); download or convert again"
         ) from None
+    file.check()  # the library opened it by its name
     return tensors, metadata

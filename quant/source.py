@@ -1,5 +1,8 @@
-"""Tensors of checkpoints as places in their files."""
+"""Checkpoints' files, which are opened once, and their tensors as places in them."""
 
+import os
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -11,13 +14,60 @@ from numpy.typing import NDArray
 
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.dtypes import BITS, to_float32
+from rwkv_cli.quant.replacing import check_regular
+
+
+class SourceFile:
+    """A file that stays open until nobody needs it. So another file that gets its name is never mixed in."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FormatError for a device or a pipe, and OSError."""
+        check_regular(path)
+        self.path = path
+        self.file = path.open("rb", buffering=0)
+        """The open file. It has no buffer, so that a change to it is seen."""
+        weakref.finalize(self, self.file.close)
+        self._turn = threading.Lock()
+        self._before = self._facts()
+
+    def _facts(self) -> tuple[int, ...]:
+        facts = os.fstat(self.file.fileno())
+        return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file when it was opened."""
+        return self._before[2]
+
+    def check(self) -> None:
+        """Raise FormatError if the file is not what it was, or if its name is another file's by now."""
+        try:
+            named = self.path.stat()
+        except OSError:
+            named = None
+        if self._facts() != self._before or named is None or (named.st_dev, named.st_ino) != self._before[:2]:
+            raise self._changed()
+
+    def _changed(self) -> FormatError:
+        return FormatError(f"{self.path}: was changed or replaced while it was read; try again once it is whole")
+
+    def read(self, start: int, into: NDArray[Any]) -> None:
+        """Fill an array with the bytes from `start` on. Raises FormatError where the file has become shorter."""
+        rest = into.reshape(-1).view(np.uint8).data
+        with self._turn:
+            self.file.seek(start)
+            while rest:
+                count = self.file.readinto(rest)
+                if not count:
+                    raise self._changed()
+                rest = rest[count:]
 
 
 @dataclass(frozen=True)
 class SourceTensor:
     """A tensor in a file. Nothing is read before `bits` or `float32` is called."""
 
-    path: Path
+    file: SourceFile
     dtype: str
     """A key of BITS."""
     shape: tuple[int, ...]
@@ -25,6 +75,11 @@ class SourceTensor:
     """The first byte of the first element, counted from the start of the file."""
     strides: tuple[int, ...]
     """Distances between neighbours along each axis, in elements. None is negative."""
+
+    @property
+    def path(self) -> Path:
+        """The file's name."""
+        return self.file.path
 
     @property
     def float_dtype(self) -> str:
@@ -37,7 +92,7 @@ class SourceTensor:
         return BITS[self.dtype].itemsize
 
     def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows [start, stop) of the first axis, as a map that goes away with the array."""
+        """Rows [start, stop) of the first axis, read-only."""
         kind = BITS[self.dtype]
         shape = self.shape
         offset = self.start
@@ -47,23 +102,23 @@ class SourceTensor:
             offset += start * self.strides[0] * kind.itemsize
         if prod(shape) == 0:
             return np.empty(shape, kind)
-        span = extent(shape, self.strides)
-        flat = np.asarray(np.memmap(self.path, kind, "r", offset, (span,)))
+        flat = np.empty(extent(shape, self.strides), kind)
+        self.file.read(offset, flat)
         return np.lib.stride_tricks.as_strided(flat, shape, [s * kind.itemsize for s in self.strides], writeable=False)
 
     def float32(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """The same rows as float32, C-contiguous. They are read-only if they are the map itself."""
+        """The same rows as float32, C-contiguous. They may be read-only."""
         return np.require(to_float32(self.bits(start, stop), self.dtype), requirements=["C", "A"])
 
 
 @dataclass(frozen=True)
 class Zeros(SourceTensor):
-    """A tensor of zeros that a checkpoint leaves out. Its path is that of another tensor of the model."""
+    """A tensor of zeros that a checkpoint leaves out. Its file is that of another tensor of the model."""
 
     @classmethod
     def beside(cls, other: SourceTensor, shape: tuple[int, ...]) -> "Zeros":
         """Zeros for the same model as `other`."""
-        return cls(other.path, other.dtype, shape, 0, contiguous(shape))
+        return cls(other.file, other.dtype, shape, 0, contiguous(shape))
 
     def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         return np.zeros(self.shape, BITS[self.dtype])[start:stop]
@@ -79,7 +134,7 @@ class Computed(SourceTensor):
     @classmethod
     def from_each(cls, of: SourceTensor, function: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> "Computed":
         """The tensor of `function` of each number of `of`."""
-        return cls(of.path, "F32", of.shape, of.start, contiguous(of.shape), of, function)
+        return cls(of.file, "F32", of.shape, of.start, contiguous(of.shape), of, function)
 
     @property
     def item_size(self) -> float:

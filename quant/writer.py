@@ -151,6 +151,8 @@ def write(
         for name, array in contents.arrays.items():
             stream.append(name, array)
         behind.finish()
+        for source in {planned.source.file for planned in contents.plan}:
+            source.check()
         facts = {item.planned.name: item.facts for item in written}
         file.seek(0)
         file.write(header.encoded(facts, f"sha256:{stream.digest.hexdigest()}"))
