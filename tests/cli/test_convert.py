@@ -212,9 +212,9 @@ def test_a_file_that_appears_meanwhile_is_kept(
 def test_a_killed_conversion_leaves_the_destination_as_it_was(tmp_path: Path, sent: signal.Signals) -> None:
     tree = {}
     for name, array in tiny.weights("7", layers=1, width=64, head=64, vocab=256, ffn=64).items():
-        shape = tuple({64: 1024, 256: 65536}.get(n, n) for n in array.shape) if name[-3:] != "r_k" else (16, 64)
-        tree[name] = tiny.tensor("0", "F32", 1, 0, shape, (0,) * len(shape))  # one number, seen everywhere
-    tiny.write_zip(tmp_path / "a.pth", tree, {"0": tiny.raw(np.ones(1, np.float32), "F32")})
+        shape = tuple({64: 512, 256: 65536}.get(n, n) for n in array.shape) if name[-3:] != "r_k" else (8, 64)
+        tree[name] = tiny.tensor("0", "BF16", 40 << 20, 0, shape, tiny.contiguous(shape))  # all share a storage
+    tiny.write_zip(tmp_path / "a.pth", tree, {"0": tiny.raw(np.ones(40 << 20, np.float32), "BF16")})
     (tmp_path / "b").write_text("kept")
     # as in a terminal, whatever this process ignores
     usual = "from signal import *; signal(2, default_int_handler); signal(SIGTERM, SIG_DFL); signal(SIGHUP, SIG_DFL)"
