@@ -24,7 +24,7 @@ from rwkv_cli.errors import FormatError
 from rwkv_cli.models import naming
 from rwkv_cli.models.config import Entry, Shape, squeezed
 from rwkv_cli.quant import SourceTensor, open_source
-from rwkv_cli.quant.source import contiguous
+from rwkv_cli.quant.source import SourceFile, contiguous
 
 _USUAL_ALPHA = 32.0
 """The alpha that RWKV-PEFT trains with if it is not told another (train.py, --lora_config)."""
@@ -52,6 +52,12 @@ class Merged(SourceTensor):
 
     base: SourceTensor
     change: Change
+    others: frozenset[SourceFile]
+    """The adapter's own files."""
+
+    @property
+    def files(self) -> frozenset[SourceFile]:
+        return self.base.files | self.others
 
     @property
     def item_size(self) -> float:
@@ -182,7 +188,8 @@ def merge(tensors: Mapping[str, SourceTensor], table: Mapping[str, Entry], adapt
     for matrix, parts in factors.items():
         base = changed[matrix]
         change = _change(adapter, matrix, parts, base.shape)
-        changed[matrix] = Merged(base.path, "F32", base.shape, 0, contiguous(base.shape), base, change)
+        files = frozenset(part.tensor.file for part in parts)
+        changed[matrix] = Merged(base.file, "F32", base.shape, 0, contiguous(base.shape), base, change, files)
     return changed
 
 

@@ -82,6 +82,11 @@ class SourceTensor:
         return self.file.path
 
     @property
+    def files(self) -> frozenset[SourceFile]:
+        """Every file that its numbers come from."""
+        return frozenset({self.file})
+
+    @property
     def float_dtype(self) -> str:
         """The dtype of FLOAT_DTYPES that takes its values best."""
         return "F32" if self.dtype == "F64" else self.dtype

@@ -20,7 +20,7 @@ from rwkv_cli.quant.formats.contract import Facts, Format, Part, Shape, Spec
 from rwkv_cli.quant.header import Header, places, size_of
 from rwkv_cli.quant.pipeline import Ahead, Behind, Block
 from rwkv_cli.quant.replacing import replacing
-from rwkv_cli.quant.source import SourceTensor
+from rwkv_cli.quant.source import SourceFile, SourceTensor
 
 _BLOCK_BYTES = 4 << 20
 """Bytes of the float32 rows that are worked on together. They stay in a cache."""
@@ -90,6 +90,11 @@ class Contents:
     """Arrays that are no tensors of the model, such as the tokenizer's."""
 
     @property
+    def files(self) -> set[SourceFile]:
+        """The files that the numbers come from."""
+        return {file for planned in self.plan for file in planned.source.files}
+
+    @property
     def weights(self) -> int:
         return sum(planned.weights for planned in self.plan)
 
@@ -151,7 +156,7 @@ def write(
         for name, array in contents.arrays.items():
             stream.append(name, array)
         behind.finish()
-        for source in {planned.source.file for planned in contents.plan}:
+        for source in contents.files:
             source.check()
         facts = {item.planned.name: item.facts for item in written}
         file.seek(0)

@@ -43,8 +43,6 @@ class Conversion:
     config: Config
     contents: Contents
     adapters: Sequence[Adapter]
-    files: frozenset[Path]
-    """The files that the numbers come from."""
 
     @classmethod
     def of(
@@ -89,9 +87,7 @@ class Conversion:
             metadata["ends"] = ends
         if found_adapters:
             metadata["adapters"] = [str(adapter) for adapter in found_adapters]
-        every = [*source.values(), *(tensor for adapter in found_adapters for tensor in adapter.tensors.values())]
-        files = frozenset(tensor.path for tensor in every)
-        return cls(config, Contents(plan, metadata, arrays), found_adapters, files)
+        return cls(config, Contents(plan, metadata, arrays), found_adapters)
 
     @property
     def kernels(self) -> list[Loadable]:
@@ -146,7 +142,7 @@ def check_destination(dst: Path, conversion: Conversion, *, overwrite: bool) -> 
         raise FormatError(f"{dst} is a folder; give the name of a file as DST")
     if not dst.parent.is_dir():
         raise FormatError(f"{dst.parent} is not a folder; make it first, or give another DST")
-    if dst.exists() and any(dst.samefile(file) for file in conversion.files):
+    if dst.exists() and any(dst.samefile(file.path) for file in conversion.contents.files):
         raise FormatError(f"{dst} is the source itself; give another DST")
     if dst.exists() and not overwrite:
         raise FormatError(f"{dst} exists; give --force to replace it, or another DST")

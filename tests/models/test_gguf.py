@@ -18,7 +18,7 @@ from rwkv_cli.engine.tokenizer import WorldTokenizer, official_vocabulary
 from rwkv_cli.models import registry
 from rwkv_cli.quant import Checkpoint, open_source, read_settings
 from rwkv_cli.quant.gguf import read_gguf
-from rwkv_cli.quant.source import turned
+from rwkv_cli.quant.source import SourceFile, turned
 
 Run = Callable[..., Result]
 TOKENS = ["<s>", "a", "b", "\\n\\n", "\\xe4\\xbd", "it\\'s", 'b"', "\\\\", "é"]
@@ -205,7 +205,7 @@ def test_the_reader_finds_what_the_packages_reader_finds(tmp_path: Path) -> None
     path = write_gguf(
         tmp_path / "a", "6", weights_of("6"), "Q8_0", general__alignment=64, x__bool=7, x__list=[1.5, 2.5]
     )
-    metadata, tensors = read_gguf(path)
+    metadata, tensors = read_gguf(SourceFile(path))
     other = gguf.GGUFReader(path)
     for name, field in other.fields.items():
         if not name.startswith("GGUF."):

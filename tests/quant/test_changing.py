@@ -83,3 +83,20 @@ def test_a_file_that_is_replaced_between_its_header_and_its_weights_is_refused(
     monkeypatch.setattr(safetensors, "safe_open", late)
     with pytest.raises(FormatError, match="was changed or replaced while it was read"):
         Checkpoint(path)
+
+
+def test_an_adapter_that_changes_is_not_merged(tmp_path: Path) -> None:
+    base = tiny.write_pth(tmp_path / "a.pth", ONE)
+    low_rank = {"blocks.0.att.key.lora_A": ONE["blocks.0.att.key.weight"][:2]}
+    low_rank["blocks.0.att.key.lora_B"] = low_rank["blocks.0.att.key.lora_A"].T.copy()
+    adapter = tiny.write_pth(tmp_path / "adapter.pth", low_rank)
+
+    @contextlib.contextmanager
+    def bar(_: int) -> Iterator[Callable[[int], object]]:
+        os.utime(adapter, ns=(0, 0))
+        yield lambda _: None
+
+    conversion = Conversion.of(base, "int8", adapters=[adapter])
+    with pytest.raises(FormatError, match=f"^{adapter}: was changed or replaced while it was read"):
+        conversion.write(tmp_path / "out", overwrite=False, bar=bar)
+    assert not (tmp_path / "out").exists()
