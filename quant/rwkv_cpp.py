@@ -5,7 +5,6 @@ Names are the official ones. Some tensors are turned, stacked or computed: pytho
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from rwkv_cli.errors import FormatError
 from rwkv_cli.quant.dtypes import SOURCE_DTYPES
 from rwkv_cli.quant.ggml import Blocks, Fields, tensor_at, tensor_bytes
-from rwkv_cli.quant.source import Computed, SourceTensor, reshaped, rows_of, turned
+from rwkv_cli.quant.source import Computed, SourceFile, SourceTensor, reshaped, rows_of, turned
 
 MAGIC = b"fmgg"
 """The number "ggmf", little-endian."""
@@ -29,9 +28,9 @@ _FIRST_VERSION, _VERSION = 100, 101
 """Versions of the format. They differ in the blocks of quantized numbers. Those of the second are ggml's of today."""
 
 
-def open_rwkv_cpp(path: Path) -> dict[str, SourceTensor]:
+def open_rwkv_cpp(file: SourceFile) -> dict[str, SourceTensor]:
     """Every tensor of an rwkv.cpp file, as it is officially."""
-    stored = _read(path)
+    stored = _read(file)
     version = 4 if "blocks.0.att.ln_x.weight" not in stored else 6 if "blocks.0.att.time_maa_x" in stored else 5
     return {
         name: official
@@ -40,8 +39,9 @@ def open_rwkv_cpp(path: Path) -> dict[str, SourceTensor]:
     }
 
 
-def _read(path: Path) -> dict[str, SourceTensor]:
+def _read(source: SourceFile) -> dict[str, SourceTensor]:
     """The tensors as they are stored. Raises FormatError for a file that is damaged or of another kind."""
+    path = source.path
     with path.open("rb") as file:
         fields = Fields(path, file)
         fields.skip(len(MAGIC))
@@ -65,8 +65,9 @@ def _read(path: Path) -> dict[str, SourceTensor]:
                 )
             if name in tensors:
                 raise FormatError(f"{path}: tensor {name} is there twice; download the file again")
-            tensors[name] = tensor_at(path, kind, shape, fields.at)
+            tensors[name] = tensor_at(source, kind, shape, fields.at)
             fields.skip(size)
+    source.check()  # it was opened a second time, with a buffer
     emb = tensors.get("emb.weight")
     found = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     if emb is None or emb.shape != (vocab, width) or layers != found:
