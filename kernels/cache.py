@@ -41,6 +41,14 @@ def tell(sentence: str) -> None:
             say(sentence)
 
 
+def _users_own() -> Path | None:
+    """The user's folder for caches, None for a user without a home folder."""
+    try:
+        return user_cache_path("rwkv")
+    except RuntimeError:
+        return None
+
+
 @functools.cache
 def cache_folder() -> Path:
     """The folder for compiled kernels: below $NUMBA_CACHE_DIR or in the user's cache, or where that is read-only in one
@@ -52,7 +60,9 @@ def cache_folder() -> Path:
     shared = Path(tempfile.gettempdir()) / f"rwkv-{os.getuid() if hasattr(os, 'getuid') else getpass.getuser()}"
     wanted = os.environ.get("NUMBA_CACHE_DIR")
     full: list[str] = []
-    for parent in (Path(wanted) if wanted else user_cache_path("rwkv"), shared):
+    for parent in (Path(wanted) if wanted else _users_own(), shared):
+        if parent is None:
+            continue
         try:
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             (parent / name).mkdir(exist_ok=True)

@@ -91,6 +91,18 @@ def _compiled() -> tuple[Any, Any]:
     return compiled[0], compiled[1]
 
 
+class _Own:
+    """The code that splits texts."""
+
+    def load(self) -> None:
+        """Compile it, or read it from the cache."""
+        _compiled()
+
+
+SPLITTING = _Own()
+"""The kernel of `LongestMatch`."""
+
+
 class LongestMatch:
     """A vocabulary, ready to split byte strings into its tokens."""
 

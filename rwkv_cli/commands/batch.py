@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from rwkv_cli.commands.options import make_ready
+from rwkv_cli.commands.texts import read_input
 from rwkv_cli.terminal.output import note, progress_bar
 from rwkv_cli.terminal.settings import SAMPLING
 
@@ -58,7 +59,7 @@ def answer_file(
     from rwkv_cli.models.tuned import read_tuned_state
 
     name = "standard input" if str(prompts) == "-" else str(prompts)
-    data = sys.stdin.buffer.read() if str(prompts) == "-" else prompts.read_bytes()
+    data = read_input() if str(prompts) == "-" else prompts.read_bytes()
     if output is not None and output.is_file() and prompts.is_file() and output.samefile(prompts):
         raise click.ClickException(f"{output}: holds the prompts themselves; give --output another file")
     jobs = read_jobs(name, data, default)

@@ -15,6 +15,7 @@ from rwkv_cli.commands.batch import answer_file, check_options
 from rwkv_cli.commands.options import check_there, make_ready, model_options, open_model, sampling_options, state_option
 from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
+from rwkv_cli.terminal.compiling import load_kernels
 from rwkv_cli.terminal.output import note, reading_bar, write
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
 )
 @sampling_options
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
+@click.option(
+    "-e",
+    "--escape",
+    is_flag=True,
+    help=r"In PROMPT, --stop and --suffix, \n is a line break; so are \t, \\ and \xHH read.",
+)
 @click.option(
     "--suffix",
     metavar="TEXT",
@@ -88,6 +95,7 @@ def command(
     device: str,
     max_tokens: int,
     stops: tuple[str, ...],
+    escape: bool,
     suffix: str | None,
     ignore_eos: bool,
     state: Path | None,
@@ -120,6 +128,7 @@ def command(
     """
     check_options(click.get_current_context())
     from rwkv_cli.engine.completion import Completion, Request, new_sampler
+    from rwkv_cli.engine.encodings import unescaped
     from rwkv_cli.engine.jobs import JobSettings
     from rwkv_cli.engine.sampling import Sampling
     from rwkv_cli.engine.saved import CACHE, STATE, PromptCache, check_target, save_end
@@ -128,6 +137,11 @@ def command(
         raise click.UsageError("--state and --load-state exclude each other: a saved state had its beginning")
     if suffix is not None and load_state:
         raise click.UsageError("--suffix and --load-state exclude each other: the suffix comes before all other text")
+    if escape:
+        prompt, stops = tuple(map(unescaped, prompt)), tuple(map(unescaped, stops))
+        suffix = suffix and unescaped(suffix)
+    elif (odd := next((stop for stop in stops if "\\" in stop), None)) is not None:
+        note(f"--stop {odd} holds a backslash as such; with --escape (-e), \\n is a line break.")
     if any(not stop for stop in stops):
         raise click.BadParameter("an empty text would end at once", param_hint="--stop")
     settings = Sampling().changed(**sampling)
@@ -154,6 +168,7 @@ def command(
     if not text and load_state is None and suffix is None:
         raise click.UsageError("the prompt is empty; give some text to go on with")
     lm = open_model(model, device, threads)
+    load_kernels(lm.text_tokenizer.kernels(len(text)))
     start = _start(lm, state, load_state)
     ids = _encode(lm, start, text, load_state) if suffix is None else _around(lm, text, suffix)
     sampler = new_sampler(lm, settings, start.seed if seed is None else seed)

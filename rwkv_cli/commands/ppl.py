@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from rwkv_cli.commands.options import check_there, make_ready, model_options, open_model, plot_option
-from rwkv_cli.terminal.output import columns, one_line, progress_bar
+from rwkv_cli.terminal.output import columns, note, one_line, progress_bar
 from rwkv_cli.terminal.plot import plot_nll
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def command(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure perplexity on text files of any size, each read once in constant memory.
+    """Measure perplexity on text files of any size (- for standard input), each read once in constant memory.
 
     With --compare, OTHER is the reference: KL is KL(OTHER ‖ MODEL), and differences are MODEL minus OTHER.
 
@@ -92,6 +93,10 @@ def command(
         _check_same_tokens(lm, other)
     if plot is not None and plot.exists() and any(file.exists() and plot.samefile(file) for file in files):
         raise click.BadParameter(f"{plot} is one of the texts; name another file", param_hint="--plot")
+    if files.count(Path("-")) > 1:
+        raise click.UsageError("- is given twice, but standard input can be read once only")
+    sizes = [sys.maxsize if str(file) == "-" else file.stat().st_size for file in files]
+    load_kernels(lm.text_tokenizer.kernels(max(sizes)))
     if other is None:
         make_ready(lm, "losses")
     else:
@@ -122,19 +127,27 @@ def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:
 
 
 def _score(file: Path, scorer: Scorer) -> Score:
-    """Score a file behind a progress bar."""
+    """Score a file behind a progress bar, with a note on characters that few would want to score."""
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
     text = "{task.percentage:.0f} %  {task.fields[rate]}"
     with progress_bar(
         TextColumn("{task.description}", markup=False), BarColumn(), text, TimeRemainingColumn()
     ) as progress:
-        task = progress.add_task(one_line(file.name), total=1.0, rate="")
+        task = progress.add_task(one_line(file.name), total=None if str(file) == "-" else 1.0, rate="")
 
         def show(share: float, score: Score) -> None:
             progress.update(task, completed=share, rate=f"{score.tokens_per_second:.0f} tok/s  ppl {score.ppl:.4g}")
 
-        return scorer.score(file, show)
+        if str(file) == "-":
+            score = scorer.score_stream(sys.stdin.buffer, "standard input", 0, show)
+        else:
+            score = scorer.score(file, show)
+    if scorer.carriage_returns:
+        note(f"{one_line(file)} has line breaks of Windows (CRLF), and each carriage return is scored too.")
+    if scorer.zeros:
+        note(f"{one_line(file)} has NUL characters, which are scored too.")
+    return score
 
 
 def total(scores: list[Score]) -> str:

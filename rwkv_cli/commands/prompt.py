@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
 
 from rwkv_cli.commands.options import named_model, template_options
+from rwkv_cli.commands.texts import read_input
 from rwkv_cli.terminal.output import note, write
 
 
@@ -52,7 +52,7 @@ def command(
     from rwkv_cli.quant import Checkpoint
 
     if str(messages) == "-":
-        data, name = sys.stdin.buffer.read(), "standard input"
+        data, name = read_input(), "standard input"
     else:
         data, name = messages.read_bytes(), str(messages)
     chat = read_chat(data, name, (tools.read_bytes(), str(tools)) if tools is not None else None)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import click
 
+from rwkv_cli.errors import TokenizerError
+
 
 def read_text(arguments: Sequence[str], needed: bool) -> bytes:
     """Return the arguments and standard input, joined. One line break at the end of standard input does not count.
@@ -13,10 +15,20 @@ def read_text(arguments: Sequence[str], needed: bool) -> bytes:
     """
     piped = b""
     if not sys.stdin.isatty() or "-" in arguments:
-        piped = sys.stdin.buffer.read().removesuffix(b"\n").removesuffix(b"\r")
+        piped = read_input().removesuffix(b"\n").removesuffix(b"\r")
     elif needed and not arguments:
         raise click.UsageError("no prompt: give one as an argument or on standard input")
     return _joined(arguments, piped)
+
+
+def read_input() -> bytes:
+    """Return all of standard input in UTF-8. Raises ClickException for another encoding that nothing tells."""
+    from rwkv_cli.engine.encodings import as_utf8
+
+    try:
+        return as_utf8(sys.stdin.buffer.read())
+    except TokenizerError as error:
+        raise click.ClickException(f"standard input: {error}") from None
 
 
 def _joined(arguments: Sequence[str], piped: bytes) -> bytes:

@@ -153,7 +153,7 @@ class Completion:
     def _generate(self, logits: Logits) -> Steps:
         """Sample tokens until the text ends, from the logits after the prompt."""
         request, result = self.request, self.result
-        stream = self.model.text_tokenizer.stream()
+        stream = self.model.text_tokenizer.stream(request.prompt)
         # This is the state before the first token that may belong to a stop text or to an unfinished character.
         clean: State | None = None
         # The text and the ids after that state. No stop text can begin before them, or it would have ended the text.

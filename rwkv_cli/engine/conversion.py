@@ -28,6 +28,9 @@ from rwkv_cli.quant import SourceTensor, open_source, read_settings
 from rwkv_cli.quant.formats import FORMATS, layout_for
 from rwkv_cli.quant.writer import Contents, Planned, Written, write
 
+_ENDINGS = {".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".st", ".gguf", ".ggml"}
+"""Endings of checkpoints' and adapters' names."""
+
 Bar = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 """A function of the source's bytes. Its block wraps the work and gets a function to call with bytes just done."""
 
@@ -101,11 +104,11 @@ class Conversion:
 
 
 def _planned(name: str, entry: Entry, source: SourceTensor, quantization: str) -> Planned:
-    def reshaped(a: NDArray[np.float32]) -> NDArray[np.float32]:
-        """An official vector may have more dimensions of 1."""
-        return a.reshape(entry.shape)
+    def derived(a: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A vector may have more dimensions of 1, as official ones have."""
+        return (entry.derive(a) if entry.derive else a).reshape(entry.shape)
 
-    derive = entry.derive or (reshaped if entry.kind == "vector" else None)
+    derive = derived if entry.derive or entry.kind == "vector" else None
     return Planned(name, source, layout_for(entry.kind, quantization), entry.shape, derive)
 
 
@@ -127,8 +130,13 @@ def _ends(eos: int | None, stated: Any, tokenizer: Tokenizer | None, vocab: int)
 def default_destination(src: Path, quantization: str, adapters: Sequence[Path] = ()) -> Path:
     """The names of `src` and of the adapters with the format's ending, beside `src`."""
     paths = [full_path(path) for path in (src, *adapters)]
-    stem = "+".join(path.name if path.is_dir() else path.stem for path in paths)
+    stem = "+".join(path.name if path.is_dir() else _stem(path) for path in paths)
     return paths[0].parent / f"{stem}.{FORMATS[quantization].NAME}.safetensors"
+
+
+def _stem(path: Path) -> str:
+    """The name of a file without the ending of a checkpoint. A name such as rwkv7-g1a-0.1b has none."""
+    return path.stem if path.suffix.lower() in _ENDINGS else path.name
 
 
 def full_path(src: Path) -> Path:
@@ -161,7 +169,7 @@ def find_tokenizer(choice: str, src: Path, vocab: int, settings: Mapping[str, An
         if tokenizer is not None and tokenizer.size <= vocab:
             return tokenizer
         folder = src if src.is_dir() else full_path(src).parent
-        names = [f"{full_path(src).stem}.tokenizer.json", "tokenizer.json", "20B_tokenizer.json"]
+        names = [f"{_stem(full_path(src))}.tokenizer.json", "tokenizer.json", "20B_tokenizer.json"]
         names += sorted((file.name for file in folder.glob("rwkv_vocab_*.txt")), reverse=True)
         names += ["vocab.json"] if _json_vocabulary(folder / "vocab.json") else []
         for name in names:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rwkv_cli.engine.batch import complete_together
 from rwkv_cli.engine.completion import Completion, Request, new_sampler
+from rwkv_cli.engine.encodings import as_utf8
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.errors import JobError, TokenizerError
@@ -66,6 +67,10 @@ class Pass:
 def read_jobs(name: str, data: bytes, default: JobSettings) -> list[Job]:
     """Read the jobs in a file's bytes. Raises JobError, which names the line, for a line that is wrong."""
     jobs: dict[str | int, Job] = {}
+    try:
+        data = as_utf8(data)
+    except TokenizerError as error:
+        raise JobError(f"{name}: {error}") from None
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
             continue

@@ -4,12 +4,15 @@ import codecs
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rwkv_cli.engine.tokenizer import Piece, TextStream, to_bytes
 from rwkv_cli.errors import FormatError, TokenizerError
+
+if TYPE_CHECKING:
+    from rwkv_cli.kernels.contract import Loadable
 
 _MOST_HELD = 64
 """Ids that may wait for the end of a character. Bytes that are no UTF-8 would wait forever."""
@@ -24,10 +27,10 @@ class _JsonStream:
     Each id is decoded behind those of the last piece, since a decoder may treat the beginning of a text in its own way.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int]) -> None:
         self._decode = decode
-        self._last: list[int] = []
-        """The ids of the last piece."""
+        self._last = list(before[-_MOST_HELD:])
+        """The ids of the last piece, or those before the text."""
         self._held: list[int] = []
         """The ids after them."""
 
@@ -93,8 +96,11 @@ class JsonTokenizer:
             text: str = self._tokenizer.decode(known, skip_special_tokens=False)
         return text
 
-    def stream(self) -> TextStream:
-        return _JsonStream(self.decode)
+    def kernels(self, size: int) -> list["Loadable"]:  # noqa: ARG002 - the library is compiled
+        return []
+
+    def stream(self, before: Sequence[int] = ()) -> TextStream:
+        return _JsonStream(self.decode, before)
 
     def check(self) -> None:
         """Try the tokenizer on a text. Raises FormatError if it fails."""

@@ -1,15 +1,17 @@
 """Perplexity of a text, and the difference of two models on it, in constant memory."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.engine.encodings import utf8_blocks
 from rwkv_cli.engine.model import LanguageModel, check_finite
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.kernels.contract import Loadable
@@ -205,17 +207,25 @@ class Scorer:
         self.by_position, self.other_by_position = ByPosition(), ByPosition()
         self.bytes = 0
         self.seconds = 1e-9
+        self.carriage_returns = self.zeros = False
+        """True if the text has line breaks of Windows, and if it has NUL characters. Both are scored as they are."""
 
     def score(self, file: Path, progress: Callable[[float, Score], object]) -> Score:
-        """Score `file`. Raises TokenizerError where it is empty, too short, or not a text that the tokenizer takes.
+        """Score a file as `score_stream` does."""
+        with file.open("rb") as stream:
+            return self.score_stream(stream, str(file), os.fstat(stream.fileno()).st_size, progress)
 
-        `progress` is called with the share of the file that is read and the score so far.
+    def score_stream(self, stream: BinaryIO, name: str, size: int, progress: Callable[[float, Score], object]) -> Score:
+        """Score the rest of a stream, which errors call `name`.
+
+        Raises TokenizerError where it is empty, too short, or not a text that the tokenizer takes. `progress` is called
+        with the share of `size` bytes that is read, and the score so far.
         """
-        size, read = max(file.stat().st_size, 1), 0
+        read = 0
         states, last, position = self._new_context()
         begin = time.perf_counter()
         try:
-            for ids, widths in self._chunks(file):
+            for ids, widths in self._chunks(stream):
                 if position == self.context:
                     states, last, position = self._new_context()
                 read += int(widths.sum())
@@ -228,14 +238,14 @@ class Scorer:
                     last = int(ids[-1])
                 position = end
                 self.seconds = time.perf_counter() - begin
-                progress(min(1.0, read / size), self._result())
+                progress(min(1.0, read / max(size, 1)), self._result())
         except TokenizerError as error:
-            raise TokenizerError(f"{file}: {error}") from None
+            raise TokenizerError(f"{name}: {error}") from None
         if read == 0:
-            raise TokenizerError(f"{file}: is empty, so there is nothing to score")
+            raise TokenizerError(f"{name}: is empty, so there is nothing to score")
         if self.nll.count == 0:
             raise TokenizerError(
-                f"{file}: nothing to score, since without a start token the first token of a context is only read"
+                f"{name}: nothing to score, since without a start token the first token of a context is only read"
             )
         return self._result()
 
@@ -243,10 +253,10 @@ class Scorer:
         """Begin a context: its states, the token that the first one is predicted from, and the tokens read of it."""
         return [model.new_state() for model in self.models], self.start_token, 0
 
-    def _chunks(self, file: Path) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    def _chunks(self, stream: BinaryIO) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Yield the tokens that are scored together, as `_pieces` does. None reach over the end of a context."""
         left = self.context
-        for ids, widths in self._pieces(file):
+        for ids, widths in self._pieces(stream):
             while len(ids):
                 count = len(ids) if left is None else min(left, len(ids))
                 for part in chunks(count, _LOGITS // self.model.config.vocab):
@@ -254,19 +264,24 @@ class Scorer:
                 ids, widths = ids[count:], widths[count:]
                 left = None if left is None else left - count or self.context
 
-    def _pieces(self, file: Path) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield ids of the file and how many bytes each stands for, up to the limit."""
+    def _pieces(self, stream: BinaryIO) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield ids of the text and how many bytes each stands for, up to the limit."""
         left = self.limit
-        with file.open("rb") as stream:
-            blocks = iter(lambda: stream.read(_BLOCK), b"")
-            for piece in self.model.text_tokenizer.encode_blocks(blocks):
-                ids, widths = np.array(piece.ids, np.int64), np.diff(piece.ends, prepend=0)
-                if left is not None:
-                    ids, widths = ids[:left], widths[:left]
-                    left -= len(ids)
-                yield ids, widths
-                if left == 0:
-                    return
+        for piece in self.model.text_tokenizer.encode_blocks(self._blocks(stream)):
+            ids, widths = np.array(piece.ids, np.int64), np.diff(piece.ends, prepend=0)
+            if left is not None:
+                ids, widths = ids[:left], widths[:left]
+                left -= len(ids)
+            yield ids, widths
+            if left == 0:
+                return
+
+    def _blocks(self, stream: BinaryIO) -> Iterator[bytes]:
+        """Yield the text in UTF-8, and note what a reader of the figures may want to know of it."""
+        for block in utf8_blocks(iter(lambda: stream.read(_BLOCK), b"")):
+            self.carriage_returns |= b"\r\n" in block
+            self.zeros |= b"\0" in block
+            yield block
 
     def _add(self, inputs: NDArray[np.int64], targets: NDArray[np.int64], states: list[State], position: int) -> None:
         """Score `targets`, the first of them at `position` of its context, and add them to the figures."""

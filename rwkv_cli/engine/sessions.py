@@ -36,8 +36,11 @@ _START = "start.safetensors"
 
 
 def folder() -> Path:
-    """Return the folder of all sessions."""
-    return platformdirs.user_data_path("rwkv", appauthor=False) / "sessions"
+    """Return the folder of all sessions. Raises SessionError for a user without a home folder."""
+    try:
+        return platformdirs.user_data_path("rwkv", appauthor=False) / "sessions"
+    except RuntimeError:
+        raise SessionError("this user has no home folder to keep sessions in; set HOME to a folder") from None
 
 
 def names() -> list[str]:

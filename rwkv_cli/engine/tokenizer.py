@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rwkv_cli.errors import TokenizerError
 
 if TYPE_CHECKING:
+    from rwkv_cli.kernels.contract import Loadable
     from rwkv_cli.kernels.cpu.longest_match import LongestMatch
 
 END_OF_TEXT = 0
@@ -67,8 +68,11 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids into text. Invalid UTF-8 becomes U+FFFD."""
 
-    def stream(self) -> TextStream:
-        """Begin a text that grows with each id."""
+    def stream(self, before: Sequence[int] = ()) -> TextStream:
+        """Begin a text that grows with each id. It joins the text of the ids `before` as `decode` joins the two."""
+
+    def kernels(self, size: int) -> list["Loadable"]:
+        """List the kernels that the encoding of so many bytes needs."""
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
         """Yield the tokens of the text that `blocks` make up. The whole text is never held."""
@@ -118,7 +122,10 @@ class _ByteTable:
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def stream(self) -> TextStream:
+    def kernels(self, size: int) -> list["Loadable"]:  # noqa: ARG002 - bytes need none
+        return []
+
+    def stream(self, before: Sequence[int] = ()) -> TextStream:  # noqa: ARG002 - bytes join as they are
         return _ByteStream(self.table)
 
 
@@ -195,6 +202,13 @@ class WorldTokenizer(_ByteTable):
             at += len(self.table[token])
             ends.append(at)
         return out, np.array(ends, np.int64)
+
+    def kernels(self, size: int) -> list["Loadable"]:
+        if size < _LONG:
+            return []
+        from rwkv_cli.kernels.cpu.longest_match import SPLITTING
+
+        return [SPLITTING]
 
     @functools.cached_property
     def _compiled(self) -> "LongestMatch":

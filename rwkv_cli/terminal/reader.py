@@ -9,6 +9,8 @@ from typing import Any
 
 import platformdirs
 
+from rwkv_cli.engine.encodings import utf8_blocks
+
 Words = Mapping[str, Callable[[], Iterable[str]]]
 """Commands, and the words that may follow each."""
 
@@ -23,7 +25,27 @@ def reader(words: Words) -> Callable[[str], str]:
 
     The function raises EOFError at the end of input and KeyboardInterrupt on Ctrl-C.
     """
-    return _terminal_reader(words) if is_terminal() else lambda _default: input()
+    if is_terminal():
+        return _terminal_reader(words)
+    lines = _lines()
+
+    def read(_default: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    return read
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of standard input as they come, without their ends."""
+    rest = ""
+    for block in utf8_blocks(iter(sys.stdin.buffer.readline, b"")):
+        *whole, rest = (rest + block.decode("utf-8", "replace")).split("\n")
+        yield from (line.removesuffix("\r") for line in whole)
+    if rest:
+        yield rest
 
 
 @contextmanager
@@ -98,10 +120,10 @@ def _history() -> Any:
             with suppress(OSError):  # the disk may be full
                 super().store_string(string)
 
-    path = platformdirs.user_state_path("rwkv", appauthor=False) / "history"
     try:
+        path = platformdirs.user_state_path("rwkv", appauthor=False) / "history"
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-    except OSError:
+    except (OSError, RuntimeError):  # platformdirs finds no home folder
         return InMemoryHistory()
     return History(path)

@@ -155,6 +155,13 @@ def test_any_vocabulary_splits_alike(table: list[bytes], data: bytes, heads: lis
     assert found[0] == found[1]
 
 
+@EVERY
+def test_only_long_texts_in_world_need_a_kernel(kind: str) -> None:
+    tokenizer = KINDS[kind]
+    assert tokenizer.kernels(5000) == []
+    assert [type(each.load()) for each in tokenizer.kernels(1 << 20)] == [type(None)] * (kind == "world")
+
+
 def test_short_texts_need_no_compiled_code() -> None:
     code = (
         "import sys\nfrom rwkv_cli.engine.tokenizer import WorldTokenizer\n"
