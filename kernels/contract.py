@@ -75,6 +75,9 @@ class Backend(Protocol):
 
     name: str
 
+    any_split: bool
+    """True if a token gets the same bits however a text is split into runs."""
+
     def weight(self, stored: StoredMatrix) -> Weight:
         """Put a matrix that the caller has checked where kernels can read it."""
 

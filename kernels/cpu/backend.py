@@ -12,8 +12,10 @@ from rwkv_cli.kernels.cpu.weights import weight as weight
 from rwkv_cli.kernels.program import Array
 
 name = "cpu"
+any_split = True
 
 __all__ = [
+    "any_split",
     "compile",
     "describe",
     "device_array",

@@ -18,8 +18,10 @@ from rwkv_cli.kernels.cuda.weights import weight as weight
 from rwkv_cli.kernels.program import Array, Program
 
 name = "cuda"
+any_split = False
 
 __all__ = [
+    "any_split",
     "compile",
     "describe",
     "device_array",

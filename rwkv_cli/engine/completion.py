@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.engine.model import LanguageModel, check_finite
+from rwkv_cli.engine.pacing import paced
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.engine.tokenizer import Tokenizer
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.models import State
-from rwkv_cli.models.base import chunks
 
 Logits = NDArray[np.float32]
 
@@ -140,7 +140,7 @@ class Completion:
         result, prompt = self.result, self.request.prompt[self.result.prompt_tokens : end]
         start = time.perf_counter() - result.prompt_seconds
         logits = None
-        for part in chunks(len(prompt)):
+        for part in paced(len(prompt), self.model):
             if self.cancelled:
                 return None
             logits = yield prompt[part]

@@ -11,11 +11,11 @@ from rwkv_cli.engine.completion import Completion, OnRead, Request, new_sampler
 from rwkv_cli.engine.forms import Template
 from rwkv_cli.engine.messages import Chat
 from rwkv_cli.engine.model import LanguageModel
+from rwkv_cli.engine.pacing import paced
 from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.engine.templates import parts
 from rwkv_cli.errors import ConversationError
 from rwkv_cli.models import State
-from rwkv_cli.models.base import chunks
 
 Bar = Callable[[int], AbstractContextManager[OnRead]]
 """A function of the number of tokens to read. Its block gets a function to call with the number read so far."""
@@ -175,7 +175,7 @@ class Conversation:
         ids, state = self.encode(before.unread + text) if text else [], before.state.clone()
         ids = self.template.first_ids + ids if text and first == 0 else ids
         with bar(len(ids)) as on_read:
-            for part in chunks(len(ids)):
+            for part in paced(len(ids), self.model):
                 self.model.advance(ids[part], state)
                 on_read(min(part.stop, len(ids)))
         last.before = Snapshot(state, ends if text else before.unread, random)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,8 @@ _CONTROL: dict[int, str | None] = {
     code: "�" for code in (*range(32), *range(127, 160), *_TURNING) if chr(code) not in "\t\n"
 }
 _CONTROL[ord("\r")] = None
+_PATIENCE = 0.7
+"""Seconds without a word that a person is asked to bear."""
 _BREAKS = {ord(char): "�" for char in "\r\n\t\u2028\u2029"}
 
 
@@ -82,29 +85,46 @@ def progress_bar(*parts: "ProgressColumn | str") -> Iterator["Progress"]:
 def reading_bar(tokens: int) -> Iterator[Callable[[int], None]]:
     """Show how far a prompt is read. The function to call takes the number of its `tokens` read so far.
 
-    A bar appears on standard error once the whole prompt seems to take more than a second. It goes at the end.
+    A bar appears on standard error after a part of a second, even if nothing is read by then. It goes at the end.
     """
-    start = time.perf_counter()
+    from rich.progress import BarColumn, MofNCompleteColumn
+
+    start, done = time.perf_counter(), threading.Event()
+    lock = threading.Lock()
+    parts = "Reading", BarColumn(), MofNCompleteColumn(), "tokens  {task.description}"
     with ExitStack() as stack:
         update: Callable[..., None] | None = None
 
-        def show(read: int) -> None:
+        def begin() -> None:
+            """Show the bar, unless all is read. A timer's thread calls this."""
             nonlocal update
+            with lock:
+                if not done.is_set():
+                    bar = stack.enter_context(progress_bar(*parts))
+                    update = partial(bar.update, bar.add_task("", total=tokens))
+
+        def end() -> None:
+            timer.cancel()
+            with lock:
+                done.set()
+
+        def show(read: int) -> None:
             if read >= tokens:
+                end()
                 stack.close()
-                return
-            seconds = time.perf_counter() - start
-            left = seconds / read * (tokens - read)
-            if update is None and seconds + left > 1:
-                from rich.progress import BarColumn, MofNCompleteColumn
+            elif update is not None:
+                seconds = time.perf_counter() - start
+                left = seconds / read * (tokens - read)
+                update(completed=read, description=f"{read / seconds:.0f} tok/s  {left:.0f} s left")
 
-                parts = "Reading", BarColumn(), MofNCompleteColumn(), "{task.description}"
-                bar = stack.enter_context(progress_bar(*parts))
-                update = partial(bar.update, bar.add_task("", total=tokens))
-            if update is not None:
-                update(completed=read, description=f"tokens  {read / seconds:.0f} tok/s  {left:.0f} s left")
-
-        yield show
+        timer = threading.Timer(_PATIENCE, begin)
+        timer.daemon = True
+        if shows_bars():
+            timer.start()
+        try:
+            yield show
+        finally:
+            end()
 
 
 @contextmanager
