@@ -116,8 +116,10 @@ def named_model(path: Path | None) -> Path:
 def open_model(path: Path | None, device: str, threads: int | None) -> "LanguageModel":
     """Load `named_model(path)`. A model without a tokenizer is refused."""
     from rwkv_cli.engine.model import LanguageModel
+    from rwkv_cli.terminal.vanished import say_if_it_vanishes
 
     path = named_model(path)
+    say_if_it_vanishes(path)
     with loading_bar(path) as show:
         model = LanguageModel.load(path, device, threads, show)
     if device == "auto":
