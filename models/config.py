@@ -26,7 +26,7 @@ class Config:
     """
 
     version: str
-    """One of 4, 5.0, 5.1, 5.2, 6 and 7."""
+    """One of 4, 5.0, 5.0r2, 5.1, 5.2, 6 and 7."""
     layers: int
     width: int
     vocab: int

@@ -34,7 +34,7 @@ def honoured(config: Config, tensors: Tensors, settings: Mapping[str, Any], *, f
     name = "layer_norm_epsilon" if "layer_norm_epsilon" in settings else "norm_eps"
     eps = _number(settings, name, _EPS)
     if fla:
-        group_eps = eps * config.head_size
+        group_eps = eps * config.head_size if config.version == "7" else eps
     elif "group_norm_epsilon" in settings:
         group_eps = _number(settings, "group_norm_epsilon", _EPS)
     elif "head_size_divisor" in settings:

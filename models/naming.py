@@ -1,16 +1,19 @@
 """Names of tensors. Other namings are brought to the official one (RWKV-LM's .pth), and no value is touched.
 
 Sources: transformers, models/rwkv/convert_rwkv_checkpoint_to_hf.py (v4); the remote code of RWKV/rwkv-5-world and
-RWKV/rwkv-6-world as listed in llama.cpp's tensor_mapping.py; flash-linear-attention, utils/convert_from_rwkv7.py;
-web-rwkv, assets/scripts/convert_safetensors.py.
+RWKV/rwkv-6-world as listed in llama.cpp's tensor_mapping.py; flash-linear-attention, utils/convert_from_rwkv6.py and
+convert_from_rwkv7.py; web-rwkv, assets/scripts/convert_safetensors.py.
 """
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rwkv_cli.errors import FormatError
-from rwkv_cli.quant import Source, SourceTensor, is_safetensors
+from rwkv_cli.models import rwkv6
+from rwkv_cli.quant import Joined, Source, SourceTensor, is_safetensors
+from rwkv_cli.quant.dtypes import BITS
 from rwkv_cli.quant.source import rows_of, turned
 
 _WRAPPERS = re.compile(r"^(_forward_module\.|module\.|base_model\.model\.)+|(?<![^.])_orig_mod\.")
@@ -47,8 +50,20 @@ _FLA = [
     (r"\.attn\.([wavg])_lora\.lora\.0\.weight$", r".att.\g<1>1"),
     (r"\.attn\.([wavg])_lora\.lora\.2\.weight$", r".att.\g<1>2"),
     (r"\.attn\.([wav])_lora\.lora\.2\.bias$", r".att.\g<1>0"),
+    (r"\.attn\.g_proj\.", ".att.gate."),
+    (r"\.attn\.w_proj\.linear\.lora\.0\.weight$", ".att.time_decay_w1"),
+    (r"\.attn\.w_proj\.linear\.lora\.2\.weight$", ".att.time_decay_w2"),
+    (r"\.attn\.w_proj\.linear\.lora\.2\.bias$", ".att.time_decay"),
+    (r"\.attn\.x_proj\.0\.mu$", ".att.time_maa_x"),
+    (r"\.attn\.bonus$", ".att.time_faaaa"),
+    (r"\.ffn\.key\.mu$", ".ffn.time_maa_k"),
+    (r"\.ffn\.receptance\.mu$", ".ffn.time_maa_r"),
     (r"\.attn\.", ".att."),
+    (r"(?<!\.x_proj\.0)\.linear\.weight$", ".weight"),
 ]
+
+_FLA_MIXES = "rwkvg"
+"""The order of RWKV-6's five mixes in flash-linear-attention."""
 
 _FACTORS = [
     (r"\.lora\.0$", ".lora_A"),
@@ -97,7 +112,8 @@ def _from_web(named: list[tuple[str, SourceTensor]]) -> list[tuple[str, SourceTe
     """The official tensors of a web-rwkv file; those of any other file stay as they are.
 
     There, low-rank factors and states are turned. v5.1 to v6 have a `time_first` in place of `time_faaaa`, and v6 has
-    its mixes under the names of v5's (web-rwkv, assets/scripts/convert_safetensors.py).
+    its mixes under the names of v5's (web-rwkv, assets/scripts/convert_safetensors.py). Nothing but the ending .st
+    tells that the state in a v5.0 is turned.
     """
     shapes = {name: tensor.shape for name, tensor in named}
     rules = []
@@ -109,7 +125,10 @@ def _from_web(named: list[tuple[str, SourceTensor]]) -> list[tuple[str, SourceTe
     first = [shapes.get(f"blocks.0.att.{x}1", ()) for x in "wag"]
     width = shapes.get("emb.weight", (0, 0))[-1]
     v7 = all(len(shape) == 2 and shape[1] == width for shape in first) and any(shape[0] != width for shape in first)
-    if rules or v7:
+    v5_0 = "blocks.0.att.gate.weight" not in shapes and "blocks.0.att.time_first" in shapes
+    states = {tensor.path for name, tensor in named if name.endswith(".att.time_state")}
+    v5_0 = v5_0 and any(path.suffix == ".st" and is_safetensors(path) for path in states)
+    if rules or v7 or v5_0:
         named = [(_rename(name, rules), turned(t) if _turned_in_web(name, t) else t) for name, t in named]
     return named
 
@@ -145,13 +164,29 @@ def adapter(path: Path, source: Source) -> Source:
 def _from_fla(name: str, tensor: SourceTensor) -> Iterator[tuple[str, SourceTensor]]:
     """The official tensors that one of flash-linear-attention stands for.
 
-    There, low-rank factors are linears [out, in], and older files have all six mixes stacked in `x_x`.
+    There, low-rank factors are linears [out, in]. The mixes of RWKV-6, and those of RWKV-7 in older files, are stacked.
     """
     new = _rename(name, _FLA)
-    if ".lora." in name and name.endswith(".weight") and len(tensor.shape) == 2:
+    shape, stem = tensor.shape, new.rpartition(".att.")[0] + ".att."
+    if name.endswith((".lora.0.weight", ".lora.2.weight")) and len(shape) == 2:
         yield new, turned(tensor)
-    elif new.endswith(".att.x_x") and tensor.shape and tensor.shape[0] == 6:
-        for x, part in zip("rwkvag", rows_of(tensor), strict=True):
-            yield new.removesuffix("x") + x, part
+    elif new.endswith(".att.x_x") and shape[:1] == (6,):
+        yield from ((f"{stem}x_{x}", part) for x, part in zip("rwkvag", rows_of(tensor), strict=True))
+    elif new.endswith(".att.x_bias") and shape[:1] == (5,):
+        yield from ((f"{stem}time_maa_{x}", part) for x, part in zip(_FLA_MIXES, rows_of(tensor), strict=True))
+    elif new.endswith(".att.x_proj.0.linear.weight") and len(shape) == 2 and shape[0] % 5 == 0:
+        yield f"{stem}time_maa_w1", Joined.of([turned(part) for part in _fifths(tensor, 0)], axis=1)
+    elif new.endswith(".att.x_proj.2.weight") and len(shape) == 2 and shape[1] % 5 == 0:
+        parts = [turned(part) for part in _fifths(tensor, 1)]
+        deep = [replace(part, shape=(1, *part.shape), strides=(0, *part.strides)) for part in parts]
+        yield f"{stem}time_maa_w2", Joined.of(deep, axis=0)
     else:
         yield new, tensor
+
+
+def _fifths(tensor: SourceTensor, axis: int) -> list[SourceTensor]:
+    """The parts of a matrix for the five mixes of RWKV-6, in the official order."""
+    length = tensor.shape[axis] // 5
+    shape = tuple(length if i == axis else n for i, n in enumerate(tensor.shape))
+    step = length * tensor.strides[axis] * BITS[tensor.dtype].itemsize
+    return [replace(tensor, shape=shape, start=tensor.start + _FLA_MIXES.index(x) * step) for x in rwkv6.MIXES]

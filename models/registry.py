@@ -15,6 +15,7 @@ from rwkv_cli.quant import Source, SourceTensor
 MODULES: dict[str, ModuleType] = {
     "4": rwkv4,
     "5.0": rwkv5,
+    "5.0r2": rwkv5,
     "5.1": rwkv5,
     "5.2": rwkv5,
     "6": rwkv6,

@@ -1,6 +1,7 @@
 """RWKV-5.0, 5.1 and 5.2 "Eagle" (arXiv 2404.05892; rwkv package 0.8.32, model.py, `att_one_v5…`).
 
-They differ in the shape of decay and bonus, which conversion expands to 5.2's, and in 5.0's lack of a gate.
+They differ in the shape of decay and bonus, which conversion expands to 5.2's, and in 5.0's lack of a gate. 5.0r2 is a
+preview of 5.1: it has no gate yet, but 5.1's bonus (RWKV-LM, RWKV-v4neo/src/model.py, "r2" in RWKV_MY_TESTING).
 """
 
 import numpy as np
@@ -33,14 +34,15 @@ def configure(shapes: Shapes) -> Dimensions:
     heads, *channels = shapes["blocks.0.att.time_decay"]
     _, width = shapes["emb.weight"]
     if "blocks.0.att.gate.weight" not in shapes:
-        version = "5.0"
+        preview = "blocks.0.att.time_faaaa" in shapes and "blocks.0.att.time_mix_g" not in shapes
+        version = "5.0r2" if preview else "5.0"
     else:
         version = "5.2" if len(channels) == 1 and max(channels) > 1 else "5.1"
     return Dimensions(version, heads, head_size=width // max(heads, 1), ranks={})
 
 
 def _gated(c: Config) -> bool:
-    return c.version != "5.0"
+    return not c.version.startswith("5.0")
 
 
 def entries(c: Config) -> list[Entry]:
@@ -58,7 +60,7 @@ def entries(c: Config) -> list[Entry]:
 
     bonus = (
         Entry("att.time_faaaa", "vector", (H, N), source_shape=shared, derive=spread)
-        if _gated(c)
+        if c.version != "5.0"
         else Entry("att.time_first", "vector", (H, N), source_shape=shared, derive=lambda a: spread(exp(a)))
     )
     return [
@@ -93,7 +95,7 @@ def time_mix(m: TimeMixing) -> None:
         key=k,
         value=v,
         decay=p["att.time_decay"],
-        bonus=p["att.time_faaaa"] if gated else p["att.time_first"],
+        bonus=p["att.time_first"] if m.config.version == "5.0" else p["att.time_faaaa"],
         norm=norm_of(p, "att.ln_x", m.config.group_norm_eps),
         gate=gate[0] if gate else None,
         starts=m.starts,

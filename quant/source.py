@@ -149,6 +149,24 @@ class Computed(SourceTensor):
         return self.function(self.of.float32(start, stop))
 
 
+@dataclass(frozen=True)
+class Joined(SourceTensor):
+    """Tensors of one dtype and file that make up another one."""
+
+    parts: tuple[SourceTensor, ...]
+    axis: int
+
+    @classmethod
+    def of(cls, parts: Sequence[SourceTensor], axis: int) -> "Joined":
+        """These tensors one after the other along an axis."""
+        first, length = parts[0], sum(part.shape[axis] for part in parts)
+        shape = (*first.shape[:axis], length, *first.shape[axis + 1 :])
+        return cls(first.file, first.dtype, shape, 0, contiguous(shape), tuple(parts), axis)
+
+    def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        return np.concatenate([part.bits() for part in self.parts], self.axis)[start:stop]
+
+
 Source = Mapping[str, SourceTensor]
 
 

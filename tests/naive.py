@@ -143,7 +143,7 @@ class Naive:
             )
         else:
             r, k, v = (self.linear(self.mix(x, a + f"time_mix_{c}"), a + n) for c, n in _RKV)
-            g = None if self.version == "5.0" else self.linear(self.mix(x, a + "time_mix_g"), a + "gate")
+            g = None if self.version.startswith("5.0") else self.linear(self.mix(x, a + "time_mix_g"), a + "gate")
             decay = self.z[a + "time_decay"].reshape(self.H, -1)
             w = np.broadcast_to(decay, (self.H, self.D // self.H)).reshape(1, -1).repeat(len(x), 0)
         u = np.exp(self.z[a + "time_first"]) if self.version == "5.0" else self.z[a + "time_faaaa"]

@@ -47,8 +47,8 @@ def weights(version: str, layers: int = 3, width: int = 48, vocab: int = 300, he
             dims = (H, head) if version == "5.2" else (H,)
             out[a + "time_decay"] = uniform(*dims, low=-6, high=1)
             out[a + ("time_first" if version == "5.0" else "time_faaaa")] = normal(*dims, std=0.3)
-        if version in ("4", "5.0", "5.1", "5.2"):
-            for x in "kvr" if version in ("4", "5.0") else "kvrg":
+        if version[0] in "45":
+            for x in "kvr" if version in ("4", "5.0", "5.0r2") else "kvrg":
                 out[a + f"time_mix_{x}"] = uniform(1, 1, D)
             for x in "kr":
                 out[f + f"time_mix_{x}"] = uniform(1, 1, D)

@@ -29,7 +29,7 @@ CHECKPOINTS = {
 Convert = Callable[..., Path]
 
 
-@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize("version", [*tiny.VERSIONS, "5.0r2"])
 @pytest.mark.parametrize(("width", "head", "ffn"), [(48, 16, 96), (40, 8, 70), (192, 64, 224), (64, 64, 256)])
 def test_floats_match_the_oracle(converted: Convert, version: str, width: int, head: int, ffn: int) -> None:
     sizes = {"width": width, "head": head, "ffn": ffn}

@@ -1,7 +1,7 @@
 """The model that a checkpoint is: every version found by shapes alone, other namings undone, anything else refused."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ def check(shapes: Shapes) -> Config:
     return config
 
 
-@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize("version", [*tiny.VERSIONS, "5.0r2"])
 @pytest.mark.parametrize(
     ("layers", "width", "head", "ffn", "vocab"),
     [(3, 48, 16, 96, 300), (1, 40, 8, 70, 256), (2, 33, 11, 5, 7), (12, 64, 64, 224, 65), (2, 6, 2, 1, 1)],
@@ -179,6 +179,38 @@ def transformers4(name: str) -> str:
     return name if name == "head.weight" else f"rwkv.{name}"
 
 
+def fla6(weights: tiny.Tensors) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """As flash-linear-attention's convert_from_rwkv6.py does it."""
+    names = {"emb.weight": "model.embeddings.weight", "head.weight": "lm_head.weight"}
+    for part in ("weight", "bias"):
+        names |= {f"ln_out.{part}": f"model.norm.{part}", f"blocks.0.ln0.{part}": f"model.layers.0.pre_norm.{part}"}
+    yield from ((there, weights[here]) for here, there in names.items())
+    for i in range(1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))):
+        att, ffn, layer = f"blocks.{i}.att.", f"blocks.{i}.ffn.", f"model.layers.{i}."
+        for part in ("weight", "bias"):
+            yield f"{layer}attn_norm.{part}", weights[f"blocks.{i}.ln1.{part}"]
+            yield f"{layer}ffn_norm.{part}", weights[f"blocks.{i}.ln2.{part}"]
+            yield f"{layer}attn.g_norm.{part}", weights[f"{att}ln_x.{part}"]
+        yield f"{layer}attn.x_proj.0.mu", weights[att + "time_maa_x"].reshape(-1)
+        width = weights["emb.weight"].shape[1]
+        ww, wk, wv, wr, wg = weights[att + "time_maa_w1"].reshape(width, 5, -1).transpose(1, 0, 2)
+        yield f"{layer}attn.x_proj.0.linear.weight", np.concatenate((wr, ww, wk, wv, wg), -1).T
+        ww, wk, wv, wr, wg = weights[att + "time_maa_w2"]
+        yield f"{layer}attn.x_proj.2.weight", np.concatenate((wr, ww, wk, wv, wg), 0).T
+        yield f"{layer}attn.x_bias", np.stack([weights[f"{att}time_maa_{x}"].reshape(-1) for x in "rwkvg"])
+        for there, here in (("r", "receptance"), ("k", "key"), ("v", "value"), ("g", "gate")):
+            yield f"{layer}attn.{there}_proj.linear.weight", weights[f"{att}{here}.weight"]
+        yield f"{layer}attn.w_proj.linear.lora.0.weight", weights[att + "time_decay_w1"].T
+        yield f"{layer}attn.w_proj.linear.lora.2.weight", weights[att + "time_decay_w2"].T
+        yield f"{layer}attn.w_proj.linear.lora.2.bias", weights[att + "time_decay"].reshape(-1)
+        yield f"{layer}attn.bonus", weights[att + "time_faaaa"]
+        yield f"{layer}attn.o_proj.weight", weights[att + "output.weight"]
+        for there, here in (("key", "k"), ("receptance", "r")):
+            yield f"{layer}ffn.{there}.linear.weight", weights[f"{ffn}{there}.weight"]
+            yield f"{layer}ffn.{there}.mu", weights[f"{ffn}time_maa_{here}"].reshape(-1)
+        yield f"{layer}ffn.value.weight", weights[ffn + "value.weight"]
+
+
 def fla(weights: tiny.Tensors, stacked: bool) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """As flash-linear-attention's convert_from_rwkv7.py does it; `stacked`: as its first version did."""
     top = {"emb.weight": "model.embeddings.weight", "head.weight": "lm_head.weight"}
@@ -204,14 +236,16 @@ def fla(weights: tiny.Tensors, stacked: bool) -> Iterator[tuple[str, NDArray[np.
             yield ".".join(["model.layers", layer, parts[part], own, *rest]), flat
 
 
-@pytest.mark.parametrize("naming_of", ["4", "5.2", "6", "7", "7 stacked", "7 prefixed", "4 prefixed"])
+@pytest.mark.parametrize("naming_of", ["4", "5.2", "6", "6 fla", "7", "7 stacked", "7 prefixed", "4 prefixed"])
 @pytest.mark.parametrize("write", [tiny.write_pth, tiny.write_safetensors])
 def test_other_namings_are_the_same_model(
     rwkv: Run, tmp_path: Path, naming_of: str, write: Callable[..., Path]
 ) -> None:
     version, _, form = naming_of.partition(" ")
     weights = tiny.weights(version, layers=2)
-    pairs = fla(weights, form == "stacked") if version == "7" else ((transformers4(n), a) for n, a in weights.items())
+    pairs: Iterable[tuple[str, NDArray[np.float32]]] = ((transformers4(n), a) for n, a in weights.items())
+    if version == "7" or form == "fla":
+        pairs = fla(weights, form == "stacked") if version == "7" else fla6(weights)
     renamed = {("_forward_module." if form == "prefixed" else "") + name: array for name, array in pairs}
     (tmp_path / "hf").mkdir()
     write(tmp_path / "hf" / ("model.safetensors" if write is tiny.write_safetensors else "pytorch_model.bin"), renamed)
@@ -235,6 +269,20 @@ def test_the_config_has_what_only_the_source_tells(tmp_path: Path, version: str,
             path = tiny.write_safetensors(tmp_path / form, dict(fla(weights, stacked)), dtype)
             config, _ = registry.recognize(open_source(path))
             assert (config.embedding_dtype, config.group_norm_eps) == ("F32", 8e-5)
+    if version == "6":
+        path = tiny.write_safetensors(tmp_path / "b", dict(fla6(weights)), dtype)
+        assert registry.recognize(open_source(path)).config.group_norm_eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("x_proj.0.linear.weight", "time_maa_w1"), ("x_proj.2.weight", "time_maa_w2"), ("x_bias", "time_maa_w")],
+)
+def test_stacks_that_cannot_be_divided_are_refused(tmp_path: Path, name: str, missing: str) -> None:
+    weights = dict(fla6(tiny.weights("6", layers=2)))
+    weights[f"model.layers.1.attn.{name}"] = np.ones((41, 43), np.float32)
+    with pytest.raises(UnsupportedModelError, match=rf"^tensor blocks\.1\.att\.{missing} is missing"):
+        registry.recognize(open_source(tiny.write_safetensors(tmp_path / "a", weights, "F32")))
 
 
 @pytest.mark.parametrize(

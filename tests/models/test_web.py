@@ -36,8 +36,8 @@ def states() -> tiny.Tensors:
 @pytest.mark.parametrize("version", tiny.VERSIONS)
 @pytest.mark.parametrize("tuned", [False, True], ids=["plain", "tuned"])
 def test_a_st_file_is_the_same_model(rwkv: Run, tmp_path: Path, version: str, tuned: bool) -> None:
-    if tuned and version in ("4", "5.0"):
-        pytest.skip("RWKV-4 has no state to tune, and a .st file of 5.0 looks like any other")
+    if tuned and version == "4":
+        pytest.skip("RWKV-4 has no state to tune")
     weights = tiny.weights(version) | (states() if tuned else {})
     tiny.write_pth(tmp_path / "a.pth", weights, "F16")
     tiny.write_safetensors(tmp_path / "a.st", web(weights), "F16")
