@@ -25,6 +25,10 @@ COMMANDS = {
 }
 
 
+_LEAST_MEMORY = 400 << 20
+"""Bytes of addresses that the libraries take which a command loads, without a model."""
+
+
 class _Commands(click.Group):
     """The group of all commands, each loaded when it is called."""
 
@@ -51,13 +55,15 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Word every expected error, without what could steer the terminal."""
+        if 0 < _limit() < _LEAST_MEMORY:  # libraries would fail in words of their own
+            raise click.ClickException(_expected(MemoryError()) or "")
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
             raise click.UsageError(_short(error.format_message()), error.ctx) from None
         except click.ClickException as error:
             raise click.ClickException(_short(error.message)) from None
-        except (OSError, ValueError, MemoryError) as error:
+        except (OSError, ValueError, MemoryError, ImportError, RuntimeError) as error:
             message = _expected(error)
             if message is None:
                 raise
@@ -76,12 +82,34 @@ def _expected(error: Exception) -> str | None:
         return None
     if isinstance(error, RwkvError):
         return str(error)
-    if isinstance(error, MemoryError):
-        return f"out of memory{f' ({error})' if str(error) else ''}; close other programs or take a smaller model"
+    if _short_of_memory(error):
+        detail = f" ({error})" if isinstance(error, MemoryError) and str(error) else ""
+        limit = _limit()
+        advice = (
+            f"this shell allows {limit >> 20} MB: raise its limit with `ulimit -v`" if limit else "close other programs"
+        )
+        return f"out of memory{detail}; {advice} or take a smaller model"
     if isinstance(error, OSError) and error.errno is not None:
         name = f"{error.filename}: " if error.filename is not None else ""
         return f"{name}{error.strerror}"
     return str(error) if isinstance(error, OSError) else None
+
+
+def _limit() -> int:
+    """Return the bytes of addresses that this process may use (`ulimit -v`), or 0 if there is no limit."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return 0 if limit == resource.RLIM_INFINITY else limit
+
+
+def _short_of_memory(error: Exception) -> bool:
+    """Return whether memory is what lacks: libraries and threads that cannot be loaded say it in other words."""
+    signs = ["failed to map segment", "annot allocate memory", "start new thread"]
+    signs += ["load shared object file"] if _limit() else []
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

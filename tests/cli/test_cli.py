@@ -240,3 +240,17 @@ def test_a_wrong_model_in_the_environment_is_named(rwkv: Run, monkeypatch: pytes
         result = rwkv(*command)
         assert result.exit_code == 1
         assert "gone.safetensors: there is no such model; $RWKV_MODEL names it" in result.stderr
+
+
+@pytest.mark.parametrize("megabytes", [60, 200, 390])
+def test_a_limit_of_memory_gives_a_sentence(byte_model: Path, megabytes: int) -> None:
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    command = [sys.executable, "-m", "rwkv_cli", "generate", "a", "-m", str(byte_model), "-n", "1"]
+    limit = megabytes << 20
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=100)
+    says = f"this shell allows {megabytes} MB: raise its limit with `ulimit -v` or take a smaller model"
+    assert (done.returncode, done.stderr) == (1, f"Error: out of memory; {says}\n")
