@@ -1,10 +1,11 @@
 """How far quantized models are from float on a text: this tool's int8 against Q8_0, on the same weights.
 
-    python benchmarks/accuracy.py CHECKPOINT TEXT [--limit N] [--pairs]
+    python benchmarks/accuracy.py CHECKPOINT TEXT [--limit N] [--pairs] [--llama PYTHON]
 
 Q8_0 is llama.cpp's (ggml-quants.c, `quantize_row_q8_0_ref`): blocks of 32 with a float16 scale of absmax/127, matrices
 and embedding but not the low-rank factors. Its weights are rounded here and run with float activations, which is more
-than llama.cpp itself keeps. Prints one line a scheme, as `rwkv ppl --compare` does.
+than llama.cpp itself keeps. With `--llama`, llama.cpp itself runs, too (benchmarks/llama.py). Prints one line a scheme,
+as `rwkv ppl --compare` does.
 """
 
 import argparse
@@ -49,18 +50,20 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--pairs", action="store_true", help="feed each byte b as b, 0 (16-bit models over bytes)")
+    parser.add_argument("--llama", metavar="PYTHON", help="a Python that has llama-cpp-python (RWKV-7)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rounded = folder / "q8_0.source.safetensors"
         write_q8_0(args.checkpoint, rounded)
-        beside = args.checkpoint.parent / "tokenizer.json"
-        tokenizer = ["--tokenizer", str(beside)] if beside.is_file() else []
+        beside = [args.checkpoint.with_suffix(".tokenizer.json"), args.checkpoint.parent / "tokenizer.json"]
+        found = next((str(file) for file in beside if file.is_file()), "auto")
         for label, source, quant in [
             ("float", args.checkpoint, "none"), ("int8", args.checkpoint, "int8"), ("Q8_0", rounded, "none"),
         ]:  # fmt: skip
-            command = [sys.executable, "-P", "-m", "rwkv_cli", "convert", source, folder / label, "--quant", quant]
-            subprocess.run([*command, *tokenizer], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            command = [sys.executable, "-P", "-m", "rwkv_cli", "convert", source, folder / label]
+            command += ["--quant", quant, "--tokenizer", found]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         text = args.text
         if args.pairs:
             text = folder / "pairs"
@@ -77,6 +80,11 @@ def main() -> None:
                 f"KL {c.kl_mean:.3e}  99.9 % {c.kl_p999:.3e}  top-1 {100 * c.top1_agreement:.3f} %",
                 flush=True,
             )
+        if args.llama:
+            import llama
+
+            ids = reference.text_tokenizer.encode(text.read_bytes())[:limit]
+            print(llama.measure(args.llama, args.checkpoint, reference.config, [0, *ids]))
 
 
 if __name__ == "__main__":
