@@ -18,21 +18,23 @@ from rwkv_cli.quant.formats.contract import Shape, Spec, StoredArray
 from rwkv_cli.quant.header import FORMAT_VERSION
 from rwkv_cli.quant.opening import open_source
 from rwkv_cli.quant.replacing import check_regular
-from rwkv_cli.quant.safetensors import read_header
+from rwkv_cli.quant.safetensors import is_converted, is_safetensors, read_header
 from rwkv_cli.quant.source import SourceFile
 
 
 class Checkpoint:
     """A read-only view of a converted file (docs/format.md). Tensors are views of one memory map.
 
-    Raises FormatError where the file is not a whole, consistent converted model of a version this program knows.
+    A folder stands for the one converted file in it. Raises FormatError where the file is not a whole, consistent
+    converted model of a version this program knows.
     """
 
     def __init__(self, path: Path) -> None:
+        path = _converted_in(path) if path.is_dir() else path
         self.path = path
         self._text: dict[str, str] = {}
         check_regular(path)
-        if path.is_dir() or not _starts_header(path):
+        if path.is_dir() or not is_safetensors(path):
             # this raises a better reason for a file that is no checkpoint at all
             open_source(path)
         else:
@@ -143,6 +145,9 @@ def _mapped(file: SourceFile) -> NDArray[np.uint8]:
     return np.frombuffer(memory, np.uint8)
 
 
-def _starts_header(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+def _converted_in(folder: Path) -> Path:
+    """The converted file in a folder, or the folder itself if it has none. Raises FormatError for several."""
+    found = [file for file in sorted(folder.glob("*.safetensors")) if is_converted(file)]
+    if len(found) > 1:
+        raise FormatError(f"{folder}: holds {len(found)} converted models; name one, such as {found[0]}")
+    return found[0] if found else folder

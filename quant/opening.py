@@ -10,7 +10,7 @@ from rwkv_cli.errors import FormatError
 from rwkv_cli.quant import rwkv_cpp
 from rwkv_cli.quant.gguf import MAGIC, open_gguf, read_gguf
 from rwkv_cli.quant.pth import LEGACY, open_legacy, open_pth
-from rwkv_cli.quant.safetensors import open_safetensors
+from rwkv_cli.quant.safetensors import is_converted, open_safetensors
 from rwkv_cli.quant.source import SourceFile, SourceTensor
 
 
@@ -61,14 +61,17 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path) -> dict[str, SourceTensor]:
-    """The tensors of a folder: those of all *.safetensors, else of all pytorch_model*.bin, else of the one *.pth."""
+    """The tensors of a folder: those of all *.safetensors, else of all pytorch_model*.bin, else of the one *.pth.
+
+    Converted files are left out.
+    """
     if (folder / "zero_to_fp32.py").is_file() and not any(folder.glob("pytorch_model*.bin")):
         raise FormatError(
             f"{folder}: a DeepSpeed checkpoint whose weights are spread over files; gather them with "
             "`python zero_to_fp32.py . pytorch_model.bin` in that folder, and convert that file"
         )
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pth"):
-        files = sorted(folder.glob(pattern))
+        files = [file for file in sorted(folder.glob(pattern)) if not is_converted(file)]
         if pattern == "*.pth" and len(files) > 1:
             raise FormatError(f"{folder}: holds {len(files)} .pth files; name the one to convert")
         if files:
@@ -79,8 +82,21 @@ def _open_folder(folder: Path) -> dict[str, SourceTensor]:
                         raise FormatError(f"{file}: tensor {name} is also in {tensors[name].path.name}")
                     tensors[name] = tensor
             _check_shards(folder, f"{pattern}.index.json", tensors)
+            if pattern != "*.pth":
+                _check_alone(folder, files[0])
             return tensors
-    raise FormatError(f"{folder}: no *.safetensors, pytorch_model*.bin or *.pth in this folder")
+    raise FormatError(f"{folder}: no *.safetensors, pytorch_model*.bin or *.pth to convert in this folder")
+
+
+def _check_alone(folder: Path, taken: Path) -> None:
+    """Refuse a folder that also has a model in a *.pth, perhaps another one. Trainers keep other things there, too."""
+    for file in sorted(folder.glob("*.pth")):
+        try:
+            names = list(_open_file(file))
+        except FormatError:
+            continue
+        if any(name.endswith("emb.weight") for name in names):
+            raise FormatError(f"{folder}: holds {taken.name} and {file.name}; name the one to convert")
 
 
 def _check_shards(folder: Path, pattern: str, tensors: Mapping[str, SourceTensor]) -> None:

@@ -29,6 +29,14 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
+def is_converted(path: Path) -> bool:
+    """Return true for a file that `rwkv convert` has written, whole or not."""
+    try:
+        return path.is_file() and is_safetensors(path) and read_header(SourceFile(path))[1].get("format") == "rwkv"
+    except FormatError:
+        return False
+
+
 def read_header(file: SourceFile) -> tuple[dict[str, SourceTensor], dict[str, str]]:
     """The tensors and the metadata of a file. Raises FormatError where the header does not describe the file exactly.
 

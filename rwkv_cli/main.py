@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "Continue a text.",
     "chat": "Talk with a model.",
     "prompt": "Show what a model reads of a chat.",
+    "tokenize": "Show the tokens of a text.",
     "sessions": "List, show and remove kept chats.",
     "ppl": "Measure perplexity on text files.",
     "info": "Show what a converted file holds.",

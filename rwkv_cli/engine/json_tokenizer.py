@@ -90,6 +90,9 @@ class JsonTokenizer:
         ids: list[int] = self._encoded(self._text(text)).ids
         return ids
 
+    def split(self, text: str | bytes) -> Piece:
+        return self._piece(self._text(text))
+
     def decode(self, ids: Sequence[int]) -> str:
         known = [i for i in ids if 0 <= i < self.size]
         with self._sound("decode"):

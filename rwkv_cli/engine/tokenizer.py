@@ -65,6 +65,9 @@ class Tokenizer(Protocol):
         Raises TokenizerError for bytes that are not UTF-8 where the vocabulary needs text.
         """
 
+    def split(self, text: str | bytes) -> Piece:
+        """Encode a text, and say which bytes of it each token stands for."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids into text. Invalid UTF-8 becomes U+FFFD."""
 
@@ -140,9 +143,12 @@ class ByteTokenizer(_ByteTable):
     def encode(self, text: str | bytes) -> list[int]:
         return list(to_bytes(text))
 
+    def split(self, text: str | bytes) -> Piece:
+        ids = self.encode(text)
+        return Piece(ids, np.arange(1, len(ids) + 1))
+
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Piece]:
-        for block in blocks:
-            yield Piece(list(block), np.arange(1, len(block) + 1))
+        return map(self.split, blocks)
 
 
 class WorldTokenizer(_ByteTable):
@@ -166,8 +172,11 @@ class WorldTokenizer(_ByteTable):
             raise TokenizerError("a vocabulary without tokens")
 
     def encode(self, text: str | bytes) -> list[int]:
+        return self.split(text).ids
+
+    def split(self, text: str | bytes) -> Piece:
         data = to_bytes(text)
-        return self._match(data, len(data)).ids
+        return self._match(data, len(data))
 
     def _match(self, data: bytes, stop: int) -> Piece:
         """Return the tokens that start before `stop`. Raises TokenizerError where none fits."""
@@ -226,7 +235,7 @@ class WorldTokenizer(_ByteTable):
             if piece.ids:
                 yield piece
         if rest:
-            yield self._match(rest, len(rest))
+            yield self.split(rest)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays in a converted file: all tokens' bytes in the order of their ids, and their lengths."""

@@ -303,3 +303,34 @@ def test_a_source_given_as_a_model_says_how_to_convert_it(
         refused(rwkv(*arguments), f"{path}: not a converted model; convert it first: rwkv convert {path}")
     missing = tmp_path / "b"
     refused(rwkv("info", missing), f"{missing}: No such file or directory")
+
+
+def test_a_folder_stands_for_the_converted_file_in_it(rwkv: Run, tmp_path: Path) -> None:
+    tiny.write_pth(tmp_path / "a.pth", tiny.weights("7", layers=1, vocab=256))
+    refused(rwkv("info", tmp_path), "not a converted model; convert it first")
+    assert rwkv("convert", tmp_path / "a.pth").exit_code == 0
+    assert rwkv("info", tmp_path).stdout == rwkv("info", tmp_path / "a.int8.safetensors").stdout
+    assert rwkv("generate", "a", "-n", 2, "-m", tmp_path).exit_code == 0
+    assert rwkv("convert", tmp_path / "a.pth", "--quant", "none").exit_code == 0
+    refused(rwkv("info", tmp_path), "holds 2 converted models; name one, such as .*a.float.safetensors")
+
+
+def test_converted_files_in_a_folder_are_not_converted_again(rwkv: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tiny.write_pth(folder / "a.pth", tiny.weights("7", layers=1, vocab=256))
+    assert rwkv("convert", folder / "a.pth").exit_code == 0
+    assert rwkv("convert", folder, tmp_path / "again").exit_code == 0
+    assert Checkpoint(tmp_path / "again").digest == Checkpoint(folder).digest
+    (folder / "a.pth").unlink()
+    refused(rwkv("convert", folder), "to convert in this folder")
+
+
+def test_a_folder_with_two_models_names_both(rwkv: Run, tmp_path: Path) -> None:
+    """Other things that trainers keep in a .pth beside a model do not matter."""
+    tiny.write_safetensors(tmp_path / "model.safetensors", tiny.weights("7", layers=1, vocab=256))
+    tiny.write_pth(tmp_path / "rng_state.pth", {"state": np.zeros(3, np.float32)})
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    assert rwkv("convert", tmp_path, "--dry-run").exit_code == 0
+    tiny.write_pth(tmp_path / "other.pth", tiny.weights("7", layers=1, vocab=256, seed=1))
+    refused(rwkv("convert", tmp_path), "holds model.safetensors and other.pth; name the one to convert")

@@ -281,5 +281,6 @@ def test_a_folder_must_hold_one_model(rwkv: Run, tmp_path: Path, byte_model: Pat
         tiny.write_safetensors(tmp_path / name, SMALL)
     refused(rwkv("convert", tmp_path), r"d\.safetensors: tensor emb\.weight is also in c\.safetensors")
     (tmp_path / "d.safetensors").write_bytes(byte_model.read_bytes())
-    refused(rwkv("convert", tmp_path), r"d\.safetensors: already converted")
+    refused(rwkv("convert", tmp_path), r"holds c\.safetensors and a\.pth; name the one to convert")
+    refused(rwkv("convert", tmp_path / "d.safetensors"), r"d\.safetensors: already converted")
     assert sorted(tmp_path.iterdir()) == [a, tmp_path / "c.safetensors", tmp_path / "d.safetensors"]
