@@ -91,11 +91,15 @@ def _check_widths(config: Config, settings: Mapping[str, Any]) -> None:
 
 
 def _check_structure(settings: Mapping[str, Any]) -> None:
-    """Refuse models with other layers than the official ones, and quantized ones."""
+    """Refuse models with other layers than the official ones."""
     if settings.get("attn") is not None:
         raise _refused("attn", settings["attn"], "a mixture with attention layers is not supported")
     if settings.get("norm_first") is False:
         raise _refused("norm_first", False, "a model without the norm after its embedding is not supported")
+
+
+def check_unquantized(settings: Mapping[str, Any]) -> None:
+    """Refuse a folder of weights that are quantized already. Its tensors need not be floats, so this comes first."""
     for name in ("quantization_config", "quantization"):
         found = settings.get(name)
         if found:

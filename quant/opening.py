@@ -24,6 +24,11 @@ def open_source(path: Path) -> dict[str, SourceTensor]:
     part = re.search(r"-0*([0-9]+)-of-0*([0-9]+)\.(safetensors|bin|pth)$", path.name)
     if part and part[2] != "1":
         raise FormatError(f"{path}: part {part[1]} of {part[2]} of a model; give the folder with all of them")
+    if re.search(r"zero_pp_rank_\d+_mp_rank_\d+_\w+_states\.pt$", path.name):
+        raise FormatError(
+            f"{path}: one part of a DeepSpeed checkpoint; gather all with `python zero_to_fp32.py . pytorch_model.bin` "
+            "in the folder above, and convert that file"
+        )
     if path.name.endswith(".index.json"):
         raise FormatError(f"{path}: the list of a model's parts; give the folder with all of them")
     return _open_file(path)

@@ -86,7 +86,17 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch", "Size"): tuple,
+    ("__builtin__", "set"): tuple,
+    ("builtins", "set"): tuple,
 }
+"""The functions that a pickle may call, by the names of what they stand for. A set becomes a tuple."""
+
+_KNOWN = {
+    "_rebuild_tensor_v3": "it holds numbers of a kind such as float8; save it again in bfloat16",
+    "_rebuild_qtensor": "it holds quantized tensors; give the model as it was before",
+}
+"""Functions for tensors that no model here has, and what to do about them."""
 
 
 def _named(module: Any, name: Any) -> Any:
@@ -96,7 +106,12 @@ def _named(module: Any, name: Any) -> Any:
         return _ALLOWED[module, name]
     if module == "torch" and name.endswith("Storage"):
         return _StorageType(name)
-    raise _RefusedError(f"it asks for {f'{module}.{name}'!r:.80}, which no tensor needs")
+    if module == "torch._utils" and name in _KNOWN:
+        raise _RefusedError(_KNOWN[name])
+    asked = f"it asks for {f'{module}.{name}'!r:.80}, which no tensor needs"
+    if name[:1].isupper():  # a class
+        asked += "; a whole module? save its weights alone, with torch.save(model.state_dict(), PATH)"
+    raise _RefusedError(asked)
 
 
 def _storage(pid: Any) -> Storage:

@@ -19,7 +19,7 @@ def open_safetensors(file: SourceFile) -> dict[str, SourceTensor]:
         raise FormatError(f"{path}: already converted; run it with -m, or convert from the original")
     for name, tensor in tensors.items():
         if tensor.dtype not in SOURCE_DTYPES:
-            raise FormatError(f"{path}: tensor {name} is {tensor.dtype}; save it again as F32, F16 or BF16")
+            raise _no_float(path, name, tensor.dtype)
     return tensors
 
 
@@ -55,7 +55,7 @@ def read_header(file: SourceFile) -> tuple[dict[str, SourceTensor], dict[str, st
                 view: Any = opened.get_slice(name)
                 dtype, shape = view.get_dtype(), tuple(view.get_shape())
                 if dtype not in BITS:
-                    raise FormatError(f"{path}: tensor {name} is {dtype}; save it again as F32, F16 or BF16")
+                    raise _no_float(path, name, dtype)
                 check_shape(path, name, shape)
                 tensors[name] = SourceTensor(file, dtype, shape, start, contiguous(shape))
                 start += prod(shape) * BITS[dtype].itemsize
@@ -65,3 +65,8 @@ def read_header(file: SourceFile) -> tuple[dict[str, SourceTensor], dict[str, st
         ) from None
     file.check()  # the library opened it by its name
     return tensors, metadata
+
+
+def _no_float(path: Path, name: str, dtype: str) -> FormatError:
+    hint = "" if dtype.startswith("F") else "; if the model is quantized, convert the original"
+    return FormatError(f"{path}: tensor {name} is {dtype}; save it again as F32, F16 or BF16{hint}")

@@ -24,6 +24,7 @@ from rwkv_cli.kernels.cpu.quantize_weights import KERNELS, quantize_rows
 from rwkv_cli.models import Config, registry
 from rwkv_cli.models.adapters import Adapter, read_adapters
 from rwkv_cli.models.config import Entry
+from rwkv_cli.models.huggingface import check_unquantized
 from rwkv_cli.quant import SourceTensor, open_source, read_settings
 from rwkv_cli.quant.formats import FORMATS, layout_for
 from rwkv_cli.quant.writer import Contents, Planned, Written, write
@@ -66,10 +67,11 @@ class Conversion:
         `scale` is that of LoRA; None takes what the files say. Raises an RwkvError where a file does not do, and
         OSError.
         """
-        source = open_source(src)
         found_adapters = read_adapters(adapters, scale)
         try:
             settings = read_settings(src)
+            check_unquantized(settings)
+            source = open_source(src)
             config, tensors = registry.recognize(source, settings, found_adapters)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{src}: {error}") from None

@@ -131,6 +131,29 @@ def test_what_the_model_cannot_do_is_refused_by_name(
     refused(rwkv("convert", folder(tmp_path / "model", tiny.weights(version), settings)), tmp_path / "model", says)
 
 
+@pytest.mark.parametrize(
+    ("quantized", "settings", "says"),
+    [
+        ("U32", {"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ("I32", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+        ("U8", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+    ],
+)
+def test_quantized_folders_are_known_before_their_tensors_are_read(
+    rwkv: Run, tmp_path: Path, quantized: str, settings: Any, says: str
+) -> None:
+    """They hold integers, which no other folder does."""
+    source = folder(tmp_path / "model", {"emb.weight": np.ones((4, 4), np.float32)}, settings)
+    file = source / "model.safetensors"
+    data = file.read_bytes().replace(b'"F32"', f'"{quantized}"'.encode().ljust(5))
+    file.write_bytes(data.replace(b"[4, 4]", b"[8, 8]") if quantized == "U8" else data)
+    refused(rwkv("convert", source), source, rf"quantized already \(.*{says}\); convert the original model")
+    (source / "config.json").unlink()
+    refused(
+        rwkv("convert", source), file, f"emb.weight is {quantized}", "if the model is quantized, convert the original"
+    )
+
+
 def test_a_usual_model_is_written_as_before() -> None:
     """Fields that came later are in the file only where they matter, and files without them load."""
     config = Config("7", 1, 64, 256, 1, 64, 256)

@@ -174,6 +174,67 @@ def test_a_damaged_file_from_before_torch_1_6_is_refused(rwkv: Run, tmp_path: Pa
     refused(rwkv("convert", tmp_path / "a.pth"), tmp_path / "a.pth", says)
 
 
+def test_squeezed_vectors_are_the_same(rwkv: Run, tmp_path: Path, plain: str) -> None:
+    squeezed = {
+        name: array[None, None] if array.ndim == 1 and ".att." in name and "ln_x" not in name else array.squeeze()
+        for name, array in WEIGHTS.items()
+    }
+    assert digest(rwkv, tiny.write_pth(tmp_path / "a.pth", squeezed, "F32")) == plain
+
+
+SIZE = Call(Ref("torch", "Size"), (3, 4))
+NOTHING = Call(Ref("__builtin__", "set"), ())
+
+
+def test_the_facts_that_deepspeed_2_keeps_are_left_out(rwkv: Run, tmp_path: Path, plain: str) -> None:
+    tree = {"module": tree_of(), "param_shapes": ({"emb.weight": SIZE},), "sparse_tensor_module_names": NOTHING}
+    tiny.write_zip(tmp_path / "mp_rank_00_model_states.pt", tree, STORAGES)
+    assert digest(rwkv, tmp_path / "mp_rank_00_model_states.pt") == plain
+
+
+@pytest.mark.parametrize(
+    "name", ["zero_pp_rank_0_mp_rank_00_model_states.pt", "bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt"]
+)
+def test_a_part_of_deepspeed_says_how_to_gather_all(rwkv: Run, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    tiny.write_zip(path, {"module": tree_of()}, STORAGES)
+    refused(
+        rwkv("convert", path), path, "one part of a DeepSpeed checkpoint", r"`python zero_to_fp32\.py \. pytorch_model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (
+            ("torch.nn.modules.linear", "Linear"),
+            r"a whole module\? save its weights alone, with torch\.save\(model\.state_dict",
+        ),
+        (("__main__", "RWKV"), r"'__main__\.RWKV', which no tensor needs; a whole module\?"),
+        (
+            ("torch._utils", "_rebuild_tensor_v3"),
+            "it holds numbers of a kind such as float8; save it again in bfloat16",
+        ),
+        (("torch._utils", "_rebuild_qtensor"), "it holds quantized tensors; give the model as it was before"),
+    ],
+)
+@pytest.mark.parametrize("key", ["model", ""])
+def test_what_torch_saves_otherwise_is_named(
+    rwkv: Run, tmp_path: Path, asked: tuple[str, str], says: str, key: str
+) -> None:
+    what = Call(Ref(*asked))
+    tiny.write_zip(tmp_path / "a.pth", {key: what} if key else what, {})
+    refused(rwkv("convert", tmp_path / "a.pth"), tmp_path / "a.pth", "nothing in it was run", says)
+
+
+def test_whole_modules_of_torch_itself(rwkv: Run, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path / "module.pth")
+    torch.save({"a": torch.ones(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "float8.pth")
+    refused(rwkv("convert", tmp_path / "module.pth"), r"a whole module\? save its weights alone")
+    refused(rwkv("convert", tmp_path / "float8.pth"), "a kind such as float8; save it again in bfloat16")
+
+
 def test_a_deepspeed_folder_says_how_to_gather_it(rwkv: Run, tmp_path: Path, plain: str) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
