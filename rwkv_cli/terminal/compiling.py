@@ -1,9 +1,12 @@
 """The loading of kernels before a command says anything, with a counter where they have to be compiled."""
 
 import functools
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from rwkv_cli.terminal.output import note, one_line, progress_bar, shows_bars
@@ -39,7 +42,25 @@ def load_kernels(kernels: Iterable["Loadable"]) -> None:
         for done, kernel in enumerate(todo):
             if update is not None:
                 update(completed=done)
-            kernel.load()
+            with _interrupts_held():
+                kernel.load()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Have Ctrl-C wait for the end of the block. LLVM calls Python meanwhile, where an exception would be lost."""
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[FrameType | None] = []
+    signal.signal(signal.SIGINT, lambda _, frame: came.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if came:
+        usual(signal.SIGINT, came[0])
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """Kernels are compiled before any output, once, with a counter, wherever the program lies, and after all checks."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 from numba.core.event import Event, Listener, register, unregister
+
+from rwkv_cli.terminal.compiling import load_kernels
 
 Run = Callable[..., Result]
 
@@ -170,3 +174,21 @@ def test_wrong_arguments_are_found_before_anything_is_loaded(
         unregister("numba:compile", listener)
     assert result.exit_code in (1, 2)
     assert listener.events == []
+
+
+def test_an_interrupt_while_a_kernel_loads_is_not_lost() -> None:
+    """LLVM calls Python while it loads code, and what is raised there is only printed."""
+    loaded = []
+
+    class Loading:
+        def load(self) -> None:
+            def called() -> None:
+                os.kill(os.getpid(), signal.SIGINT)
+                loaded.append(self)
+
+            ctypes.CFUNCTYPE(None)(called)()
+
+    with pytest.raises(KeyboardInterrupt):
+        load_kernels([Loading(), Loading()])
+    assert len(loaded) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
