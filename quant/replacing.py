@@ -3,11 +3,15 @@
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from rwkv_cli.errors import FormatError
+
+_FRESH = 60
+"""Seconds for which a file may be without a lock, since it is made before it is locked."""
 
 
 @contextlib.contextmanager
@@ -21,9 +25,11 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
         raise taken
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     check_regular(path)
+    _remove_left_behind(path.parent)
     part = path.with_name(f".rwkv-{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
+            _lock(file)  # as long as it is open, nobody takes it for one that was left behind
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -40,6 +46,25 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Remove files of processes that were killed while they wrote into this folder."""
+    for part in folder.glob(".rwkv-*.part"):
+        with contextlib.suppress(OSError), part.open("rb") as file:
+            if time.time() - part.stat().st_mtime > _FRESH and _lock(file):
+                part.unlink()
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Lock a file for this process. Returns False where another one has it, or where there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # Windows, and some file systems
+        return False
+    return True
 
 
 def check_regular(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The cores that this process may use."""
+"""The cores that this process may use, and the memory of the machine."""
 
 import math
 import os
@@ -13,6 +13,14 @@ class Cores(NamedTuple):
     logical: int
     physical: int
     """Two threads that share a core wait for the same memory and the same multipliers."""
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or 8 GB where the system does not say it."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
 
 
 def usable_cores() -> Cores:

@@ -15,6 +15,7 @@ from rwkv_cli.engine.pacing import paced
 from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.engine.templates import parts
 from rwkv_cli.errors import ConversationError
+from rwkv_cli.kernels.cpu.cores import memory_bytes
 from rwkv_cli.models import State
 
 Bar = Callable[[int], AbstractContextManager[OnRead]]
@@ -25,8 +26,10 @@ def _no_bar(_: int) -> AbstractContextManager[OnRead]:
     return nullcontext(lambda _: None)
 
 
-_SNAPSHOT_BYTES = 1 << 29
-"""Bytes of memory for states to go back to. The oldest are given up first."""
+_SNAPSHOTS = 32
+"""States to go back to. The oldest are given up first: further back, what was said is read once more."""
+_SNAPSHOT_BYTES = min(1 << 29, memory_bytes() // 32)
+"""Bytes of memory for them."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,7 @@ class Conversation:
         read = "" if self.template.turn_by_turn else whole[: len(whole) - len(result.unread)]
         self.now = Snapshot(state, self.template.close(result.unread), self.sampler.random, read)
         size = sum(array.nbytes for array in state.arrays().values())
-        for old in self.turns[: -max(_SNAPSHOT_BYTES // size, 1)]:
+        for old in self.turns[: -min(max(_SNAPSHOT_BYTES // size, 1), _SNAPSHOTS)]:
             old.before = None
 
 

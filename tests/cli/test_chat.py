@@ -165,10 +165,11 @@ def test_retry_differs_and_repeats(byte_model: Path) -> None:
     assert len(set(answers[0])) == 3
 
 
-def test_old_snapshots_are_given_up(byte_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bound", ["_SNAPSHOT_BYTES", "_SNAPSHOTS"])
+def test_old_snapshots_are_given_up(byte_model: Path, monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
     model = rwkv_cli.load(byte_model)
     size = sum(array.nbytes for array in model.new_state().arrays().values())
-    monkeypatch.setattr("rwkv_cli.engine.conversation._SNAPSHOT_BYTES", 2 * size)
+    monkeypatch.setattr(f"rwkv_cli.engine.conversation.{bound}", 2 if bound == "_SNAPSHOTS" else 2 * size)
     conversation, _ = talk(model, TEMPLATES["plain"], Sampling(), 3, "a", "b", "c", "d")
     assert [turn.before is None for turn in conversation.turns] == [True, True, False, False]
     conversation.undo()

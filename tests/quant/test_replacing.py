@@ -1,6 +1,8 @@
 """A file that is written replaces regular files only, and a file that is read is one."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,3 +57,31 @@ def test_devices_are_named(rwkv: Run, byte_model: Path, pipe: Path) -> None:
         with pytest.raises(FormatError, match=says):
             State.load(path, rwkv_cli.load(byte_model).new_state())
     assert pipe.is_fifo()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    left, fresh, other = (tmp_path / name for name in (".rwkv-0.part", ".rwkv-1.part", ".rwkv-x.txt"))
+    for path in (left, fresh, other):
+        path.write_bytes(b"half")
+    with replacing(tmp_path / "slow") as slow:
+        (living,) = {*tmp_path.iterdir()} - {left, fresh, other}
+        for path in (left, other, living):
+            os.utime(path, (0, 0))
+        with replacing(tmp_path / "quick") as quick:
+            quick.write(b"whole")
+        assert {*tmp_path.iterdir()} == {fresh, other, living, tmp_path / "quick"}
+        slow.write(b"whole, too")
+    assert (tmp_path / "slow").read_bytes() == b"whole, too"
+
+
+def test_a_killed_process_leaves_nothing_for_long(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, pathlib; from rwkv_cli.quant import replacing\n"
+        f"with replacing(pathlib.Path({str(tmp_path / 'a')!r})): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code])
+    (left,) = tmp_path.iterdir()
+    os.utime(left, (0, 0))
+    with replacing(tmp_path / "b") as file:
+        file.write(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
