@@ -57,6 +57,7 @@ class Checkpoint:
             return default
         try:
             value = json.loads(self._text[key])
+            json.dumps(value, ensure_ascii=False).encode()  # which fails for half a surrogate pair
         except (KeyError, ValueError, RecursionError):
             value = None
         if not isinstance(value, kind):

@@ -2,6 +2,7 @@
 
 import codecs
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,8 @@ class JsonTokenizer:
 
         self.owner = owner or name
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(text)
+            with _unheard():
+                self._tokenizer = tokenizers.Tokenizer.from_buffer(text)
         except (KeyboardInterrupt, MemoryError):
             raise
         except BaseException as error:  # the library raises bare Exception, and BaseException where Rust panics
@@ -106,8 +108,10 @@ class JsonTokenizer:
         return _JsonStream(self.decode, before)
 
     def check(self) -> None:
-        """Try the tokenizer on a text. Raises FormatError if it fails."""
-        self.decode(self.encode(_SAMPLE))
+        """Try the tokenizer on a text, and on all of its tokens. Raises FormatError if it fails."""
+        with _unheard():
+            self.decode(self.encode(_SAMPLE))
+            self.decode(range(self.size))
 
     def _encoded(self, text: str) -> Any:
         """Return the library's encoding. Raises FormatError where the tokenizer fails."""
@@ -154,6 +158,23 @@ class JsonTokenizer:
         stops = np.array([end for _, end in encoded.offsets], np.int64)
         stops[-1:] = len(text)  # offsets may leave out blanks at the end
         return Piece(encoded.ids, upto[np.maximum.accumulate(stops)])
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep from standard error what the library writes there where its code panics. The exception says it, too."""
+    try:
+        before = os.dup(2)
+    except OSError:  # standard error is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def _one_line(error: BaseException) -> str:

@@ -86,6 +86,10 @@ def judged(where: Path, source: str, special: dict[str, str], origin: str) -> di
     `where` is the file that it stands in, and `origin` says of what kind that is. Raises FormatError.
     """
     try:
+        "".join([source, *special.values()]).encode()
+    except UnicodeEncodeError:
+        raise FormatError(f"{where}: holds half a surrogate pair, which is no text; mend it") from None
+    try:
         template = Rendered.of(source, special)
         known = is_g1h(template)
     except ConversationError as error:

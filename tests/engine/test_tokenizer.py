@@ -452,3 +452,45 @@ def test_a_tokenizer_that_cannot_encode_is_named(made: Any, rwkv: Any, converted
     assert result.exit_code == 1
     assert f"Error: {tmp_path / 'bad.json'}: its tokenizer cannot encode" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def with_parts(**parts: Any) -> bytes:
+    """A tokenizer.json of two words with parts that the library itself would not write."""
+    made = json.loads(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "": 1}, unk_token="a")).to_str())
+    return json.dumps(made | parts).encode()
+
+
+BROKEN = {
+    "a map that cannot be read": (
+        with_parts(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////wAA"}),
+        "not a",
+    ),
+    "a map that points beyond itself": (
+        with_parts(normalizer={"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}),
+        "its tokenizer cannot encode",
+    ),
+    "a decoder that cuts what is not there": (
+        with_parts(decoder={"type": "Strip", "content": " ", "start": 9, "stop": 9}),
+        "its tokenizer cannot decode",
+    ),
+    "Unigram without an unknown token": (
+        with_parts(model={"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}),
+        "its tokenizer cannot encode",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_tokenizer_that_panics_is_refused_in_one_sentence(
+    kind: str, rwkv: Any, converted: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library is written in Rust. Where it panics, it also writes to standard error, past Python."""
+    text, says = BROKEN[kind]
+    (tmp_path / "bad.json").write_bytes(text)
+    source = converted().with_suffix(".pth")
+    capfd.readouterr()
+    result = rwkv("convert", source, tmp_path / "out", "--tokenizer", tmp_path / "bad.json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{tmp_path / 'bad.json'}: {says}" in result.stderr
+    assert capfd.readouterr().err == ""
+    assert not (tmp_path / "out").exists()

@@ -334,3 +334,18 @@ def test_a_folder_with_two_models_names_both(rwkv: Run, tmp_path: Path) -> None:
     assert rwkv("convert", tmp_path, "--dry-run").exit_code == 0
     tiny.write_pth(tmp_path / "other.pth", tiny.weights("7", layers=1, vocab=256, seed=1))
     refused(rwkv("convert", tmp_path), "holds model.safetensors and other.pth; name the one to convert")
+
+
+@pytest.mark.parametrize("key", ["source", "template"])
+def test_half_a_surrogate_pair_in_metadata_is_refused(rwkv: Run, byte_model: Path, tmp_path: Path, key: str) -> None:
+    header, data = split(byte_model)
+    header["__metadata__"][key] = r'"\ud800"'
+    text = json.dumps(header).encode()
+    (tmp_path / "a").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    refused(rwkv("info", tmp_path / "a"), f"metadata '{key}' is missing or damaged")
+
+
+def test_half_a_surrogate_pair_in_a_template_is_refused(rwkv: Run, tmp_path: Path) -> None:
+    tiny.write_pth(tmp_path / "a.pth", tiny.weights("7", layers=1, vocab=256))
+    (tmp_path / "tokenizer_config.json").write_text(r'{"chat_template": "{{ messages }} \ud800"}')
+    refused(rwkv("convert", tmp_path / "a.pth"), "tokenizer_config.json: holds half a surrogate pair")
