@@ -16,7 +16,8 @@ from rwkv_cli.commands.options import check_there, make_ready, model_options, op
 from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.terminal.compiling import load_kernels
-from rwkv_cli.terminal.output import note, reading_bar, write
+from rwkv_cli.terminal.output import note, reading_bar
+from rwkv_cli.terminal.wrap import answer_writer
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
@@ -179,12 +180,13 @@ def command(
     begun, cached = cache.find(warn=note) if cache else (start.state, 0)
     make_ready(lm, "last")
     completion = Completion(lm, begun, sampler, Request(ids[cached:], max_tokens, stops, ignore_eos))
+    show = answer_writer(sys.stdout.isatty())
     with reading_bar(len(ids) - cached) as on_read:
         if cache and not cached:
             cache.fill(completion, on_read)
         for piece in completion.stream(on_read):
             if not as_json:
-                write(piece)
+                show(piece)
     result = completion.result
     if as_json:
         facts = {

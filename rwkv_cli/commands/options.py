@@ -109,7 +109,7 @@ def named_model(path: Path | None) -> Path:
 
     announce_trouble()
     found = storyteller(converting_bar, load_kernels)
-    note("No model named: this is the bundled storyteller. Name another with -m or $RWKV_MODEL.")
+    note("No model named (-m or $RWKV_MODEL): this is the bundled storyteller.")
     return found
 
 

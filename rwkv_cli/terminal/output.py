@@ -1,6 +1,8 @@
 """Output: aligned columns, text that cannot steer the terminal, progress on standard error."""
 
 import os
+import re
+import shutil
 import sys
 import threading
 import time
@@ -148,7 +150,35 @@ def loading_bar(path: Path) -> Iterator[Callable[[int], None]]:
         yield show
 
 
+def folded(text: str, width: int) -> str:
+    """Break lines that are wider than `width` between words. What follows stands under the line's second column.
+
+    A line without columns goes on at its beginning. The text is harmless.
+    """
+    return "\n".join(_folded(line, width) if len(line) * 2 >= width else line for line in text.split("\n"))
+
+
+def _folded(line: str, width: int) -> str:
+    """Break one line."""
+    from rich.cells import cell_len
+
+    columns = re.match(r"\S.*?\s{2,}(?=\S)", line)
+    indent = cell_len(columns[0]) if columns and 3 * cell_len(columns[0]) < 2 * width else 0
+    lines, column = [""], 0
+    for word in re.findall(r"\s*\S+|\s+$", line):
+        size = cell_len(word)
+        if column + size >= width and lines[-1].strip():
+            word = " " * indent + word.lstrip()
+            lines.append("")
+            column, size = 0, cell_len(word)
+        lines[-1] += word
+        column += size
+    return "\n".join(lines)
+
+
 def note(text: str, faint: bool = False) -> None:
-    """Write a line beside the result, to standard error."""
+    """Write a line beside the result, to standard error. A terminal gets it broken between words."""
     text = harmless(text)
+    if shows_bars():
+        text = folded(text, shutil.get_terminal_size().columns)
     click.echo(dim(text) if faint else text, err=True)

@@ -30,6 +30,9 @@ def reader(words: Words) -> Callable[[str], str]:
     lines = _lines()
 
     def read(_default: str) -> str:
+        if sys.stdin.isatty() and sys.stderr.isatty():  # a person, whose answers go into a pipe or a file
+            sys.stderr.write("> ")
+            sys.stderr.flush()
         line = next(lines, None)
         if line is None:
             raise EOFError
@@ -80,7 +83,9 @@ def no_echo() -> Iterator[None]:
 def _terminal_reader(words: Words) -> Callable[[str], str]:
     """Make the reader for a terminal. Alt-Enter begins a new line; Up and Ctrl-R look through earlier turns."""
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
     from prompt_toolkit.completion import Completer, Completion
+    from prompt_toolkit.filters import Condition
     from prompt_toolkit.key_binding import KeyBindings
 
     class Commands(Completer):
@@ -93,7 +98,12 @@ def _terminal_reader(words: Words) -> Callable[[str], str]:
                 yield from (Completion(w, -len(typed)) for w in found if w.startswith(typed) and w != typed)
 
     keys = KeyBindings()
-    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    new_line: Any = lambda event: event.current_buffer.insert_text("\n")  # noqa: E731 - two keys do it
+    keys.add("escape", "enter")(new_line)
+    # A dumb terminal does not mark what is pasted. There a line is not the last one where more has come already.
+    dumb = os.environ.get("TERM", "dumb") == "dumb"
+    pasted = Condition(lambda: dumb and bool(get_app().key_processor.input_queue))
+    keys.add("enter", filter=pasted, eager=True)(new_line)
     session: Any = PromptSession(
         [("bold", "> ")],
         history=_history(),

@@ -1,9 +1,8 @@
 """The chat program. It reads turns and commands, shows answers as they come, and keeps the session."""
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +14,18 @@ from rwkv_cli.engine.conversation import Conversation, Reply, markdown
 from rwkv_cli.engine.sessions import Session
 from rwkv_cli.errors import ConversationError, SessionError, TokenizerError
 from rwkv_cli.quant import replacing
-from rwkv_cli.terminal.output import columns, note, one_line, reading_bar, write
+from rwkv_cli.terminal.output import columns, note, one_line, reading_bar
 from rwkv_cli.terminal.reader import is_terminal, no_echo, on_interrupt, reader
 from rwkv_cli.terminal.settings import MAX_TOKENS, SAMPLING
-from rwkv_cli.terminal.wrap import Wrapped
+from rwkv_cli.terminal.slash import ALIASES, Command, figures, not_known, short, unescaped
+from rwkv_cli.terminal.wrap import answer_writer
 
 _KEYS = "Ctrl-C ends an answer, Ctrl-D leaves, Alt-Enter begins a new line; a line that begins with // is text."
-_ALIASES = {"/bye": "/exit", "/quit": "/exit", "/clear": "/reset", "/new": "/reset", "/?": "/help"}
-"""The names that other chat programs have for these commands."""
-
 _SETTINGS = {name: setting.kind for name, setting in SAMPLING.items()} | {"max_tokens": MAX_TOKENS}
 """The names that /set takes, and their values."""
 
 
 _HOW_TO_KEEP = "/save NAME before leaving keeps a chat under a name; rwkv chat --last goes on with this one."
-
-
-def _no_words() -> Iterable[str]:
-    """Return no words, for commands that take none or any."""
-    return ()
-
-
-@dataclass(frozen=True)
-class _Command:
-    """A line that begins with a slash. `act` is called with the rest of the line."""
-
-    usage: str
-    help: str
-    act: Callable[[str], None]
-    words: Callable[[], Iterable[str]] = _no_words
-    """The words that may come after the name."""
-
-    def takes(self, rest: str) -> bool:
-        """Return whether a line may go on like this: usage in brackets may be left out, other usage may not."""
-        return bool(self.usage) if rest else self.usage == "" or self.usage.startswith("[")
 
 
 class Repl:
@@ -71,26 +48,26 @@ class Repl:
         self.over = False
         keep_as = "keep the conversation as a session; without one, go on in it"
         self.commands = {
-            "/undo": _Command("", "take the last turn back", self.undo),
-            "/retry": _Command("", "another answer to the last turn", self.retry),
-            "/edit": _Command("[TEXT]", "change the last turn and answer it anew", self.edit),
-            "/reset": _Command("", "begin anew; /undo takes it back", self.reset),
-            "/system": _Command("[TEXT|off]", "show the system text, or begin anew with another", self.system),
-            "/think": _Command(
+            "/undo": Command("", "take the last turn back", self.undo),
+            "/retry": Command("", "another answer to the last turn", self.retry),
+            "/edit": Command("[TEXT]", "change the last turn and answer it anew", self.edit),
+            "/reset": Command("", "begin anew; /undo takes it back", self.reset),
+            "/system": Command("[TEXT|off]", "show the system text, or begin anew with another", self.system),
+            "/think": Command(
                 "[MODE]", "show or set how long the model reasons", self.think, lambda: self.talk.template.modes
             ),
-            "/set": _Command(
+            "/set": Command(
                 "NAME [VALUE]", "show a setting, or change it from the next answer on", self.set, lambda: _SETTINGS
             ),
-            "/params": _Command("", "the settings", self.params),
-            "/history": _Command("", "all that was said", self.history),
-            "/save": _Command("NAME", keep_as, self.save, sessions.names),
-            "/load": _Command("NAME", "go on with a session", self.load, sessions.names),
-            "/fork": _Command("NAME", "go on in a new session, the old one stays as it is", self.fork),
-            "/stats": _Command("", "tokens, speed and memory so far", self.stats),
-            "/copy": _Command("FILE", "write the conversation as Markdown", self.copy),
-            "/help": _Command("", "this list", self.help),
-            "/exit": _Command("", "leave", self.exit),
+            "/params": Command("", "the settings", self.params),
+            "/history": Command("", "all that was said", self.history),
+            "/save": Command("NAME", keep_as, self.save, sessions.names),
+            "/load": Command("NAME", "go on with a session", self.load, sessions.names),
+            "/fork": Command("NAME", "go on in a new session, the old one stays as it is", self.fork),
+            "/stats": Command("", "tokens, speed and memory so far", self.stats),
+            "/copy": Command("FILE", "write the conversation as Markdown", self.copy),
+            "/help": Command("", "this list", self.help),
+            "/exit": Command("", "leave", self.exit),
         }
 
     def converse(self) -> None:
@@ -121,7 +98,7 @@ class Repl:
                 if line.startswith("/") and not line.startswith("//"):
                     self._obey(line)
                 elif line:
-                    self._say(self.talk.reply(_unescaped(line), again=bool(editing)))
+                    self._say(self.talk.reply(unescaped(line), again=bool(editing)))
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -134,10 +111,9 @@ class Repl:
     def _obey(self, line: str) -> None:
         """Do what a command line says, or say what is wrong with it."""
         name, _, rest = line.partition(" ")
-        name = _ALIASES.get(name, name)
+        name = ALIASES.get(name, name)
         if name not in self.commands:
-            near = difflib.get_close_matches(name, self.commands, 1)
-            note(f"{name} is not a command; " + (f"did you mean {near[0]}?" if near else "/help lists them"))
+            note(not_known(name, self.commands))
             return
         command = self.commands[name]
         if not command.takes(rest.strip()):
@@ -153,7 +129,7 @@ class Repl:
     def _say(self, reply: Reply) -> None:
         """Show an answer as it comes. Ctrl-C ends the answer."""
         completion, thought = reply.completion, False
-        show = Wrapped().write if self.terminal else write
+        show = answer_writer(self.terminal)
         with on_interrupt(completion.cancel), no_echo():
             with reading_bar(len(completion.request.prompt)) as on_read:
                 for thinking, piece in reply.stream(on_read):
@@ -177,7 +153,7 @@ class Repl:
         self.total.seconds += result.seconds
         if self.terminal:
             ended = {"length": " · cut short: /set max_tokens N allows more", "interrupted": " · interrupted"}
-            note(f"{_figures(result)}{ended.get(result.stop, '')}\n", faint=True)
+            note(f"{figures(result)}{ended.get(result.stop, '')}\n", faint=True)
 
     def _nameless(self) -> bool:
         """Return whether more than one turn was said at a terminal in a chat without a name."""
@@ -232,7 +208,7 @@ class Repl:
             return
         self._recall()
         turn = self.talk.undo()
-        note(f"Taken back: {_short(turn.user)}")
+        note(f"Taken back: {short(turn.user)}")
         self._keep()
 
     def retry(self, _rest: str) -> None:
@@ -246,7 +222,7 @@ class Repl:
             raise ConversationError("/edit TEXT: give the turn's new text")
         self._recall()
         if rest:
-            self._say(self.talk.reply(_unescaped(rest), again=True))
+            self._say(self.talk.reply(unescaped(rest), again=True))
         else:
             user = self.talk.last().user
             self.edited = "/" + user if user.startswith("/") else user
@@ -313,8 +289,9 @@ class Repl:
 
     def history(self, _rest: str) -> None:
         """Print everything said so far."""
+        show = answer_writer(self.terminal)
         for turn in self.talk.turns:
-            write(f"> {turn.user}\n{turn.shown()}\n\n")
+            show(f"> {turn.user}\n{turn.shown()}\n\n")
 
     def save(self, rest: str) -> None:
         """Keep the conversation as a session. A chat without a session goes on in it."""
@@ -351,7 +328,7 @@ class Repl:
         kept = sum(turn.before is not None for turn in self.talk.turns)
         rows: list[tuple[str, object]] = [
             ("turns", len(self.talk.turns)),
-            ("this run", _figures(self.total)),
+            ("this run", figures(self.total)),
             ("state", f"{size / 1e6:.1f} MB, whatever the length; {kept} kept for /undo"),
             ("session", self.session.name if self.session else "none; /save NAME keeps this conversation"),
         ]
@@ -377,22 +354,3 @@ class Repl:
     def exit(self, _rest: str) -> None:
         """End the chat after this line."""
         self.over = True
-
-
-def _unescaped(line: str) -> str:
-    """Return the text of a line. A text that begins with a slash is typed with two."""
-    return line[1:] if line.startswith("//") else line
-
-
-def _short(text: str) -> str:
-    """Return the first line of a text, cut to 60 characters."""
-    line = text.split("\n", 1)[0]
-    return line if line == text and len(line) <= 60 else line[:60] + " …"
-
-
-def _figures(r: Result) -> str:
-    """Say how many tokens were made and read, and how fast."""
-    made = f"{r.tokens} tokens" + (f", {r.tokens / r.seconds:.1f} tok/s" if r.seconds else "")
-    read = f"prompt {r.prompt_tokens} tokens"
-    read += f", {r.prompt_tokens / r.prompt_seconds:.0f} tok/s" if r.prompt_seconds else ""
-    return f"{made} · {read}"

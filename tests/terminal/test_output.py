@@ -10,7 +10,7 @@ import pytest
 import tiny
 from click.testing import Result
 
-from rwkv_cli.terminal.output import columns, harmless, one_line
+from rwkv_cli.terminal.output import columns, folded, harmless, one_line
 
 Run = Callable[..., Result]
 EVIL = "a\x1b[2J\nb\u202egpj\u2066\x9b"
@@ -63,3 +63,15 @@ def test_names_in_files_steer_nothing(rwkv: Run, tmp_path: Path) -> None:
     weights = tiny.weights("7", vocab=256)
     source = tiny.write_pth(tmp_path / "m.pth", weights | {EVIL: weights["head.weight"]}, "F32")
     clean(rwkv("convert", source), 1)
+
+
+def test_long_lines_are_broken_between_words() -> None:
+    text = "a note of some words that is too long\nshort"
+    assert folded(text, 20) == "a note of some\nwords that is too\nlong\nshort"
+    assert folded("x" * 30, 20) == "x" * 30
+    assert folded("你好 你好 你好", 11) == "你好 你好\n你好"
+
+
+def test_a_table_goes_on_under_its_second_column() -> None:
+    table = columns([("/set NAME", "show a setting, or change it"), ("/exit", "leave")])
+    assert folded(table, 30) == ("/set NAME  show a setting, or\n           change it\n/exit      leave")

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +50,34 @@ def chat(babbler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")
-    for name in ("RWKV_MODEL", "NO_COLOR"):
+    for name in ("RWKV_MODEL", "NO_COLOR", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
     from rwkv_cli.kernels.cache import cache_folder
 
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(cache_folder().parent))
     children = []
 
-    def start(*options: str, n: int = 8) -> Any:
+    def start(*options: str, n: int = 8, columns: int = 200, mark: str = "") -> Any:
         args = ["-c", SCRIPT, "chat", "-m", str(babbler), "--seed", "5", "-n", str(n), "--top-p", "0.9", *options]
-        child = pexpect.spawn(sys.executable, args, timeout=120, dimensions=(24, 200), encoding="utf-8")
+        child = spawn(args, columns)
         children.append(child)
-        child.expect_exact("/help lists commands")
-        prompt(child)
+        child.expect_exact("/help lists commands" if columns > 60 else "commands")
+        if mark:
+            child.expect_exact(mark)
+        else:
+            prompt(child)
         return child
 
     yield start
     for child in children:
         child.close(force=True)
+
+
+def spawn(args: list[str], columns: int) -> Any:
+    """Start Python on a terminal of this width. Readline may have put another one into this process's environment."""
+    return pexpect.spawn(
+        sys.executable, args, timeout=120, dimensions=(24, columns), encoding="utf-8", env=dict(os.environ)
+    )
 
 
 def prompt(child: Any) -> str:
@@ -255,3 +267,82 @@ def test_a_broken_session(chat: Callable[..., Any], babbler: Path, tmp_path: Pat
     child.expect(pexpect.EOF)
     child.wait()
     assert child.exitstatus == 1
+
+
+def test_what_the_chat_itself_says_breaks_between_words(chat: Callable[..., Any]) -> None:
+    child = chat(columns=40)
+    for command in ("/help", "/set nothing", "/params", "/stats"):
+        said = ask(child, command)
+        lines = said.split("\n")[1:]
+        assert max(map(len, lines)) < 40, lines
+        assert not any(re.search(r"[a-z]$", a) and re.match("[a-z]", b) and len(a) == 40 for a, b in pairwise(lines))
+    assert "take the last turn back" in " ".join(ask(child, "/help").split())
+    words = "some words of a turn that is wider than the terminal and so is broken"
+    ask(child, words)
+    history = ask(child, "/history")
+    for word in words.split():
+        assert re.search(rf"\b{word}\b", history.replace("/history", "")), history
+    leave(child)
+
+
+def test_three_lines_pasted_into_a_dumb_terminal_are_one_turn(
+    chat: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    child = chat(mark="> ")
+    child.send("one\rtwo\rthree\r")
+    child.expect_exact("tok/s")
+    child.expect_exact("> ")
+    child.send("/stats\r")
+    child.expect(r"turns +1\b")
+    child.expect_exact("> ")
+    child.send("/history\r")
+    child.expect(r"> one\r\ntwo\r\nthree\r\n")
+    child.send("/exit\r")
+    child.expect(pexpect.EOF)
+
+
+def test_a_chat_into_a_pipe_shows_its_prompt(babbler: Path, chat: Callable[..., Any], tmp_path: Path) -> None:
+    del chat  # its environment
+    log = tmp_path / "log"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(SCRIPT)} chat -m {babbler} -n 3 | tee {log}"
+    child = pexpect.spawn("/bin/sh", ["-c", command], timeout=120, encoding="utf-8")
+    child.expect_exact("> ")
+    child.send("Hi\n")
+    child.expect_exact("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert "> " not in log.read_text(errors="replace")
+
+
+def test_generated_text_breaks_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("RWKV_MODEL", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    args = ["-c", SCRIPT, "generate", "Once upon a time", "--temperature", "0", "-n", "60"]
+    texts = []
+    for columns in (2000, 30):
+        child = spawn(args, columns)
+        child.expect_exact("No model named")
+        child.expect_exact("storyteller.\r\n")
+        child.expect(pexpect.EOF)
+        child.close()
+        texts.append(shown_lines(child.before.rpartition("Loading")[2].rpartition("\x1b[?25h")[2]))
+        assert "No model named" not in child.before
+    wide, narrow = texts
+    assert max(map(len, narrow)) < 30
+    assert " ".join(" ".join(narrow).split()) == " ".join(" ".join(wide).split())
+
+
+def shown_lines(output: str) -> list[str]:
+    """Return the lines that a terminal shows of an output which moves back by \\b and clears to the end of a line."""
+    lines = [""]
+    for character in re.sub(r"\x1b\[(?!K)[0-9;?]*[A-Za-z]", "", output).replace("\x1b[K", "").replace("\r", ""):
+        if character == "\n":
+            lines.append("")
+        elif character == "\b":
+            lines[-1] = lines[-1][:-1]
+        else:
+            lines[-1] += character
+    return lines

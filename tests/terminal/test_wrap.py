@@ -70,3 +70,37 @@ def test_a_dumb_terminal_gets_the_text(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("TERM", "dumb")
     wrap.Wrapped().write("a b " * 200)
     assert capsys.readouterr().out == "a b " * 200
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=6), min_size=6, max_size=30), st.integers(1, 40), st.integers(9, 30))
+def test_after_a_resize_later_lines_are_whole(words: list[str], at: int, width: int) -> None:
+    """Where the cursor is after a resize is not known, so the first blank ends that line. Later ones are as ever."""
+    text = " ".join(words)
+    now = WIDTH
+    with pytest.MonkeyPatch.context() as patch:
+        out = io.StringIO()
+        patch.setattr(wrap.sys, "stdout", out)
+        patch.setattr(wrap.shutil, "get_terminal_size", lambda: os.terminal_size((now, 24)))
+        patch.setenv("TERM", "xterm")
+        writer = wrap.Wrapped()
+        writer.write(text[:at])
+        before = out.tell()
+        now = width
+        writer.write(text[at:])
+    after = out.getvalue()[before:]
+    if width == WIDTH:
+        return
+    if out.getvalue()[:before].endswith("\n"):  # the column is known
+        assert screen_of(after, width) == (textwrap.wrap(text[at:], width - 1) or [""])
+        return
+    first, _, rest = after.partition("\n")
+    head, _, left = text[at:].partition(" ")
+    assert first == head, "nothing moves on the line whose columns are unknown"
+    assert screen_of(rest, width) == (textwrap.wrap(left, width - 1) or [""])
+
+
+def screen_of(output: str, width: int) -> list[str]:
+    """Return the screen of a terminal of another width."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "WIDTH", width)
+        return screen(output)
