@@ -275,7 +275,9 @@ class Model:
 
         if kind.head == "last":
             x = ops.add(TakeRows(x, ends))
-        x = ops.add(LayerNorm(x, norm_of(top, "ln_out", c.norm_eps)))
+        x = ops.add(
+            LayerNorm(x, norm_of(top, "ln_out", c.norm_eps if c.output_norm_eps is None else c.output_norm_eps))
+        )
         (output,) = ops.linear(Product(x, top["head.weight"]))
         if kind.head == "losses":
             output = ops.add(CrossEntropy(output, targets))

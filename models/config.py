@@ -43,12 +43,18 @@ class Config:
     ffn_activation: Literal["relu_squared", "silu"] = "relu_squared"
     """The activation between the two matrices of the channel mixing. Only v7 can have another one."""
     norm_eps: float = 1e-5
+    output_norm_eps: float | None = None
+    """The eps of the norm before the head. None: it is norm_eps."""
     group_norm_eps: float = 64e-5
     """The default is 1e-5 · 8²: training divides by head_size_divisor 8 before the norm (rwkv package, model.py)."""
 
     def as_json(self) -> dict[str, Any]:
         """The fields as JSON. Rare fields are left out at their defaults, so that older programs read the file too."""
-        rare = {f.name: f.default for f in fields(self) if f.name in ("embedding_normed", "ffn_activation")}
+        rare = {
+            f.name: f.default
+            for f in fields(self)
+            if f.name in ("embedding_normed", "ffn_activation", "output_norm_eps")
+        }
         return {name: value for name, value in asdict(self).items() if name not in rare or value != rare[name]}
 
     def changed(self) -> dict[str, Any]:
@@ -86,7 +92,9 @@ class Config:
             raise ValueError("it has too many layers")
         if config.heads * config.head_size != config.width:
             raise ValueError("heads · head_size is not the width")
-        if not all(isinstance(e, float) and 0 < e < 1 for e in (config.norm_eps, config.group_norm_eps)):
+        epsilons = [config.norm_eps, config.group_norm_eps]
+        epsilons += [] if config.output_norm_eps is None else [config.output_norm_eps]
+        if not all(isinstance(e, float) and 0 < e < 1 for e in epsilons):
             raise ValueError("an epsilon is out of range")
         return config
 

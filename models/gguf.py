@@ -87,7 +87,7 @@ def official(source: Source, metadata: Mapping[str, Any]) -> Official:
         tensors[name] = reshaped(tensors[name], (width // size, size))
     scaled = dict(_scaled(tensors, architecture, metadata))
     eps = metadata.get(f"{architecture}.attention.layer_norm_epsilon")
-    return Official(tensors | scaled, {"layer_norm_epsilon": eps})
+    return Official(tensors | scaled, {"norm_eps": eps})
 
 
 def check(config: Config, metadata: Mapping[str, Any]) -> None:

@@ -42,6 +42,8 @@ def honoured(config: Config, tensors: Tensors, settings: Mapping[str, Any], *, f
     else:
         group_eps = config.group_norm_eps
     changes: dict[str, Any] = {"norm_eps": eps, "group_norm_eps": group_eps}
+    if "layer_norm_epsilon" in settings and config.version != "7" and eps != _EPS:
+        changes["output_norm_eps"] = _EPS  # their ln_out has PyTorch's own eps
     activation = settings.get("hidden_act") or "sqrelu"
     changes["ffn_activation"] = _ACTIVATIONS.get(activation) if isinstance(activation, str) else None
     if changes["ffn_activation"] is None or (changes["ffn_activation"] == "silu" and config.version != "7"):

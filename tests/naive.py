@@ -79,10 +79,12 @@ class Naive:
         tensors: Mapping[str, Any],
         group_norm_eps: float = 64e-5,
         norm_eps: float = 1e-5,
+        output_norm_eps: float | None = None,
         silu: bool = False,
     ) -> None:
         """`silu` is the activation of RWKV-7's channel mixing in place of the squared ReLU."""
         self.version, self.eps, self.norm_eps, self.silu = version, group_norm_eps, norm_eps, silu
+        self.output_norm_eps = norm_eps if output_norm_eps is None else output_norm_eps
         self.z = {name: np.asarray(a, np.float64) for name, a in tensors.items()}
         self.layers = 1 + max(int(name.split(".")[1]) for name in self.z if name.startswith("blocks."))
         self.D = self.z["emb.weight"].shape[1]
@@ -90,7 +92,12 @@ class Naive:
         self.H = 1 if version == "4" else self.z[f"blocks.0.att.{bonus}"].shape[0]
 
     def norm(self, x: F64, name: str) -> F64:
-        return layer_norm(x, self.z[name + ".weight"], self.z[name + ".bias"], self.norm_eps)
+        return layer_norm(
+            x,
+            self.z[name + ".weight"],
+            self.z[name + ".bias"],
+            self.output_norm_eps if name == "ln_out" else self.norm_eps,
+        )
 
     def forward(self, ids: Sequence[int]) -> F64:
         """Logits [T, V] from an empty state, or from the tuned one that is among the tensors."""

@@ -39,9 +39,14 @@ def logits(rwkv: Run, source: Path, quant: str = "none") -> Any:
 @pytest.mark.parametrize(
     ("version", "settings", "oracle"),
     [
-        ("4", {"layer_norm_epsilon": 1e-2}, {"norm_eps": 1e-2}),
+        ("4", {"layer_norm_epsilon": 1e-2}, {"norm_eps": 1e-2, "output_norm_eps": 1e-5}),
         ("5.2", {"head_size_divisor": 4}, {"group_norm_eps": 16e-5}),
-        ("6", {"head_size_divisor": 2, "layer_norm_epsilon": 1e-3}, {"group_norm_eps": 4e-5, "norm_eps": 1e-3}),
+        (
+            "6",
+            {"head_size_divisor": 2, "layer_norm_epsilon": 1e-3},
+            {"group_norm_eps": 4e-5, "norm_eps": 1e-3, "output_norm_eps": 1e-5},
+        ),
+        ("7", {"layer_norm_epsilon": 1e-2}, {"norm_eps": 1e-2}),
         ("7", {"norm_eps": 1e-2}, {"norm_eps": 1e-2}),
         ("7", {"group_norm_epsilon": 0.05}, {"group_norm_eps": 0.05}),
         ("7", {"hidden_act": "swish"}, {"silu": True}),
