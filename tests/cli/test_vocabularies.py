@@ -104,3 +104,16 @@ def test_a_text_ends_with_the_model_s_own_token(rwkv: Run, tmp_path: Path) -> No
         options = ["--ignore-eos"] if ignored else []
         done = rwkv("generate", "A", "-n", 2, "--temperature", 0, "--json", "-m", source.with_suffix(".out"), *options)
         assert (json.loads(done.stdout)["stop"] == "eos") != ignored
+
+
+def test_world_with_tokens_of_its_own(rwkv: Run, tmp_path: Path, shared: Path) -> None:
+    file = shared / "cases" / "world-vocab-beside" / "rwkv_vocab_v20230424.txt"
+    if not file.is_file():
+        pytest.skip("no such vocabulary; a small one beside a checkpoint is tested above")
+    source = tiny.write_pth(tmp_path / "a.pth", tiny.weights("7", layers=1, width=16, vocab=65536, ffn=32))
+    stock = load(rwkv, source).tokenizer.encode("<|ask|>Hello")
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = load(rwkv, source).tokenizer
+    assert tokenizer.encode("<|ask|>Hello") == [65530, stock[-1]]
+    assert tokenizer.decode([65530]) == "<|ask|>"
+    assert len(stock) > 2
