@@ -152,7 +152,14 @@ def config_of(version: str, layers: int, width: int, head: int, vocab: int, rank
     from rwkv_cli.models import Config
 
     heads, size = (1, width) if version == "4" else (width // head, head)
-    return Config(version, layers, width, vocab, heads, size, 4 * width if version == "7" else 7 * width // 2, ranks)
+    return Config(version, layers, width, vocab, heads, size, 4 * width if version >= "7" else 7 * width // 2, ranks)
+
+
+def ranks_of(version: str, rank: int) -> dict[str, int]:
+    """Ranks of a small model."""
+    ranks = {"w": rank, "a": rank, "v": rank // 2, "g": 2 * rank}
+    of = {"6": {"mix": rank, "decay": 2 * rank}, "7": ranks, "7a": ranks | {"s": rank}, "8-rc00": ranks}
+    return of.get(version, {})
 
 
 def error_ratio(got: Any, want: Any) -> float:
@@ -166,10 +173,9 @@ def correctness(report: Report, plan: Plan, folder: Path) -> None:
     from rwkv_cli.models import State
 
     layers, width, head = plan.small
-    for version in ("4", "5.0", "5.1", "5.2", "6", "7"):
-        ranks = {"6": {"mix": 32, "decay": 64}, "7": {"w": 32, "a": 32, "v": 16, "g": 64}}.get(version, {})
+    for version in ("4", "5.0", "5.1", "5.2", "6", "7", "7a", "8-rc00"):
         path = folder / f"small-{version}.safetensors"
-        write_model(path, config_of(version, layers, width, head, plan.vocab, ranks))
+        write_model(path, config_of(version, layers, width, head, plan.vocab, ranks_of(version, 32)))
         ids = RNG.integers(0, plan.vocab, plan.prompt + plan.steps).tolist()
         results = []
         for device in ("cpu", "cuda"):

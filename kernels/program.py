@@ -1,13 +1,10 @@
 """A forward pass as data: a list of typed operations that every device can read and lower.
 
-Nothing is computed while a program is written. A device turns the list into kernels once (`Backend.compile`) and runs
-them any number of times.
+Nothing is computed while it is written. A device compiles it once (`Backend.compile`) and runs it any number of times.
 
-- A `Value` is a float matrix that the program computes, a row a token.
-- An `Input` is an array that each run brings: token ids, targets, the arrays of a state; an `InputMatrix` is a `Value`
-  that it brings.
+- A `Value` is a float matrix that the program computes, a row a token. Matrix states are [key, value].
+- An `Input` is an array that each run brings, such as token ids or a state; an `InputMatrix` is one that is a `Value`.
 - How many rows there are is a `Count`, which is known only when the program runs. So one program serves every length.
-- Matrix states are [key, value].
 
 The rows may be those of several sequences, one after the other. Only what looks back in time has to know: it is given
 `starts` [B + 1], and sequence b has the rows starts[b] to starts[b + 1] − 1, which may be none. The states of all B
@@ -16,8 +13,8 @@ the same bits as among many.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
 Array = Any
 """An array where the device keeps it. Models never look inside."""
@@ -25,8 +22,8 @@ Array = Any
 Activation = Literal["", "sigmoid", "silu", "tanh", "relu_squared", "decay", "soft_decay"]
 """The ends of a product. decay: exp(−exp(x)); soft_decay: RWKV-7's, exp(−e^{−1/2} σ(x))."""
 
-ACTIVATIONS: tuple[Activation, ...] = ("", "sigmoid", "silu", "tanh", "relu_squared", "decay", "soft_decay")
-"""Every activation. Kernels know each by its place in this list."""
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+"""Every activation. Kernels know each by its place."""
 
 Dtype = Literal["F32", "F64", "I64", "BOOL"]
 
@@ -140,11 +137,8 @@ class Operation(Generic[Out]):
 
     out: Out = field(init=False)
 
-    def _computes(self, out: Out) -> None:
-        object.__setattr__(self, "out", out)
-
     def __post_init__(self) -> None:
-        self._computes(self._result())
+        object.__setattr__(self, "out", self._result())
 
     def _result(self) -> Out:
         """The value or values that this operation computes."""
@@ -238,6 +232,25 @@ class AddGated(_InPlace):
     x: Value
     y: Value
     gate: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Gate(_InPlace):
+    """x ∘= gate."""
+
+    x: Value
+    gate: Value
+
+
+@dataclass(frozen=True, eq=False)
+class RowProducts(Operation[Value]):
+    """x[t] · M[t]: x [T, K], and row t of `matrices` [T, K · N] is M[t] [K, N]."""
+
+    x: Value
+    matrices: Value
+
+    def _result(self) -> Value:
+        return Value(self.x.rows, self.matrices.columns // self.x.columns)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -368,19 +381,6 @@ class Program:
                 yield from operation.products
             elif isinstance(operation, AddLinear):
                 yield Product(operation.y, operation.weight)
-
-
-def operands(node: Any) -> Iterator[Any]:
-    """Every Value and Input that an operation, or a part of one, reads or changes."""
-    if isinstance(node, Value | Input):
-        yield node
-    elif isinstance(node, tuple):
-        for part in node:
-            yield from operands(part)
-    elif isinstance(node, Operation | Product | Columns | Lerp | LayerState | ValueResidual):
-        for each in fields(node):
-            if each.init:
-                yield from operands(getattr(node, each.name))
 
 
 def rows_of(x: Factor) -> Count:

@@ -132,6 +132,8 @@ class Model:
                     raise FormatError(f"{checkpoint.path}: tensor {name} is stored as {stored.layout}")
                 weight = self.backend.weight(stored)
                 loaded += weight.nbytes
+                if entry.kind == "table":
+                    checkpoint.read_by_row(name)
             if on_load is not None:
                 on_load(loaded)
             if name == entry.name:
@@ -260,10 +262,14 @@ class Model:
         at_the_end = {"last": (ends,), "every": (), "losses": (targets,)}[kind.head]
         ops = Program(ids, starts, att_shift, ffn_shift, wkv, *at_the_end)
 
-        x = ops.add(Embed(ids, top["emb.weight"]))
-        if not c.embedding_normed:
-            x = ops.add(LayerNorm(x, norm_of(top, "blocks.0.ln0", c.norm_eps)))
-        ops.add(RoundTo(x, c.embedding_dtype))
+        def embed() -> Value:
+            x = ops.add(Embed(ids, top["emb.weight"]))
+            if not c.embedding_normed:
+                x = ops.add(LayerNorm(x, norm_of(top, "blocks.0.ln0", c.norm_eps)))
+            ops.add(RoundTo(x, c.embedding_dtype))
+            return x
+
+        x = embed()
         carry: Carry = {}
         for i, p in enumerate(self._layers):
             a = ops.add(LayerNorm(x, norm_of(p, "ln1", c.norm_eps)))
@@ -271,7 +277,7 @@ class Model:
             self._arch.time_mix(TimeMixing(ops, c, p, x, a, delta, starts, LayerState(wkv, i), carry))
             f = ops.add(LayerNorm(x, norm_of(p, "ln2", c.norm_eps)))
             delta = ops.add(TokenShift(f, starts, LayerState(ffn_shift, i)))
-            self._arch.channel_mix(ChannelMixing(ops, c, p, x, f, delta))
+            self._arch.channel_mix(ChannelMixing(ops, c, p, x, f, delta, ids, embed, carry))
 
         if kind.head == "last":
             x = ops.add(TakeRows(x, ends))

@@ -26,7 +26,7 @@ class Config:
     """
 
     version: str
-    """One of 4, 5.0, 5.0r2, 5.1, 5.2, 6 and 7."""
+    """One of 4, 5.0, 5.0r2, 5.1, 5.2, 6, 7, 7a and 8-rc00."""
     layers: int
     width: int
     vocab: int
@@ -34,7 +34,7 @@ class Config:
     head_size: int
     ffn: int
     ranks: dict[str, int] = field(default_factory=dict)
-    """Ranks of the low-rank pairs of v6 and v7, by their letter."""
+    """Ranks of the low-rank pairs of v6 and later, by their letter."""
     embedding_dtype: str = "F32"
     """The dtype that the embedding is rounded to after its norm. Before v7, the reference does that norm in the file's
     own dtype (rwkv package 0.8.32, model.py, "precompute embedding")."""

@@ -1,6 +1,6 @@
 """Pieces that several versions share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,10 @@ class ChannelMixing:
     normed: Value
     delta: Value
     """The token shift of `normed`."""
+    ids: Input
+    embed: Callable[[], Value]
+    """A function that computes the embedding of each token once more, as it was before the first layer."""
+    carry: Carry
 
 
 def exp(a: NDArray[np.float32]) -> NDArray[np.float32]:

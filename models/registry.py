@@ -1,13 +1,13 @@
 """The architectures, and the search for the one that a checkpoint has."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from rwkv_cli.errors import UnsupportedModelError
-from rwkv_cli.models import gguf, huggingface, naming, rwkv4, rwkv5, rwkv6, rwkv7
+from rwkv_cli.models import gguf, huggingface, naming, rwkv4, rwkv5, rwkv6, rwkv7, rwkv7a, rwkv8
 from rwkv_cli.models.adapters import Adapter, merge
 from rwkv_cli.models.config import Config, Entry, Shapes, matrix, norm
 from rwkv_cli.quant import Source, SourceTensor
@@ -20,6 +20,8 @@ MODULES: dict[str, ModuleType] = {
     "5.2": rwkv5,
     "6": rwkv6,
     "7": rwkv7,
+    "7a": rwkv7a,
+    "8-rc00": rwkv8,
 }
 
 _BASE_FIRST = "name its base model first, as in `rwkv convert BASE.pth --adapter ADAPTER.pth`"
@@ -29,9 +31,9 @@ _RELATIVES = [
     (r"\.init_lora_[AB]$", f"the start of a PiSSA adapter; {_BASE_FIRST}"),
     (r"\.(disha|bone)$", f"a DiSHA adapter; {_BASE_FIRST}"),
     (r"^(proj|vit)\.", "a part of VisualRWKV, which reads pictures and is not supported; plain RWKV is"),
-    (r"\.ffn\.enn\b", "RWKV-8, which is not supported yet; RWKV-4 to RWKV-7 are"),
-    (r"\.qkv\.", "RWKV-7b (DeepEmbedAttention), which is not supported; plain RWKV-7 is"),
-    (r"\.ffn\.s_emb", "RWKV-7a (DeepEmbed), which is not supported; plain RWKV-7 is"),
+    (r"\brosa", "a preview of RWKV-8 with ROSA, which is not supported; of RWKV-8, the preview rc00 is"),
+    (r"\.qkv\.(ennk|emm)\b", "the hybrid preview of RWKV-8, which is not supported; the plain preview rc00 is"),
+    (r"\.qkv\.", "RWKV-7b (DeepEmbedAttention), which is not supported; RWKV-7 and RWKV-7a are"),
 ]
 """Patterns of tensor names that only unsupported models have, newest first, and the names of those models."""
 
@@ -122,11 +124,13 @@ def detect(shapes: Shapes) -> Config:
         raise UnsupportedModelError(f"{error}: {config}") from None
 
 
-def _module(names: Iterable[str]) -> ModuleType:
-    """The version of a checkpoint, told by the names in the time mixing of its layer 0."""
+def _module(names: Collection[str]) -> ModuleType:
+    """The version of a checkpoint, told by the names in the time mixing of its layer 0, and by its tables."""
     first = {name.removeprefix("blocks.0.att.") for name in names if name.startswith("blocks.0.att.")}
     if "r_k" in first or "k_k" in first:
-        return rwkv7
+        if any(".ffn.s_emb" in name for name in names):
+            return rwkv7a
+        return rwkv8 if any(".ffn.enn." in name for name in names) else rwkv7
     if "time_maa_x" in first:
         return rwkv6
     if "time_decay" not in first:
@@ -135,21 +139,26 @@ def _module(names: Iterable[str]) -> ModuleType:
 
 
 def tensors(config: Config) -> dict[str, Entry]:
-    """Every tensor of a model by its full name in the converted file, optional ones included."""
+    """Every tensor of a model by its full name in the converted file, optional ones included.
+
+    Tables of layers come last, so that the system reads none of them ahead with the matrices that each token needs.
+    """
     D, V = config.width, config.vocab
     module = MODULES[config.version]
     ln0 = [] if config.embedding_normed else norm("blocks.0.ln0", D)
     top = [matrix("emb", V, D, "table"), *ln0, *norm("ln_out", D), matrix("head", V, D)]
-    table = {entry.name: entry for entry in top}
     try:
         layer = [*norm("ln1", D), *norm("ln2", D), *module.entries(config)]
     except KeyError as error:
         raise UnsupportedModelError(f"its config lacks the low rank {error}; convert the model again") from None
-    for i in range(config.layers):
-        for entry in layer:
-            if i > 0 or entry.name not in module.UNUSED_IN_FIRST:
-                table[f"blocks.{i}.{entry.name}"] = entry
-    return table
+    named = {
+        f"blocks.{i}.{entry.name}": entry
+        for i in range(config.layers)
+        for entry in layer
+        if i > 0 or entry.name not in module.UNUSED_IN_FIRST
+    }
+    ordered = sorted(named.items(), key=lambda item: item[1].kind == "table")
+    return {entry.name: entry for entry in top} | dict(ordered)
 
 
 def match(config: Config, shapes: Shapes) -> dict[str, Match]:

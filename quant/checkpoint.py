@@ -48,7 +48,8 @@ class Checkpoint:
         if int(version) > FORMAT_VERSION:
             raise FormatError(f"{path}: written in format {version}, newer than {FORMAT_VERSION}; upgrade rwkv-cli")
         self._layouts: dict[str, Any] = self.metadata("tensors", dict)
-        self._map = _mapped(file)
+        self._memory = _mapped(file)
+        self._map = np.frombuffer(self._memory, np.uint8)
         self.digest = self._text.get("digest", "")
 
     def metadata(self, key: str, kind: type, default: Any = None) -> Any:
@@ -110,6 +111,17 @@ class Checkpoint:
             raw.flags.writeable = False
         return raw.view(kind).reshape(tensor.shape)
 
+    def read_by_row(self, name: str) -> None:
+        """Have the system read only those pages of a tensor that are asked for, and none around them."""
+        layout = format_of(self.layout(name)["layout"])
+        for suffix in layout.SUFFIXES if layout else ():
+            start, array = self.stored[name + suffix].start, self.array(name + suffix)
+            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+            if first < start + array.nbytes:
+                with contextlib.suppress(AttributeError, OSError):
+                    self._memory.madvise(mmap.MADV_RANDOM, first, start + array.nbytes - first)
+                    self._memory.madvise(mmap.MADV_NOHUGEPAGE, first, start + array.nbytes - first)
+
     def tensor(self, name: str, shape: Shape) -> StoredTensor:
         """The tensor `name`, whose logical shape must be `shape`."""
         entry = self.layout(name)
@@ -135,7 +147,7 @@ class Checkpoint:
         return tensor.bits
 
 
-def _mapped(file: SourceFile) -> NDArray[np.uint8]:
+def _mapped(file: SourceFile) -> mmap.mmap:
     """The file as a read-only map, in huge pages where the system has them for files.
 
     Each token reads all weights. With small pages the CPU would look up an address every 4 KB.
@@ -143,7 +155,7 @@ def _mapped(file: SourceFile) -> NDArray[np.uint8]:
     memory = mmap.mmap(file.file.fileno(), file.size, access=mmap.ACCESS_READ)
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
+    return memory
 
 
 def _converted_in(folder: Path) -> Path:

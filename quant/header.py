@@ -45,7 +45,7 @@ def places(parts: Mapping[str, Part]) -> dict[str, Place]:
 
 
 def _rank(part: Part) -> tuple[int, bool]:
-    """Sort key that starts every int8 array at a multiple of 64 bytes and any other at one of its own element.
+    """Sort key that starts every int8 matrix at a multiple of 64 bytes and any other array at one of its own element.
 
     Only a table's rows can add up to no multiple of 64 bytes, so they come last among int8.
     """

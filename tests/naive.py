@@ -83,13 +83,15 @@ class Naive:
         silu: bool = False,
     ) -> None:
         """`silu` is the activation of RWKV-7's channel mixing in place of the squared ReLU."""
-        self.version, self.eps, self.norm_eps, self.silu = version, group_norm_eps, norm_eps, silu
+        # RWKV-7a and 8 rc00 are RWKV-7 but for their channel mixing
+        self.version = "7" if version in ("7a", "8-rc00") else version
+        self.deep_embed, self.eps, self.norm_eps, self.silu = version == "7a", group_norm_eps, norm_eps, silu
         self.output_norm_eps = norm_eps if output_norm_eps is None else output_norm_eps
         self.z = {name: np.asarray(a, np.float64) for name, a in tensors.items()}
         self.layers = 1 + max(int(name.split(".")[1]) for name in self.z if name.startswith("blocks."))
         self.D = self.z["emb.weight"].shape[1]
-        bonus = {"7": "r_k", "6": "time_faaaa", "5.0": "time_first"}.get(version, "time_faaaa")
-        self.H = 1 if version == "4" else self.z[f"blocks.0.att.{bonus}"].shape[0]
+        bonus = {"7": "r_k", "6": "time_faaaa", "5.0": "time_first"}.get(self.version, "time_faaaa")
+        self.H = 1 if self.version == "4" else self.z[f"blocks.0.att.{bonus}"].shape[0]
 
     def norm(self, x: F64, name: str) -> F64:
         return layer_norm(
@@ -102,7 +104,8 @@ class Naive:
     def forward(self, ids: Sequence[int]) -> F64:
         """Logits [T, V] from an empty state, or from the tuned one that is among the tensors."""
         self.first: F64 | None = None
-        x = self.norm(self.z["emb.weight"][list(ids)], "blocks.0.ln0")
+        self.ids = list(ids)
+        x = self.embedding = self.norm(self.z["emb.weight"][self.ids], "blocks.0.ln0")
         for i in range(self.layers):
             b = f"blocks.{i}."
             x = x + self.time_mix(self.norm(x, b + "ln1"), b + "att.")
@@ -121,8 +124,18 @@ class Naive:
     def channel_mix(self, x: F64, f: str) -> F64:
         mix = {"6": "time_maa_", "7": "x_"}.get(self.version, "time_mix_")
         k = self.linear(self.mix(x, f + mix + "k"), f + "key")
-        out = self.linear(k * sigmoid(k) if self.silu else np.maximum(k, 0) ** 2, f + "value")
-        return out if self.version == "7" else out * sigmoid(self.linear(self.mix(x, f + mix + "r"), f + "receptance"))
+        k = k * sigmoid(k) if self.silu else np.maximum(k, 0) ** 2
+        out = self.linear(k * self.token_gate(x, f) if self.deep_embed else k, f + "value")
+        if self.version == "7":
+            return out * self.z[f + "enn.weight"][self.ids] if f + "enn.weight" in self.z else out
+        return out * sigmoid(self.linear(self.mix(x, f + mix + "r"), f + "receptance"))
+
+    def token_gate(self, x: F64, f: str) -> F64:
+        """RWKV-7a: (x · s1) · M · s2 + s0, where M is a matrix for each token."""
+        own = self.z[f + "s_emb.weight"][self.ids] + self.linear(self.embedding, f + "s_emb_x")
+        low = x @ self.z[f + "s1"]
+        rank = low.shape[1]
+        return np.einsum("ti,tij->tj", low, own.reshape(-1, rank, rank)) @ self.z[f + "s2"] + self.z[f + "s0"].ravel()
 
     def heads(self, x: F64) -> F64:
         return x.reshape(len(x), self.H, -1)

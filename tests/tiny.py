@@ -12,7 +12,7 @@ import numpy as np
 from click.testing import Result
 from numpy.typing import NDArray
 
-VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
+VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7", "7a", "8-rc00")
 Tensors = dict[str, NDArray[np.float32]]
 
 
@@ -78,8 +78,15 @@ def weights(version: str, layers: int = 3, width: int = 48, vocab: int = 300, he
         if version != "4":
             norm(a + "ln_x")
         out[f + "key.weight"], out[f + "value.weight"] = matrix(ffn, D), matrix(D, ffn)
-        if version != "7":
+        if version[0] in "456":
             out[f + "receptance.weight"] = matrix(D, D)
+        if version == "7a":
+            rank = 6
+            out[f + "s_emb.weight"], out[f + "s_emb_x.weight"] = normal(vocab, rank**2, std=0.5), matrix(rank**2, D)
+            out[f + "s1"], out[f + "s2"] = matrix(D, rank), matrix(rank, ffn)
+            out[f + "s0"] = uniform(1, 1, ffn, low=0.5, high=1.5)
+        if version == "8-rc00":
+            out[f + "enn.weight"] = normal(vocab, D)
     norm("ln_out")
     out["head.weight"] = matrix(vocab, D)
     return out

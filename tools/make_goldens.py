@@ -1,4 +1,9 @@
-"""Write tests/goldens.json: what the reference gives for tiny random models. Needs the extra `reference`."""
+"""Write tests/goldens.json: what the references give for tiny random models. Needs the extra `reference`.
+
+    python tools/make_goldens.py RWKV-LM
+
+RWKV-LM is a clone of BlinkDL/RWKV-LM. Its demos are the reference for RWKV-7a and RWKV-8 rc00.
+"""
 
 import json
 import subprocess
@@ -17,7 +22,7 @@ import tiny  # noqa: E402
 SIZES = {"layers": 3, "width": 192, "head": 64, "vocab": 300, "ffn": 224, "seed": 11}
 
 
-def main() -> None:
+def main(rwkv_lm: str) -> None:
     """Run the reference on one model a version."""
     goldens = {}
     for version in tiny.VERSIONS:
@@ -27,7 +32,7 @@ def main() -> None:
             tiny.write_pth(model, tiny.weights(version, **SIZES), "F32")
             text.write_text(json.dumps(ids))
             script = ROOT / "tests" / "reference.py"
-            subprocess.run([sys.executable, script, version, model, text, out], check=True)
+            subprocess.run([sys.executable, script, version, model, text, out, rwkv_lm], check=True)
             logits = np.load(out)
         loss = -naive.log_softmax(logits[:-1].astype(np.float64))[np.arange(len(ids) - 1), ids[1:]]
         goldens[version] = {
@@ -40,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

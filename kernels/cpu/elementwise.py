@@ -310,25 +310,6 @@ def lerp(args: int, part: int, parts: int) -> None:
             ot[d] = xt[d] + dt[d] * mt[d]
 
 
-class AddGatedArgs(NamedTuple):
-    """x, y, gate [T, D]."""
-
-    x: F32_2
-    y: F32_2
-    gate: F32_2
-
-
-@kernel(AddGatedArgs)
-def add_gated(args: int, part: int, parts: int) -> None:
-    """x += y · gate."""
-    a = unpack(args, AddGatedArgs)
-    begin, end = span(part, parts, len(a.x))
-    for t in range(begin, end):
-        xt, yt, gt = a.x[t], a.y[t], a.gate[t]
-        for d in range(len(xt)):
-            xt[d] += yt[d] * gt[d]
-
-
 class FinishArgs(NamedTuple):
     """y [T, N or more]; bias [1, N] or none; out [T, N]."""
 

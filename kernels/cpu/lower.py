@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rwkv_cli.kernels import program as p
 from rwkv_cli.kernels.contract import Loadable
-from rwkv_cli.kernels.cpu import elementwise, scores, wkv
+from rwkv_cli.kernels.cpu import elementwise, gates, scores, wkv
 from rwkv_cli.kernels.cpu.args import View
 from rwkv_cli.kernels.cpu.lowering import PARTS_A_THREAD, Lowering, by_size
 from rwkv_cli.kernels.cpu.products import add_linear, linear
@@ -94,7 +94,17 @@ def _token_shift(low: Lowering, op: p.TokenShift) -> None:
 
 def _add_gated(low: Lowering, op: p.AddGated) -> None:
     x = low.view(op.x)
-    low.by_rows(elementwise.add_gated, elementwise.AddGatedArgs(x, low.view(op.y), low.view(op.gate)), x)
+    low.by_rows(gates.add_gated, gates.AddGatedArgs(x, low.view(op.y), low.view(op.gate)), x)
+
+
+def _gate(low: Lowering, op: p.Gate) -> None:
+    x = low.view(op.x)
+    low.by_rows(gates.gate, gates.GateArgs(x, low.view(op.gate)), x)
+
+
+def _row_products(low: Lowering, op: p.RowProducts) -> None:
+    matrices = low.view(op.matrices)
+    low.by_rows(gates.row_products, gates.RowProductsArgs(low.view(op.x), matrices, low.place(op.out)), matrices)
 
 
 def _wkv4(low: Lowering, op: p.Wkv4) -> None:
@@ -177,6 +187,8 @@ LOWER: dict[type[p.Operation[Any]], Callable[[Lowering, Any], None]] = {
     p.Linear: linear,
     p.AddLinear: add_linear,
     p.AddGated: _add_gated,
+    p.Gate: _gate,
+    p.RowProducts: _row_products,
     p.Wkv4: _wkv4,
     p.Wkv6: _wkv6,
     p.Wkv7: _wkv7,

@@ -102,6 +102,16 @@ def _add_gated(low: Lowering, op: p.AddGated) -> None:
     low.by_columns(elementwise.add_gated, op.x, x=x, y=y, gate=gate, D=op.x.columns)
 
 
+def _gate(low: Lowering, op: p.Gate) -> None:
+    low.by_columns(elementwise.gate, op.x, x=low.place(op.x), gate=low.place(op.gate), D=op.x.columns)
+
+
+def _row_products(low: Lowering, op: p.RowProducts) -> None:
+    x, matrices, out = low.place(op.x), low.place(op.matrices), low.new(op.out)
+    K, N = op.x.columns, op.out.columns
+    low.by_columns(elementwise.row_products, op.out, x=x, matrices=matrices, out=out, K=K, N=N)
+
+
 # products
 
 
@@ -302,6 +312,8 @@ LOWER: dict[type[Step], Callable[[Lowering, Any], None]] = {
     p.RoundTo: _round_to,
     p.TakeRows: _take_rows,
     p.AddGated: _add_gated,
+    p.Gate: _gate,
+    p.RowProducts: _row_products,
     RoundFactors: _round_factors,
     Int8Products: _int8_products,
     FloatProduct: _float_product,

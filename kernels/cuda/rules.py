@@ -138,6 +138,6 @@ def changed_by(step: Step) -> set[p.Value]:
             return {part.out for part in step.parts if part.add}
         case FloatProduct():
             return {step.part.out} if step.part.add else set()
-        case p.AddGated() | p.RoundTo():
+        case p.AddGated() | p.Gate() | p.RoundTo():
             return {step.x}
     return set()

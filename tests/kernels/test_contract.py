@@ -20,11 +20,13 @@ from rwkv_cli.kernels.program import (
     CrossEntropy,
     Divergence,
     Embed,
+    Gate,
     LayerNorm,
     Lerp,
     Norm,
     Product,
     RoundTo,
+    RowProducts,
     TakeRows,
     TokenShift,
     ValueResidual,
@@ -148,6 +150,22 @@ def test_add_gated_and_take(device: str, T: int, D: int) -> None:
     got, taken = lab.run(onto, lab.ops.add(TakeRows(onto, lab.ids(rows))))
     check(got, x.astype(float) + y.astype(float) * gate)
     np.testing.assert_array_equal(taken, got[rows])
+
+
+ROWS: Cases = [(1, 1, 3), (1, 32, 32), (5, 7, 19), (130, 6, 6), (33, 32, 32)]
+
+
+@cases("T, K, N, room", with_each(ROWS, 0, 9), [(1, 3, 5, 0), (3, 6, 35, 2)])
+def test_a_gate_of_products_by_row(device: str, T: int, K: int, N: int, room: int) -> None:
+    """Each row times a matrix of its own, as a gate on what is there."""
+    x, matrices, onto = normal(T, K), normal(T, K * N), normal(T, N)
+    lab = Lab(device, room=room)
+    gated = lab.value(onto)
+    gate = lab.ops.add(RowProducts(lab.matrix(x), lab.matrix(matrices)))
+    lab.ops.add(Gate(gated, gate))
+    want = np.einsum("tk,tkn->tn", x.astype(float), matrices.reshape(T, K, N))
+    for got, right in zip(lab.run(gate, gated), (want, onto * want), strict=True):
+        check(got, right)
 
 
 @cases("lengths, D", [((1,), 3), ((9,), 40), ((70,), 65), ((2, 0, 9, 1), 65)], [((1,), 3), ((4, 0, 1), 67)])

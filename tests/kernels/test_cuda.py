@@ -158,8 +158,7 @@ def test_the_gpu_benchmark_makes_sound_models(version: str, tmp_path: Path) -> N
     gpu = importlib.util.module_from_spec(spec)
     sys.modules["gpu"] = gpu
     spec.loader.exec_module(gpu)
-    ranks = {"6": {"mix": 8, "decay": 8}, "7": {"w": 8, "a": 8, "v": 8, "g": 8}}.get(version, {})
-    gpu.write_model(tmp_path / "model", gpu.config_of(version, 2, 32, 16, 64, ranks))
+    gpu.write_model(tmp_path / "model", gpu.config_of(version, 2, 32, 16, 64, gpu.ranks_of(version, 8)))
     logits, _ = rwkv_cli.load(tmp_path / "model").forward([1, 2, 3])
     assert 0.1 < logits.std() < 10
 

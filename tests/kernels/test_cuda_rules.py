@@ -170,6 +170,7 @@ def test_a_value_that_is_read_as_a_part_or_a_mix_gets_no_levels() -> None:
 def test_a_value_that_was_changed_is_rounded_again() -> None:
     for change in (
         lambda x: p.AddGated(x, value(), value()),
+        lambda x: p.Gate(x, value()),
         lambda x: p.RoundTo(x, "F16"),
         lambda x: p.AddLinear(x, value(), int8()),
         lambda x: p.AddLinear(x, value(), floats()),

@@ -198,7 +198,7 @@ def test_threads_do_not_change_the_result(converted: Convert) -> None:
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
 def test_numbers_of_the_reference(converted: Convert, version: str) -> None:
-    """goldens.json holds what the rwkv package gives for these models (tools/make_goldens.py)."""
+    """goldens.json holds what the rwkv package or a demo of RWKV-LM gives for these models (tools/make_goldens.py)."""
     golden = GOLDENS[version]
     model = rwkv_cli.load(converted(version, "none", **golden["sizes"]))
     logits, _ = model.forward(golden["ids"][:-1], all_logits=True)
@@ -227,3 +227,12 @@ def test_real_checkpoints(shared: Path, tmp_path: Path, rwkv: Any, name: str, ve
     nll = model.losses(ids[:-1], ids[1:], model.new_state())
     np.testing.assert_allclose(nll, facts["nll"], atol=2e-5)
     np.testing.assert_allclose(nll.sum(), facts.get("nll_sum") or facts["nll_sum_512"], rtol=1e-5)
+
+
+def test_a_real_7a_gives_the_logits_that_came_with_it(shared: Path, tmp_path: Path, rwkv: Any) -> None:
+    case = shared / "cases" / "interop" / "7a"
+    if not case.is_dir():
+        pytest.skip("no RWKV-7a from elsewhere; goldens.json has numbers of RWKV-LM's demo")
+    assert rwkv("convert", case / "model.pth", tmp_path / "m", "--quant", "none").exit_code == 0
+    got, _ = rwkv_cli.load(tmp_path / "m").forward(np.load(case / "ids.npy"), all_logits=True)
+    assert np.abs(got - np.load(case / "logits.npy")).max() < 5e-5

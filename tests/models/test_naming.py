@@ -40,7 +40,8 @@ def test_a_model_is_known_by_its_shapes(version: str, layers: int, width: int, h
     assert (config.version, config.layers, config.width, config.vocab) == (version, layers, width, vocab)
     assert config.ffn == ffn
     assert (config.heads, config.head_size) == ((1, width) if version == "4" else (width // head, head))
-    ranks = {"6": {"mix": 8, "decay": 12}, "7": {"w": 8, "a": 12, "v": 20 if layers > 1 else 1, "g": 24}}
+    seven = {"w": 8, "a": 12, "v": 20 if layers > 1 else 1, "g": 24}
+    ranks = {"6": {"mix": 8, "decay": 12}, "7": seven, "7a": seven | {"s": 6}, "8-rc00": seven}
     assert config.ranks == ranks.get(version, {})
 
 
@@ -109,9 +110,10 @@ def test_an_extra_tensor_is_named(version: str) -> None:
             "a DiSHA adapter; name its base model first",
         ),
         ("proj.gate.weight", "a part of VisualRWKV, which reads pictures and is not supported; plain RWKV is"),
-        ("blocks.0.ffn.s_emb.weight", r"RWKV-7a \(DeepEmbed\), which is not supported; plain RWKV-7 is"),
-        ("blocks.1.qkv.qq.weight", r"RWKV-7b \(DeepEmbedAttention\), which is not supported; plain RWKV-7 is"),
-        ("blocks.0.ffn.enn.weight", "RWKV-8, which is not supported yet; RWKV-4 to RWKV-7 are"),
+        ("blocks.1.qkv.qq.weight", r"RWKV-7b \(DeepEmbedAttention\), which is not supported; RWKV-7 and RWKV-7a are"),
+        ("blocks.1.qkv.ennk.weight", "the hybrid preview of RWKV-8, which is not supported; the plain preview rc00 is"),
+        ("blocks.0.rosa.x_q", "a preview of RWKV-8 with ROSA, which is not supported; of RWKV-8, the preview rc00 is"),
+        ("rosa1.q.weight", "a preview of RWKV-8 with ROSA, which is not supported; of RWKV-8, the preview rc00 is"),
     ],
 )
 def test_a_relative_is_called_by_its_name(rwkv: Run, tmp_path: Path, added: str, says: str) -> None:
@@ -261,7 +263,7 @@ def test_other_namings_are_the_same_model(
 def test_the_config_has_what_only_the_source_tells(tmp_path: Path, version: str, dtype: str) -> None:
     weights = tiny.weights(version, layers=2, head=8)
     config, tensors = registry.recognize(open_source(tiny.write_pth(tmp_path / "a.pth", weights, dtype)))
-    assert config.embedding_dtype == (dtype if version != "7" else "F32")
+    assert config.embedding_dtype == (dtype if version < "7" else "F32")
     assert config.group_norm_eps == 64e-5
     assert {tensor.dtype for _, tensor in tensors.values()} == {dtype}
     if version == "7":

@@ -343,7 +343,7 @@ def test_options_that_exclude_each_other(generate: Run, tmp_path: Path) -> None:
 
 def tuned_tensors(version: str = "7", layers: int = 3, heads: int = 3, size: int = 16) -> tiny.Tensors:
     """A tuned state as official programs write it, [value, key]."""
-    rng = np.random.default_rng(int(float(version) * 10))
+    rng = np.random.default_rng(tiny.VERSIONS.index(version))
     return {
         f"blocks.{i}.att.time_state": rng.standard_normal((heads, size, size)).astype(np.float32)
         for i in range(layers)

@@ -125,7 +125,9 @@ def test_any_safetensors_reader_opens_it(converted: Convert, version: str, quant
             array = checkpoint.array(name)
             assert array.tobytes() == file.get_tensor(name).tobytes()
             assert not array.flags.writeable
-            assert stored.start % (64 if stored.dtype == "I8" else BITS[stored.dtype].itemsize) == 0
+            layer_table = name.endswith((".enn.weight", ".s_emb.weight"))
+            aligned = stored.dtype == "I8" and not layer_table
+            assert stored.start % (64 if aligned else BITS[stored.dtype].itemsize) == 0
 
 
 def test_an_array_at_an_odd_place_is_read_all_the_same(model: Path, tmp_path: Path) -> None:
@@ -349,3 +351,39 @@ def test_half_a_surrogate_pair_in_a_template_is_refused(rwkv: Run, tmp_path: Pat
     tiny.write_pth(tmp_path / "a.pth", tiny.weights("7", layers=1, vocab=256))
     (tmp_path / "tokenizer_config.json").write_text(r'{"chat_template": "{{ messages }} \ud800"}')
     refused(rwkv("convert", tmp_path / "a.pth"), "tokenizer_config.json: holds half a surrogate pair")
+
+
+def read_by_row(path: Path) -> list[range]:
+    """The bytes of a file that the system reads by single pages, in any map of this process."""
+    found: list[range] = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.endswith(str(path)):
+            (first, last), offset = (int(n, 16) for n in line.split()[0].split("-")), int(line.split()[2], 16)
+            where = range(offset, offset + last - first)
+        elif line.startswith("VmFlags:"):
+            found += [where] if {"rr", "nh"} <= set(line.split()) and where else []
+            where = range(0)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="only Linux tells how a map is read")
+@pytest.mark.parametrize("quant", ["int8", "none"])
+@pytest.mark.parametrize(("version", "table"), [("7a", "s_emb"), ("8-rc00", "enn")])
+def test_tables_are_read_by_row_and_lie_apart(converted: Convert, version: str, table: str, quant: str) -> None:
+    """A token needs a row of a table. What lies around it is neither mapped in huge pages nor read ahead."""
+    path = converted(version, quant, layers=2, vocab=5000)
+    model = rwkv_cli.load(path)
+    model.forward([1, 4999])
+    by_row, stored = read_by_row(path), Checkpoint(path).stored
+    ends = {name: (a.start, a.start + int(np.prod(a.shape)) * BITS[a.dtype].itemsize) for name, a in stored.items()}
+    large = {name: (start + end) // 2 for name, (start, end) in ends.items() if end - start > 1 << 14}
+    tables = {name for name in large if f".{table}." in name or name.startswith("emb.")}
+    assert tables >= {"emb.weight", f"blocks.0.ffn.{table}.weight", f"blocks.1.ffn.{table}.weight"}
+    assert large.keys() - tables >= {"head.weight"}
+    for name, middle in large.items():
+        assert any(middle in part for part in by_row) == (name in tables), name
+    # those of layers come last among the arrays of their type
+    for kind in {array.dtype for array in stored.values()}:
+        order = [name for name in sorted(ends, key=ends.__getitem__) if stored[name].dtype == kind]
+        ours = [name for name in order if f".{table}." in name]
+        assert order[len(order) - len(ours) :] == ours

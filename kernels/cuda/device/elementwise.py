@@ -212,6 +212,29 @@ def add_gated(x: Address, y: Address, gate: Address, D: Int) -> None:
 
 
 @kernel(THREADS)
+def gate(x: Address, gate: Address, D: Int) -> None:
+    """x ∘= gate, both [T, D]. Blocks: (D, T), a thread a column."""
+    d = np.int64(cuda.grid(1))
+    if d < D:
+        at = 4 * (D * np.int64(cuda.blockIdx.y) + d)
+        put_f32(x + at, f32(x + at) * f32(gate + at))
+
+
+@kernel(THREADS)
+def row_products(x: Address, matrices: Address, out: Address, K: Int, N: Int) -> None:
+    """out[t] = x[t] · M[t], where M[t] [K, N] is row t of matrices. Blocks: (N, T), a thread a column.
+
+    x is [T, K], matrices [T, K · N] and out [T, N].
+    """
+    n, t = np.int64(cuda.grid(1)), np.int64(cuda.blockIdx.y)
+    if n < N:
+        total = np.float32(0)
+        for k in range(K):
+            total += f32(x + 4 * (K * t + k)) * f32(matrices + 4 * (N * (K * t + k) + n))
+        put_f32(out + 4 * (N * t + n), total)
+
+
+@kernel(THREADS)
 def round_to(x: Address, kind: Int, D: Int) -> None:
     """x [T, D] becomes the nearest F16 or BF16 numbers, ties to even. Blocks: (D, T), a thread a column."""
     d = np.int64(cuda.grid(1))
