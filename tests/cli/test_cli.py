@@ -254,3 +254,22 @@ def test_a_limit_of_memory_gives_a_sentence(byte_model: Path, megabytes: int) ->
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=100)
     says = f"this shell allows {megabytes} MB: raise its limit with `ulimit -v` or take a smaller model"
     assert (done.returncode, done.stderr) == (1, f"Error: out of memory; {says}\n")
+
+
+@pytest.mark.parametrize("version", ["7a", "8-rc00"])
+def test_every_command_runs_a_model_with_tables(rwkv: Run, converted: Any, tmp_path: Path, version: str) -> None:
+    model = converted(version, vocab=256)
+    common = ("-m", model, "--seed", 1, "--ignore-eos")
+    whole = json.loads(rwkv("generate", "ab", *common, "-n", 9, "--json").stdout)
+    assert whole["tokens"] == 9
+    (tmp_path / "in.jsonl").write_text('{"prompt": "ab", "max_tokens": 9}\n{"prompt": "b", "max_tokens": 3}\n')
+    answers = map(json.loads, rwkv("generate", "--batch", tmp_path / "in.jsonl", *common).stdout.splitlines())
+    assert {answer["id"]: answer["text"] for answer in answers}[1] == whole["text"]
+    kept = rwkv("generate", "ab", *common, "-n", 4, "--save-state", tmp_path / "state")
+    rest = rwkv("generate", "", "-m", model, "--ignore-eos", "-n", 5, "--load-state", tmp_path / "state")
+    assert (kept.exit_code, rest.exit_code) == (0, 0), (kept.stderr, rest.stderr)
+    (tmp_path / "text").write_text("some text")
+    assert json.loads(rwkv("ppl", tmp_path / "text", "-m", model, "--json").stdout)["nll"] > 0
+    assert rwkv("chat", "hi", "-m", model, "--max-tokens", 3).exit_code == 0
+    figures = json.loads(rwkv("bench", "-m", model, "-p", 4, "-n", 2, "-r", 1, "--json").stdout)
+    assert figures["version"] == version
