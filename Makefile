@@ -3,6 +3,7 @@
 #              chat if there is a terminal
 # make pictures  the terminal pictures of README (needs tmux)
 # make coverage  the tests, and how much of the code they reach: fails below the floor in .coveragerc
+# make fuzz    damaged inputs of every kind, RWKV_FUZZ of each (default 2000)
 # make lint    formatting, style, types
 # EXTRAS=dev,reference adds torch and the reference package to the tests
 
@@ -13,7 +14,7 @@ TEXT ?= docs/story.txt
 CHECKPOINT ?= rwkv_cli/storyteller.pth
 BIN := $(VENV)/bin
 
-.PHONY: setup test coverage lint demo docs pictures clean
+.PHONY: setup test coverage fuzz lint demo docs pictures clean
 
 setup: $(VENV)/installed-$(EXTRAS)
 
@@ -29,6 +30,9 @@ test: setup
 coverage: setup
 	$(BIN)/coverage run $(BIN)/pytest
 	$(BIN)/coverage report
+
+fuzz: setup
+	RWKV_FUZZ=$${RWKV_FUZZ:-2000} $(BIN)/pytest tests/fuzz -s
 
 lint: setup
 	$(BIN)/ruff check .
