@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.errors import FormatError
+from rwkv_cli.errors import FormatError, pasted
 from rwkv_cli.quant.dtypes import BITS
 from rwkv_cli.quant.formats import Floats, StoredTensor, format_of
 from rwkv_cli.quant.formats.contract import Shape, Spec, StoredArray
@@ -41,7 +41,7 @@ class Checkpoint:
             file = SourceFile(path)
             self.stored, self._text = read_header(file)
         if self._text.get("format") != "rwkv":
-            raise FormatError(f"{path}: not a converted model; convert it first: rwkv convert {path}")
+            raise FormatError(f"{path}: not a converted model; convert it first: {pasted('rwkv', 'convert', path)}")
         version = self._text.get("format_version", "")
         if not re.fullmatch("[1-9][0-9]{0,8}", version):
             raise FormatError(f"{path}: no format version in the file; convert the model again")

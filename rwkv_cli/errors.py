@@ -1,5 +1,19 @@
 """The errors that a user can cause. Each message names the file, tensor or option and says what to do."""
 
+import shlex
+
+
+def reason(error: OSError) -> str:
+    """Say what went wrong with which file, without the error's number."""
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+def pasted(*words: object) -> str:
+    """Write a command so that a shell takes it as it stands."""
+    return shlex.join(map(str, words))
+
 
 class RwkvError(ValueError):
     """Something that the user can mend. The command line prints its message without a traceback."""

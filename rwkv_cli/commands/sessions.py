@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from rwkv_cli.commands.options import complete_session
-from rwkv_cli.errors import SessionError
+from rwkv_cli.errors import SessionError, reason
 from rwkv_cli.terminal.output import columns, note, write
 
 
@@ -84,6 +84,6 @@ def rm(names: tuple[str, ...]) -> None:
             sessions.remove(name)
             note(f"Removed {name}.")
         except (SessionError, OSError) as error:
-            missed.append(str(error))
+            missed.append(reason(error) if isinstance(error, OSError) else str(error))
     if missed:
         raise SessionError("; ".join(missed))

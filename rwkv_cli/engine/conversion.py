@@ -133,7 +133,8 @@ def default_destination(src: Path, quantization: str, adapters: Sequence[Path] =
     """The names of `src` and of the adapters with the format's ending, beside `src`."""
     paths = [full_path(path) for path in (src, *adapters)]
     stem = "+".join(path.name if path.is_dir() else _stem(path) for path in paths)
-    return paths[0].parent / f"{stem}.{FORMATS[quantization].NAME}.safetensors"
+    named = src.name not in ("", "..")  # then the place is said as it was given
+    return (src.parent if named else paths[0].parent) / f"{stem}.{FORMATS[quantization].NAME}.safetensors"
 
 
 def _stem(path: Path) -> str:

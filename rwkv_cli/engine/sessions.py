@@ -20,7 +20,7 @@ import platformdirs
 from rwkv_cli.engine.conversation import Conversation, Snapshot, Turn
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampling
-from rwkv_cli.errors import SessionError
+from rwkv_cli.errors import SessionError, pasted, reason
 from rwkv_cli.models import State
 from rwkv_cli.quant import replacing
 
@@ -88,7 +88,8 @@ def read(name: str) -> dict[str, Any]:
     except SessionError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SessionError(f"session {name} is damaged ({path}); remove it with: rwkv sessions rm {name}") from None
+        remove = pasted("rwkv", "sessions", "rm", name)
+        raise SessionError(f"session {name} is damaged ({path}); remove it with: {remove}") from None
     return dict(data)
 
 
@@ -205,9 +206,9 @@ class Session:
             try:
                 return cls(name, data["revision"]), _restored(path_of(name), data, model)
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
-                raise SessionError(
-                    f"session {name} is damaged ({error}); rwkv sessions show {name} prints what was said"
-                ) from None
+                why = reason(error) if isinstance(error, OSError) else error
+                show = pasted("rwkv", "sessions", "show", name)
+                raise SessionError(f"session {name} is damaged ({why}); {show} prints what was said") from None
 
 
 def _restored(path: Path, data: dict[str, Any], model: LanguageModel) -> Conversation:

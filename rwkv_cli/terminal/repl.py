@@ -12,7 +12,7 @@ from rwkv_cli.engine import sessions
 from rwkv_cli.engine.completion import Result
 from rwkv_cli.engine.conversation import Conversation, Reply, markdown
 from rwkv_cli.engine.sessions import Session
-from rwkv_cli.errors import ConversationError, SessionError, TokenizerError
+from rwkv_cli.errors import ConversationError, SessionError, TokenizerError, pasted, reason
 from rwkv_cli.quant import replacing
 from rwkv_cli.terminal.output import columns, note, one_line, reading_bar
 from rwkv_cli.terminal.reader import is_terminal, no_echo, on_interrupt, reader
@@ -124,7 +124,7 @@ class Repl:
         except click.BadParameter as error:
             note(error.message)
         except OSError as error:
-            note(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+            note(reason(error))
 
     def _say(self, reply: Reply) -> None:
         """Show an answer as it comes. Ctrl-C ends the answer."""
@@ -167,7 +167,7 @@ class Repl:
             elif self._nameless():
                 self.unnamed.keep_last(self.talk)
         except (OSError, SessionError) as error:
-            note(f"not saved: {error}")
+            note(f"not saved: {reason(error) if isinstance(error, OSError) else error}")
 
     def _recall(self) -> None:
         """Read what was said before the last turn, where its state is no longer kept. Ctrl-C ends that."""
@@ -307,7 +307,8 @@ class Repl:
     def _keep_as(self, name: str) -> Session:
         """Save the conversation under a name that is free or this session's own."""
         if sessions.exists(name) and not (self.session and self.session.name == name):
-            raise SessionError(f"session {name} exists; choose another name, or remove it: rwkv sessions rm {name}")
+            remove = pasted("rwkv", "sessions", "rm", name)
+            raise SessionError(f"session {name} exists; choose another name, or remove it: {remove}")
         session = self.session if self.session and self.session.name == name else Session(name)
         session.save(self.talk)
         return session

@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -273,3 +275,22 @@ def test_every_command_runs_a_model_with_tables(rwkv: Run, converted: Any, tmp_p
     assert rwkv("chat", "hi", "-m", model, "--max-tokens", 3).exit_code == 0
     figures = json.loads(rwkv("bench", "-m", model, "-p", 4, "-n", 2, "-r", 1, "--json").stdout)
     assert figures["version"] == version
+
+
+def test_messages_have_no_numbers_of_errors_and_commands_can_be_pasted(
+    rwkv: Callable[..., Result], byte_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rwkv_cli.engine import sessions
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    odd = tmp_path / "my model; rm -rf.safetensors"
+    shutil.copy(byte_model.with_suffix(".pth"), odd)
+    said = rwkv("info", odd).stderr
+    assert shlex.split(said.rpartition("convert it first: ")[2]) == ["rwkv", "convert", str(odd)]
+    monkeypatch.setattr(sessions, "remove", lambda _: (tmp_path / "none").stat())
+    for result in (rwkv("sessions", "rm", "a"), rwkv("generate", "a", "-m", tmp_path / "none"), rwkv("ppl", "none")):
+        assert "No such file" in result.stderr
+        assert "Errno" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(byte_model.with_suffix(".pth"), "m.pth")
+    assert rwkv("convert", "m.pth").stderr.splitlines()[-1] == "Wrote m.int8.safetensors"
