@@ -1,7 +1,7 @@
 """Small programs over numpy arrays, run on any device: what a kernel test needs."""
 
-import ctypes
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +24,8 @@ RNG = np.random.default_rng(0)
 BAND = 256
 """Bytes before and after each array of a program that nobody may write."""
 _PATTERN = 0xA5
+REAL_GPU = os.environ.get("NUMBA_ENABLE_CUDASIM") == "0"
+"""True if tests of the GPU run on one, and not in numba's simulator."""
 
 
 def backend(device: str) -> Any:
@@ -112,10 +114,30 @@ class Lab:
         return got[0] if len(got) == 1 else got
 
     def run_all(self, *outputs: Value) -> list[Any]:
-        """Run the program, and return an array for each output."""
+        """Run the program, and return an array for each output.
+
+        On a real GPU the run is the third one, which replays a graph. It must give the bits of the first, which
+        launches kernels one by one.
+        """
         executable = self.compile(*outputs)
-        with guarded(*memory_of(executable)):
+        earlier = [self._run_a_copy(executable, outputs) for _ in range(2 * self.on_gpu)]
+        with guarded(executable):
             executable.run(self.arrays)
+        got = [executable.read(value) for value in outputs]
+        if self.on_gpu:
+            assert executable.is_graph
+            for before, now in zip(earlier[0], got, strict=True):
+                np.testing.assert_array_equal(before, now)
+        return got
+
+    @property
+    def on_gpu(self) -> bool:
+        """True if programs run on a real GPU."""
+        return REAL_GPU and self.backend is not cpu
+
+    def _run_a_copy(self, executable: Any, outputs: tuple[Value, ...]) -> list[Any]:
+        """Run a program on copies of the arrays that it changes."""
+        executable.run({n: a if isinstance(a, np.ndarray) else a.copy() for n, a in self.arrays.items()})
         return [executable.read(value) for value in outputs]
 
 
@@ -127,25 +149,24 @@ def linear(x: Any, stored: Any, activation: Any = "", bias: Any = None, **option
     return lab.run(*lab.ops.linear(product))
 
 
-def memory_of(executable: Any) -> tuple[Any, dict[Buffer, int]]:
-    """A compiled program's memory as bytes, and where each of its arrays lies there."""
-    if isinstance(executable, CpuProgram):
-        return executable._runnable._workspace, executable._runnable._offsets
-    block = executable._workspace  # a simulated GPU's memory is the host's
-    return np.frombuffer((ctypes.c_uint8 * block.size).from_address(block.address), np.uint8), executable._offsets
-
-
 @contextmanager
-def guarded(memory: Any, offsets: dict[Buffer, int]) -> Iterator[None]:
+def guarded(executable: Any) -> Iterator[None]:
     """Fill a program's memory with NaN, or the largest integers, so that what is not written is seen.
 
     Where `lone_arrays` has laid the arrays out, the bands between them must stay what they are.
     """
+    on_cpu = isinstance(executable, CpuProgram)
+    offsets: dict[Buffer, int] = executable._runnable._offsets if on_cpu else executable._offsets
+    memory = executable._runnable._workspace if on_cpu else np.empty(executable._workspace.size, np.uint8)
     memory[:] = _PATTERN if LONE else 0xFF
     if LONE:
         for buffer, offset in offsets.items():
             memory[offset : offset + buffer.size] = 0xFF
+    if not on_cpu:
+        write_block(executable._workspace, memory)
     yield
+    if not on_cpu:
+        memory = read_block(executable._workspace)
     if LONE:
         used = np.zeros(len(memory), bool)
         for buffer, offset in offsets.items():
@@ -153,28 +174,49 @@ def guarded(memory: Any, offsets: dict[Buffer, int]) -> Iterator[None]:
         assert (memory[~used] == _PATTERN).all(), "a kernel wrote beyond its array"
 
 
-@contextmanager
-def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have bands around all memory of the simulated GPU, which nothing may touch. The memory begins as NaN."""
+def write_block(block: Any, values: Any) -> None:
+    """Fill memory of the GPU with bytes."""
     from rwkv_cli.kernels.cuda import driver
 
+    driver.upload(block.address, values)
+
+
+def read_block(block: Any) -> Any:
+    """The bytes in memory of the GPU."""
+    from rwkv_cli.kernels.cuda import driver
+
+    values = np.empty(block.size, np.uint8)
+    driver.download(values, block.address)
+    return values
+
+
+@contextmanager
+def guarded_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have bands around all memory of the GPU, which nothing may touch. The memory begins as NaN."""
+    from rwkv_cli.kernels.cuda import driver
+
+    allocate = driver.Block.__init__
     blocks: list[Any] = []
 
     def make(block: Any, size: int) -> None:
-        whole = np.full(size + 2 * BAND + 16, _PATTERN, np.uint8)
-        first = -whole.ctypes.data % 16 + BAND
-        whole[first : first + size] = 0xFF
-        block.size, block.address, block.host = size, whole.ctypes.data + first, whole
-        blocks.append((whole[:first], whole[first + size :]))
+        whole: Any = object.__new__(driver.Block)
+        allocate(whole, size + 2 * BAND)
+        filled = np.full(whole.size, _PATTERN, np.uint8)
+        filled[BAND : BAND + size] = 0xFF
+        write_block(whole, filled)
+        block.size, block.address = size, whole.address + BAND
+        blocks.append(whole)
 
     monkeypatch.setattr(driver.Block, "__init__", make)
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(5e-4)  # the simulator's threads wait for each other
+    if not REAL_GPU:
+        sys.setswitchinterval(5e-4)  # the simulator's threads wait for each other
     yield
     sys.setswitchinterval(interval)
-    for before, behind in blocks:
-        assert (before == _PATTERN).all()
-        assert (behind == _PATTERN).all()
+    for whole in blocks:
+        held = read_block(whole)
+        assert (held[:BAND] == _PATTERN).all()
+        assert (held[-BAND:] == _PATTERN).all()
 
 
 LONE: list[bool] = []

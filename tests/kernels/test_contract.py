@@ -9,7 +9,7 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
-from lab import RNG, Lab, begins, linear, lone_arrays, normal, outliers, parts, quantize, simulated_gpu
+from lab import REAL_GPU, RNG, Lab, begins, guarded_gpu, linear, lone_arrays, normal, outliers, parts, quantize
 from naive import error_ratio, sigmoid
 
 from rwkv_cli.kernels.program import (
@@ -41,8 +41,11 @@ Cases = list[tuple[Any, ...]]
 
 
 def cases(names: str, cpu: Cases, cuda: Cases) -> Any:
-    """Parametrize a test by device and `names`. The simulator of a GPU is slow, and gets few and small cases."""
-    given = [("cpu", *case) for case in cpu] + [("cuda", *case) for case in cuda]
+    """Parametrize a test by device and `names`. The simulator of a GPU is slow, and gets few and small cases.
+
+    A real GPU gets all of both.
+    """
+    given = [("cpu", *case) for case in cpu] + [("cuda", *case) for case in (*cpu * REAL_GPU, *cuda)]
     return pytest.mark.parametrize(("device", *filter(None, names.split(", "))), given)
 
 
@@ -56,6 +59,8 @@ FEW_HEADS: Cases = [((1,), 1, 8), ((2, 0, 3), 2, 24), ((3,), 1, 6)]
 SHAPES: Cases = [
     (1, 5, 7), (2, 16, 32), (7, 40, 70), (13, 300, 192), (1, 96, 512), (6, 33, 64), (25, 17, 100), (1, 512, 96),
 ]  # fmt: skip
+# numbers of tokens that a GPU has kernels of their own for, and ragged blocks
+GPU_SHAPES: Cases = [(T, 210, 300) for T in (9, 33, 65, 130, 252)] if REAL_GPU else []
 FEW_SHAPES: Cases = [(1, 5, 7), (2, 33, 70)]
 
 
@@ -73,7 +78,7 @@ def _memory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     lone_arrays(monkeypatch)
     if request.getfixturevalue("device") == "cuda":
         pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (rwkv-cli[cuda])")
-        with simulated_gpu(monkeypatch):
+        with guarded_gpu(monkeypatch):
             yield
     else:
         yield
@@ -282,7 +287,7 @@ LAYOUTS = ("tile", "columns")
 @cases(
     "T, N, K, layout, room",
     with_each(with_each(SHAPES, *LAYOUTS), 0, 9),
-    [*with_each(with_each(FEW_SHAPES, *LAYOUTS), 0), (2, 5, 7, "tile", 9)],
+    [*with_each(with_each(FEW_SHAPES + GPU_SHAPES, *LAYOUTS), 0), (2, 5, 7, "tile", 9)],
 )
 def test_int8_linear(device: str, T: int, N: int, K: int, layout: str, room: int) -> None:
     """Beside the weights' own rounding only the activations' 15 bits remain, outlier or not."""

@@ -1,4 +1,4 @@
-"""The GPU as a device, in numba's simulator: programs, models beside the CPU, the driver; kernels compiled for GPUs."""
+"""The GPU as a device, simulated or real (NUMBA_ENABLE_CUDASIM=0): programs, models, the driver, compiling."""
 
 import ctypes
 import importlib.util
@@ -15,7 +15,7 @@ import naive
 import numpy as np
 import pytest
 import tiny
-from lab import normal, quantize, simulated_gpu
+from lab import guarded_gpu, normal, quantize
 from naive import error_ratio
 
 import rwkv_cli
@@ -37,19 +37,17 @@ from rwkv_cli.kernels.cuda.device import elementwise, matmul
 from rwkv_cli.kernels.cuda.device.compile import SIMULATED
 from rwkv_cli.kernels.cuda.launches import AddressOf, Blocks, Launches, Place, Table
 
-pytestmark = [
-    pytest.mark.skipif(not SIMULATED, reason="NUMBA_ENABLE_CUDASIM=0; benchmarks/gpu.py tests on a GPU"),
-    # Floats of the simulator are numpy's, which warns where a GPU goes on.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+# Floats of the simulator are numpy's, which warns where a GPU goes on.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+simulated = pytest.mark.skipif(not SIMULATED, reason="NUMBA_ENABLE_CUDASIM=0: this is a real GPU")
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "kernels" / "cuda").rglob("*.py"))
 
 
 @pytest.fixture(autouse=True)
-def _simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with simulated_gpu(monkeypatch):
+def _guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with guarded_gpu(monkeypatch):
         yield
 
 
@@ -121,6 +119,7 @@ def test_a_buffer_lives_from_its_first_to_its_last_launch() -> None:
     assert [(b.first, b.last) for b in launches.buffers] == [(1, 1), (1, 2), (3, 3), (2, 3)]
 
 
+@simulated
 def test_what_limits_are_measured_with() -> None:
     out = cuda_driver.Block(4 * 32)
     cuda_limits.multiply.dispatcher[1, 32](out.address, 0)
@@ -207,6 +206,7 @@ def test_a_command_runs_on_the_gpu(converted: Any, rwkv: Any, tmp_path: Path) ->
     assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], abs=1e-4)
 
 
+@simulated
 def test_auto_takes_no_simulated_gpu(converted: Any, rwkv: Any) -> None:
     result = rwkv("generate", "a", "-m", converted("7", vocab=256), "--max-tokens", 1, "--device", "auto")
     assert "Running on the CPU." in result.stderr
@@ -254,6 +254,7 @@ class Driver:
         }.get(name, ())  # fmt: skip
 
 
+@simulated
 @pytest.mark.parametrize(
     ("facts", "size", "message"),
     [
@@ -303,6 +304,7 @@ def test_a_machine_without_a_driver(converted: Any) -> None:
     assert done.stderr.splitlines()[-1].startswith("Error: device cuda: there is no NVIDIA driver on this machine: ")
 
 
+@simulated
 def test_programs_become_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls of the driver, on a false one whose memory is the host's: copies, capture in the second run, replay."""
     fake = Driver()

@@ -1,4 +1,4 @@
-"""The GPU's own ways to compute, in numba's simulator: many products in one launch, levels made beside values."""
+"""The GPU's own ways to compute: many products in one launch, levels made beside values."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import naive
 import numpy as np
 import pytest
 import tiny
-from lab import RNG, Lab, lone_arrays, normal, quantize, simulated_gpu
+from lab import RNG, Lab, guarded_gpu, lone_arrays, normal, quantize
 from naive import error_ratio, sigmoid
 
 from rwkv_cli.kernels import program as p
@@ -19,18 +19,16 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from rwkv_cli.kernels.cuda import backend as cuda
 from rwkv_cli.kernels.cuda.array import DeviceArray
-from rwkv_cli.kernels.cuda.device.compile import SIMULATED
 
 pytestmark = [
-    pytest.mark.skipif(not SIMULATED, reason="NUMBA_ENABLE_CUDASIM=0; benchmarks/gpu.py tests on a GPU"),
     # Floats of the simulator are numpy's, which warns where a GPU goes on.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
 
 @pytest.fixture(autouse=True)
-def _simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with simulated_gpu(monkeypatch):
+def _guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with guarded_gpu(monkeypatch):
         yield
 
 
