@@ -47,7 +47,6 @@ def startup(model: Path, repetitions: int) -> None:
 
 def depth(path: Path, depths: list[int], repetitions: int) -> None:
     import rwkv_cli
-    from rwkv_cli.models.base import CHUNK
 
     model = rwkv_cli.load(path)
     rng, read = np.random.default_rng(0), 0
@@ -58,8 +57,8 @@ def depth(path: Path, depths: list[int], repetitions: int) -> None:
     assert np.array_equal(together, alone), "one token and many differ; no figure is worth anything"
     for target in depths:
         while read < target:
-            model.advance(rng.integers(1, model.config.vocab - 1, CHUNK), state)
-            read += CHUNK
+            model.advance(rng.integers(1, model.config.vocab - 1, model.backend.chunk), state)
+            read += model.backend.chunk
         rates = []
         for _ in range(repetitions):
             start = time.perf_counter()

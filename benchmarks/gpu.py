@@ -280,11 +280,10 @@ def together(report: Report, plan: Plan, name: str, model: Any) -> None:
 def depths(report: Report, plan: Plan, model: Any, simulated: bool) -> None:
     """Measure time and memory of a token at the beginning and after many."""
     from rwkv_cli.kernels.cuda.gpus import free_memory
-    from rwkv_cli.models.base import CHUNK
 
-    state, figures, steps = model.new_state(), [], 1 if simulated else 64
+    state, figures, steps, chunk = model.new_state(), [], 1 if simulated else 64, model.backend.chunk
     # Programs and graphs for all numbers of rows take their memory before the first look at it.
-    model.forward(RNG.integers(0, plan.vocab, min(plan.depth, plan.depth % CHUNK + 2 * CHUNK)))
+    model.forward(RNG.integers(0, plan.vocab, min(plan.depth, plan.depth % chunk + 2 * chunk)))
     for tokens in (1, plan.depth):
         model.advance(RNG.integers(0, plan.vocab, tokens), state)
         per_second = rate(lambda: [model.advance([1], state) for _ in range(steps)], steps)

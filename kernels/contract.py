@@ -75,6 +75,8 @@ class Backend(Protocol):
 
     name: str
 
+    chunk: int
+    """Rows that a program takes at most. More tokens of a text are several runs."""
     any_split: bool
     """True if a token gets the same bits however a text is split into runs."""
 

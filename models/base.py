@@ -37,9 +37,6 @@ from rwkv_cli.models.state import State
 from rwkv_cli.quant import Checkpoint
 from rwkv_cli.quant.formats import takes
 
-CHUNK = 252
-"""Tokens that go through the layers together. This bounds the memory of a long prompt. It is a multiple of 4 and of 6,
-the blocks of tokens that matrix products take."""
 _PASSES = 8
 """Compiled passes that are kept, the last used ones."""
 
@@ -50,10 +47,9 @@ Head = Literal["last", "every", "losses"]
 """The end of a pass: logits after each sequence's last row, logits after every row, or cross entropies."""
 
 
-def chunks(tokens: int, most: int | None = None) -> Iterator[slice]:
-    """Yield slices of a text's tokens, each one pass of a model long and no longer than `most`."""
-    step = CHUNK if most is None else max(1, min(CHUNK, most))
-    return (slice(at, min(at + step, tokens)) for at in range(0, tokens, step))
+def chunks(tokens: int, most: int) -> Iterator[slice]:
+    """Yield slices of a text's tokens, each of `most` tokens but the last."""
+    return (slice(at, min(at + most, tokens)) for at in range(0, tokens, most))
 
 
 @dataclass(frozen=True)
@@ -164,7 +160,7 @@ class Model:
 
     def advance(self, ids: Ids, state: State, all_logits: bool = False) -> Floats32:
         """`forward` that changes `state` in place, for loops that keep no earlier one."""
-        logits = np.concatenate(self._run_one(ids, state, "every" if all_logits else "last"))
+        logits = _joined(self._run_one(ids, state, "every" if all_logits else "last"))
         return logits if all_logits else logits[0]
 
     def losses(self, ids: Ids, targets: Ids, state: State) -> NDArray[np.float64]:
@@ -192,7 +188,7 @@ class Model:
             raise ValueError("a batch needs at least one sequence")
         self._check_state(state, (len(tokens),))
         self._take_in(state)
-        return np.concatenate(self._run(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), state, "last"))
+        return _joined(self._run(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), state, "last"))
 
     def _run(
         self,
@@ -205,7 +201,7 @@ class Model:
         """Run the rows chunk by chunk, and return what `head` makes of each chunk."""
         results = []
         with self._turn:
-            for part in chunks(len(tokens)):
+            for part in chunks(len(tokens), self.backend.chunk):
                 rows = part.stop - part.start
                 inside = np.clip(starts - part.start, 0, rows)
                 over = inside[1:][(part.start < starts[1:]) & (starts[1:] <= part.stop)]
@@ -253,7 +249,7 @@ class Model:
         Whoever measures a pass reads the program; `_compiled` runs it.
         """
         c, top, B = self.config, self._top, kind.sequences
-        count = Count(1 if kind.single else CHUNK)
+        count = Count(1 if kind.single else self.backend.chunk)
         ids, starts = Input("ids", (count,), "I64"), Input("starts", (B + 1,), "I64")
         att_shift, ffn_shift = (Input(name, (c.layers, B, c.width)) for name in ("att_shift", "ffn_shift"))
         wkv = Input("wkv", (c.layers, B, *self._arch.wkv_state(c).shape))
@@ -318,6 +314,11 @@ class Model:
 
 def _kinds(heads: Iterable[Head]) -> list[PassKind]:
     return [PassKind(head, single, 1) for head in heads for single in (True, False)]
+
+
+def _joined(parts: list[Floats32]) -> Floats32:
+    """The rows of all parts. One part is not copied: logits of a batch are many."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 _MODELS: weakref.WeakSet[Model] = weakref.WeakSet()

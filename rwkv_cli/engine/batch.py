@@ -37,7 +37,7 @@ class Batch:
         self._state = None
 
     def step(self) -> list[Completion]:
-        """Make one pass: each member reads up to CHUNK of its prompt or its last token. Returns those that ended."""
+        """Make one pass: each member reads up to a chunk of its prompt or its last token. Returns those that ended."""
         if self._state is None:
             self._state = State.stack([member.completion.state for member in self._members])
         logits = self.model.advance_batch([member.ids for member in self._members], self._state)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 
 from rwkv_cli.models import Model
-from rwkv_cli.models.base import CHUNK, chunks
+from rwkv_cli.models.base import chunks
 
 _SECONDS = 0.8
 """The time that a part should take."""
@@ -21,7 +21,7 @@ def paced(tokens: int, model: Model) -> Iterator[slice]:
     slices are as long as a pass.
     """
     if not model.backend.any_split:
-        yield from chunks(tokens)
+        yield from chunks(tokens, model.backend.chunk)
         return
     at, length = 0, _FIRST
     while at < tokens:
@@ -30,5 +30,5 @@ def paced(tokens: int, model: Model) -> Iterator[slice]:
         yield part
         seconds = time.perf_counter() - begin
         wanted = int(_SECONDS * (part.stop - at) / max(seconds, 1e-9))
-        length = min(max(wanted // _BLOCK * _BLOCK or wanted, 1), CHUNK)
+        length = min(max(wanted // _BLOCK * _BLOCK or wanted, 1), model.backend.chunk)
         at = part.stop

@@ -256,10 +256,11 @@ class Scorer:
     def _chunks(self, stream: BinaryIO) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Yield the tokens that are scored together, as `_pieces` does. None reach over the end of a context."""
         left = self.context
+        most = max(1, min(self.model.backend.chunk, _LOGITS // self.model.config.vocab))
         for ids, widths in self._pieces(stream):
             while len(ids):
                 count = len(ids) if left is None else min(left, len(ids))
-                for part in chunks(count, _LOGITS // self.model.config.vocab):
+                for part in chunks(count, most):
                     yield ids[part], widths[part]
                 ids, widths = ids[count:], widths[count:]
                 left = None if left is None else left - count or self.context

@@ -19,7 +19,6 @@ import rwkv_cli
 from rwkv_cli.engine.batch import Batch
 from rwkv_cli.engine.completion import Completion, Request
 from rwkv_cli.engine.sampling import Sampler, Sampling
-from rwkv_cli.models import base
 
 Run = Callable[..., Result]
 PROMPTS = ["Once upon", "a", "Привет, мир 👋", "x" * 40, "two\nlines\n", "The cat", "é"]
@@ -72,7 +71,7 @@ def test_each_gets_the_text_that_it_gets_alone(
     batch: Run, alone: Any, prompts: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = {i: alone(prompt, "-n", 7 * i - 2) for i, prompt in enumerate(PROMPTS, 1)}
-    monkeypatch.setattr(base, "CHUNK", 12)
+    monkeypatch.setattr("rwkv_cli.kernels.cpu.backend.chunk", 12)
     result = batch(prompts, "--batch-size", size)
     got = answers(result.stdout)
     assert got.keys() == want.keys()

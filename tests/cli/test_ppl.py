@@ -108,7 +108,7 @@ def test_the_state_is_carried_whatever_the_steps(
     rwkv: Run, byte_model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     want = json.loads(rwkv("ppl", text, "-m", byte_model, "--limit", 200, "--json").stdout)["nll"]
-    monkeypatch.setattr("rwkv_cli.models.base.CHUNK", chunk)
+    monkeypatch.setattr("rwkv_cli.kernels.cpu.backend.chunk", chunk)
     monkeypatch.setattr(scoring, "_BLOCK", 50)
     got = json.loads(rwkv("ppl", text, "-m", byte_model, "--limit", 200, "--json").stdout)["nll"]
     assert got == pytest.approx(want, rel=1e-6)

@@ -12,7 +12,7 @@ from rwkv_cli.engine import pacing
 from rwkv_cli.engine.completion import Completion, Request
 from rwkv_cli.engine.pacing import paced
 from rwkv_cli.engine.sampling import Sampler, Sampling
-from rwkv_cli.models.base import CHUNK
+from rwkv_cli.kernels.cpu import backend
 
 VERSIONS = ["4", "5.0", "5.1", "5.2", "6", "7"]
 
@@ -46,7 +46,7 @@ def test_the_cuts_change_no_bit(
             assert np.array_equal(array, whole.arrays()[name]), name
 
 
-@pytest.mark.parametrize(("rate", "longest"), [(5.5, 4), (32, 24), (200, 156), (10_000, CHUNK)])
+@pytest.mark.parametrize(("rate", "longest"), [(5.5, 4), (32, 24), (200, 156), (10_000, backend.chunk)])
 def test_parts_take_less_than_a_second(
     rate: float, longest: int, byte_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,4 +68,4 @@ def test_a_device_whose_bits_depend_on_the_cuts_gets_whole_passes(
 ) -> None:
     model = rwkv_cli.load(byte_model)
     monkeypatch.setattr(model.backend, "any_split", False)
-    assert list(paced(300, model)) == [slice(0, CHUNK), slice(CHUNK, 300)]
+    assert list(paced(300, model)) == [slice(0, backend.chunk), slice(backend.chunk, 300)]

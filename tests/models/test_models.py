@@ -13,7 +13,7 @@ import tiny
 from naive import error_ratio
 
 import rwkv_cli
-from rwkv_cli.models import State, base
+from rwkv_cli.models import State
 
 IDS = [0, *np.random.default_rng(1).integers(0, 300, 40).tolist()]
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens.json").read_text())
@@ -90,7 +90,7 @@ def test_a_sequence_in_a_batch_is_as_if_alone(
     for parts in rounds:
         want = [model.advance(ids, state) for ids, state in zip(parts, alone, strict=True)]
         with monkeypatch.context() as patch:
-            patch.setattr(base, "CHUNK", chunk)
+            patch.setattr("rwkv_cli.kernels.cpu.backend.chunk", chunk)
             got = model.advance_batch(parts, together)
         pairs = [(got, np.array(want))]
         pairs += [(together.arrays()[name], array) for name, array in State.stack(alone).arrays().items()]
