@@ -3,11 +3,14 @@
 In numba's simulator the device is the host. Its memory is numpy's, and there are no graphs.
 """
 
+import contextlib
 import ctypes
 import functools
+import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,10 +52,21 @@ def stream() -> Any:
         return _streams().main
 
 
+class _Thread(threading.local):
+    """What a thread knows of the GPU: the stream as the driver's calls want it, once it has used the GPU."""
+
+    handle: int | None = None
+
+
+_thread = _Thread()
+
+
 def _handle() -> int:
     """The stream as the driver's calls want it, on a thread that may not have used the GPU before."""
-    cuda.current_context()
-    return int(stream())
+    if _thread.handle is None:
+        cuda.current_context()
+        _thread.handle = int(stream())
+    return _thread.handle
 
 
 class Block:
@@ -114,10 +128,74 @@ def multiprocessors() -> int:
     return int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
 
 
-def pinned(size: int) -> NDArray[np.uint8]:
-    """Memory of the host that the device copies to without a detour."""
-    array: NDArray[np.uint8] = cuda.pinned_array(size, np.uint8)
-    return array
+class _Lent:
+    """What an array on memory of the host stands on, as long as the array or a view of it is there."""
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self.__array_interface__ = values.__array_interface__
+        self._values = values
+
+
+class HostMemory:
+    """Arrays of the host that the device copies to without a detour.
+
+    There is memory for two, since whoever asks for one often has the last one still. It is used again when the array
+    and its views are gone. Meanwhile further arrays have memory of their own, which the driver copies to by a detour.
+    """
+
+    def __init__(self) -> None:
+        self._lent: list[tuple[NDArray[np.uint8], weakref.ref[_Lent]]] = []
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array with any values."""
+        if len(self._lent) == 2:
+            free = [each for each in self._lent if each[1]() is None]
+            if not free:
+                return np.empty(shape, dtype)
+            self._lent.remove(free[0])
+            memory, _ = free[0]
+        else:
+            memory = np.empty(0, np.uint8)
+        size = prod(shape) * dtype.itemsize
+        if memory.size < size:
+            memory = cuda.pinned_array(size, np.uint8)
+        lent = _Lent(memory[:size].view(dtype).reshape(shape))
+        self._lent.append((memory, weakref.ref(lent)))
+        return np.asarray(lent)
+
+
+_OVERLAPS = (9, 0)
+"""The least compute capability whose kernels wait for each other by themselves (`compile`)."""
+
+
+def _overlap(graph: Any) -> None:
+    """Let each launch of a captured graph begin while the one before it ends, where the driver can."""
+    # CUDA 12 has these calls with edges' data under names of their own.
+    get, remove, add = (
+        getattr(driver, f"{name}_v2", None) or getattr(driver, name)
+        for name in ("cuGraphGetEdges", "cuGraphRemoveDependencies", "cuGraphAddDependencies")
+    )
+    status, *_, count = get(graph)
+    if status != driver.CUresult.CUDA_SUCCESS or not count:
+        return
+    _, before, after, plain, _ = get(graph, count)
+    early = driver.CUgraphEdgeData()
+    early.from_port = driver.CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
+    early.type = driver.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC.value
+    checked(remove(graph, before, after, plain, count))
+    checked(add(graph, before, after, [early] * count, count))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage: an array of the device that is freed while launches are captured would break the capture."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class Graph:
@@ -134,12 +212,19 @@ class Graph:
             on = _streams().capturing
             checked(driver.cuStreamBeginCapture(int(on), relaxed))
             try:
-                launch(on)
-            except Exception as error:  # of the driver, or of the layers between
-                driver.cuStreamEndCapture(int(on))
+                with _no_collection():
+                    launch(on)
+            except BaseException as error:  # of the driver, of the layers between, or Ctrl-C
+                _, graph = driver.cuStreamEndCapture(int(on))
+                if graph:
+                    driver.cuGraphDestroy(graph)
+                if not isinstance(error, Exception):
+                    raise
                 raise DeviceError(f"the GPU's driver captures no graph: {error}") from error
             graph = checked(driver.cuStreamEndCapture(int(on)))
         try:
+            if cuda.get_current_device().compute_capability >= _OVERLAPS:
+                _overlap(graph)
             self._executable = checked(driver.cuGraphInstantiate(graph, 0))
         finally:
             driver.cuGraphDestroy(graph)

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.errors import DeviceError
+from rwkv_cli.kernels.cache import tell
 from rwkv_cli.kernels.cuda.array import DeviceArray
 from rwkv_cli.kernels.cuda.device.compile import SIMULATED, kinds_of
-from rwkv_cli.kernels.cuda.driver import Block, Graph, download, move, pinned, stream, upload
+from rwkv_cli.kernels.cuda.driver import Block, Graph, HostMemory, download, move, stream, upload
 from rwkv_cli.kernels.cuda.launches import (
     AddressOf,
     Argument,
@@ -31,6 +32,8 @@ from rwkv_cli.kernels.program import Array, Count, Input, InputMatrix, Value
 
 _ALIGN = 256
 """Bytes. Every buffer begins at a multiple of it."""
+_TRIES = 3
+"""Attempts to capture a graph."""
 _LENGTHS = 8
 """Numbers of rows whose launches and graph are kept, the last used ones."""
 
@@ -96,7 +99,7 @@ class CudaProgram:
         self._resolved = [self._resolve(launch) for launch in launches.all]
         self._bound: OrderedDict[tuple[int, ...], BoundLaunches] = OrderedDict()
         self._rows: dict[Count, int] = {}
-        self._read: NDArray[np.uint8] | None = None
+        self._host = HostMemory()
 
     @property
     def is_graph(self) -> bool:
@@ -115,13 +118,9 @@ class CudaProgram:
 
     def read(self, value: Value) -> NDArray[Any]:
         shape, dtype = (self._rows[value.rows], value.columns), NUMPY_DTYPES[value.dtype]
-        size = prod(shape) * dtype.itemsize
-        if self._read is None or self._read.size < size:
-            self._read = pinned(max(size, 1))
-        part = self._read[:size]
-        download(part, self._address(self._outputs[value]))
-        values: NDArray[Any] = part.view(dtype).reshape(shape)
-        return values.copy()
+        values = self._host.array(shape, dtype)
+        download(values, self._address(self._outputs[value]))
+        return values
 
     def _address(self, of: Argument) -> int:
         """The address that a kernel gets. It is 0 for None."""
@@ -195,7 +194,8 @@ class BoundLaunches:
     def __init__(self, resolved: Sequence[ResolvedLaunch], rows: Mapping[Count, int]) -> None:
         assert all(n <= count.most for count, n in rows.items()), "more rows than there is memory for"
         self.graph: Graph | None = None
-        self._runs = 0
+        self._tries = 0
+        self._loaded = False
         self._calls: list[Call] = []
         for launch, arguments in resolved:
             blocks, only = launch.blocks, launch.blocks.only
@@ -207,17 +207,19 @@ class BoundLaunches:
 
     def run(self) -> None:
         """Begin the launches, in order."""
-        self._runs += 1
         # The first run compiles and loads kernels, which a capture must not.
-        if self._runs == 2 and not SIMULATED:
+        if self.graph is None and self._loaded and self._tries < _TRIES and not SIMULATED:
+            self._tries += 1
             try:
                 self.graph = Graph(self._launch)
-            except DeviceError:
-                self.graph = None
+            except DeviceError as error:
+                if self._tries == _TRIES:
+                    tell(f"A token takes longer than it could: {error}.")
         if self.graph is not None:
             self.graph()
         else:
             self._launch(stream())
+            self._loaded = True
 
     def _launch(self, on: Any) -> None:
         for dispatcher, grid, threads, arguments in self._calls:

@@ -4,8 +4,8 @@ import numpy as np
 
 from rwkv_cli.kernels.cpu.limits import best
 from rwkv_cli.kernels.cuda.device.compile import SIMULATED, Address, Int, cuda, kernel, products, put_i32
+from rwkv_cli.kernels.cuda.device.fragments import STRIP
 from rwkv_cli.kernels.cuda.device.levels import TOKENS
-from rwkv_cli.kernels.cuda.device.matmul import STRIP
 from rwkv_cli.kernels.cuda.driver import Block, move, multiprocessors, stream, synchronize
 from rwkv_cli.numbers import GROUP
 

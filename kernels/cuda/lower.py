@@ -9,10 +9,11 @@ from math import prod
 from typing import Any
 
 from rwkv_cli.kernels import program as p
-from rwkv_cli.kernels.cuda.device import elementwise, levels, matmul, scores, wkv
+from rwkv_cli.kernels.cuda.device import elementwise, heads, levels, matmul, matmul_float, scores, wkv4, wkv6, wkv7
+from rwkv_cli.kernels.cuda.device.compile import Kernel
 from rwkv_cli.kernels.cuda.executable import CudaProgram
 from rwkv_cli.kernels.cuda.launches import AddressOf, Argument, Between, Blocks, Place, Table, Tiles
-from rwkv_cli.kernels.cuda.lowering import Levels, Lowering, shapes_of
+from rwkv_cli.kernels.cuda.lowering import Levels, Lowering, forms_of
 from rwkv_cli.kernels.cuda.rules import FloatProduct, Int8Products, Multiply, NormShift, RoundFactors, Step, steps_of
 from rwkv_cli.kernels.cuda.weights import FloatMatrix, Fragments, Int8Table
 from rwkv_cli.numbers import FLOAT_DTYPES, GROUP
@@ -47,7 +48,7 @@ def _embed(low: Lowering, op: p.Embed) -> None:
 
 
 def _layer_norm(low: Lowering, op: p.LayerNorm) -> None:
-    low.by_rows(elementwise.layer_norm, op.x, **_normed(low, op))
+    low.by_rows(elementwise.layer_norm(op.x.columns), op.x, **_normed(low, op))
 
 
 def _normed(low: Lowering, op: p.LayerNorm) -> dict[str, Argument]:
@@ -63,7 +64,9 @@ def _token_shift(low: Lowering, op: p.TokenShift) -> None:
 
 def _norm_shift(low: Lowering, step: NormShift) -> None:
     norm, delta = _normed(low, step.norm), low.new(step.shift.out)
-    low.by_rows(elementwise.norm_shift, step.norm.x, **norm, delta=delta, **_last_rows(low, step.shift))
+    low.by_rows(
+        elementwise.norm_shift(step.norm.x.columns), step.norm.x, **norm, delta=delta, **_last_rows(low, step.shift)
+    )
 
 
 def _last_rows(low: Lowering, op: p.TokenShift) -> dict[str, Argument]:
@@ -151,7 +154,7 @@ def _plain(low: Lowering, x: p.Value | p.Columns) -> dict[str, Any]:
 
 
 def _int8_products(low: Lowering, step: Int8Products) -> None:
-    """A launch for one token, and one for each shape of `matmul` that several tokens may need."""
+    """A launch for one token, and one for each form of `matmul` that several tokens may need."""
     table = Table(tuple(_product_row(low, part) for part in step.parts))
     first, *_ = step.parts
     rows, count = first.out.rows, len(step.parts)
@@ -160,11 +163,11 @@ def _int8_products(low: Lowering, step: Int8Products) -> None:
     warps = min(groups, matmul.warps(strips * count))
     one = Blocks((-(-strips // 2), count), 64 * warps, Between(rows, 1, 1))
     low.launches.add(matmul.matvec, one, table=table)
-    for shape, only in shapes_of(rows):
+    for form, only in forms_of(rows):
         if only.first <= only.last:
-            grid = -(-strips // shape.strips), Tiles(rows, shape.tokens), count
-            many = Blocks(grid, 32 * min(groups, shape.warps), only)
-            low.launches.add(matmul.matmul(shape), many, table=table, T=rows)
+            grid = -(-strips // form.strips), Tiles(rows, form.tokens), count
+            many = Blocks(grid, 32 * (min(groups, form.warps) if form.shares else form.warps), only)
+            low.launches.add(form.kernel, many, table=table, T=rows)
 
 
 def _product_row(low: Lowering, part: Multiply) -> matmul.ProductRow:
@@ -197,14 +200,14 @@ def _product_row(low: Lowering, part: Multiply) -> matmul.ProductRow:
 def _float_product(low: Lowering, step: FloatProduct) -> None:
     part, product, weight, rows = step.part, step.part.product, step.part.product.weight, step.part.out.rows
     assert isinstance(weight, FloatMatrix)
-    (N, K), side, x = weight.shape, matmul.SIDE, product.x
+    (N, K), side, x = weight.shape, matmul_float.SIDE, product.x
     if isinstance(x, p.Lerp):
         lerped = p.Value(rows, K)
         low.by_columns(elementwise.lerp, lerped, **_read(low, x), out=low.new(lerped), K=K)
         x = lerped
     y = low.place(part.out) if part.add else low.new(part.out)
     low.launches.add(
-        matmul.matmul_float,
+        matmul_float.matmul_float,
         Blocks((-(-N // side), Tiles(rows, side)), (side, side)),
         **_plain(low, x),
         weight=weight.bits,
@@ -226,8 +229,8 @@ def _float_product(low: Lowering, step: FloatProduct) -> None:
 def _wkv4(low: Lowering, op: p.Wkv4) -> None:
     D = op.key.columns
     low.launches.add(
-        wkv.wkv4,
-        Blocks((-(-D // wkv.CHANNELS), _sequences(op.state)), wkv.CHANNELS),
+        wkv4.wkv4,
+        Blocks((-(-D // wkv4.CHANNELS), _sequences(op.state)), wkv4.CHANNELS),
         r=low.place(op.receptance),
         k=low.place(op.key),
         v=low.place(op.value),
@@ -240,52 +243,54 @@ def _wkv4(low: Lowering, op: p.Wkv4) -> None:
 
 
 def _wkv6(low: Lowering, op: p.Wkv6) -> None:
-    D, (H, N), norm = op.receptance.columns, op.bonus.shape, op.norm
-    low.launches.add(
-        wkv.wkv6(N),
-        Blocks((H, _sequences(op.state)), wkv.threads(N)),
-        r=low.place(op.receptance),
-        k=low.place(op.key),
-        v=low.place(op.value),
-        w=low.at(op.decay),
-        w_stride=D if isinstance(op.decay, p.Value) else 0,
-        u=op.bonus,
-        weight=norm.weight,
-        bias=norm.bias,
-        eps=norm.eps,
-        gate=low.at(op.gate),
-        **_states(low, op),
-        y=low.new(op.out),
-        **low.new_levels_if_wanted(op.out)._asdict(),
-        D=D,
-    )
+    D, norm = op.receptance.columns, op.norm
+    arguments = {
+        "r": low.place(op.receptance),
+        "k": low.place(op.key),
+        "v": low.place(op.value),
+        "w": low.at(op.decay),
+        "w_stride": D if isinstance(op.decay, p.Value) else 0,
+        "u": op.bonus,
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "eps": norm.eps,
+        "gate": low.at(op.gate),
+    }
+    _by_heads(low, op, wkv6.wkv6, arguments)
 
 
 def _wkv7(low: Lowering, op: p.Wkv7) -> None:
-    D, (H, N), norm = op.receptance.columns, op.bonus.shape, op.norm
     first, gate = (low.place(op.residual.first), low.place(op.residual.gate)) if op.residual else (None, None)
-    low.launches.add(
-        wkv.wkv7(N),
-        Blocks((H, _sequences(op.state)), wkv.threads(N)),
-        r=low.place(op.receptance),
-        w=low.place(op.decay),
-        k=low.place(op.key),
-        v=low.place(op.value),
-        a=low.place(op.rate),
-        g=low.place(op.gate),
-        v_first=first,
-        v_gate=gate,
-        k_k=op.key_scale,
-        k_a=op.key_rate,
-        r_k=op.bonus,
-        weight=norm.weight,
-        bias=norm.bias,
-        eps=norm.eps,
-        **_states(low, op),
-        y=low.new(op.out),
-        **low.new_levels_if_wanted(op.out)._asdict(),
-        D=D,
-    )
+    arguments = {
+        "r": low.place(op.receptance),
+        "w": low.place(op.decay),
+        "k": low.place(op.key),
+        "v": low.place(op.value),
+        "a": low.place(op.rate),
+        "g": low.place(op.gate),
+        "v_first": first,
+        "v_gate": gate,
+        "k_k": op.key_scale,
+        "k_a": op.key_rate,
+        "r_k": op.bonus,
+        "weight": op.norm.weight,
+        "bias": op.norm.bias,
+        "eps": op.norm.eps,
+    }
+    _by_heads(low, op, wkv7.wkv7, arguments)
+
+
+def _by_heads(
+    low: Lowering, op: p.Wkv6 | p.Wkv7, kernel: Callable[[int, int], Kernel], arguments: dict[str, Argument]
+) -> None:
+    """A recurrence whose block has a head of a sequence: a kernel for few tokens a sequence, and one for many."""
+    (H, N), B, rows = op.bonus.shape, _sequences(op.state), op.out.rows
+    arguments |= _states(low, op)
+    arguments |= {"y": low.new(op.out), **low.new_levels_if_wanted(op.out)._asdict(), "D": op.receptance.columns}
+    few = min(heads.FEW_TOKENS * B, rows.most)
+    for turns, only in ((heads.FEW, Between(rows, 1, few)), (heads.MANY, Between(rows, few + 1, rows.most))):
+        if only.first <= only.last:
+            low.launches.add(kernel(N, turns), Blocks((H, B), heads.threads(N), only), **arguments)
 
 
 def _states(low: Lowering, op: p.Wkv4 | p.Wkv6 | p.Wkv7) -> dict[str, Argument]:

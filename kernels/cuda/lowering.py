@@ -48,8 +48,8 @@ class Lowering:
     def new_levels(self, x: p.Factor) -> Levels:
         """Memory for the levels of a factor, in whole blocks of the kernel that reads them."""
         rows, columns = p.rows_of(x), p.columns_of(x)
-        *_, (shape, _) = shapes_of(rows)
-        blocks = -(-rows.most // shape.tokens) * shape.tiles * -(-columns // GROUP)
+        *_, (form, _) = forms_of(rows)
+        blocks = round_up(rows.most, form.tokens) // levels.TOKENS * -(-columns // GROUP)
         sizes = blocks * levels.LEVEL_BYTES, blocks * levels.FACTOR_BYTES
         self._levels[x] = Levels(*map(self.launches.buffer, sizes))
         return self._levels[x]
@@ -69,12 +69,25 @@ class Lowering:
         self.launches.add(kernel, Blocks((-(-like.columns // threads), Tiles(like.rows)), threads), **arguments)
 
 
-def shapes_of(rows: p.Count) -> Iterator[tuple[matmul.Shape, Between]]:
-    """The shapes of `matmul` for up to so many rows, and the numbers of rows that each serves. `matvec` serves one."""
+class Form(NamedTuple):
+    """A kernel for products with several tokens, and the shape of its blocks."""
+
+    kernel: Kernel
+    strips: int
+    tokens: int
+    warps: int
+    """Most warps; they share the groups if there may be fewer."""
+    shares: bool
+
+
+def forms_of(rows: p.Count) -> Iterator[tuple[Form, Between]]:
+    """The forms of `matmul` for up to so many rows, and the numbers of rows that each serves. `matvec` serves one."""
     first = 2
     for shape in matmul.SHAPES:
-        last = rows.most if shape is matmul.SHAPES[-1] else min(shape.tokens, rows.most)
-        yield shape, Between(rows, first, last)
+        last = min(shape.tokens, rows.most)
+        yield Form(matmul.matmul(shape), shape.strips, shape.tokens, shape.warps, True), Between(rows, first, last)
         if last == rows.most:
             return
         first = last + 1
+    wide = Form(matmul.matmul_wide, matmul.WIDE_STRIPS, matmul.WIDE_TOKENS, matmul.WIDE_THREADS // 32, False)
+    yield wide, Between(rows, first, rows.most)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwkv_cli.kernels import program as p
-from rwkv_cli.kernels.cuda.device.wkv import puts_levels
+from rwkv_cli.kernels.cuda.device.heads import puts_levels
 from rwkv_cli.kernels.cuda.weights import Fragments
 
 

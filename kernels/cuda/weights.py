@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels.contract import StoredFloats, StoredInt8, StoredMatrix
-from rwkv_cli.kernels.cuda.device import matmul
+from rwkv_cli.kernels.cuda.device import fragments
 from rwkv_cli.kernels.cuda.driver import Block, stream, synchronize, upload
 
 _REPACK_BLOCKS = 1024
@@ -87,14 +87,14 @@ def _int8(stored: StoredInt8) -> Int8Table | Fragments:
 def _fragments(shape: tuple[int, int], stored: StoredInt8) -> Fragments:
     """A matrix that is stored as tiles or columns, repacked on the GPU."""
     blocks, groups, width = stored.scales.shape
-    strips = blocks * width // matmul.STRIP
+    strips = blocks * width // fragments.STRIP
     values, scales = _uploaded(stored.values), _uploaded(stored.scales)
     out = Fragments(shape, Block(values.size), Block(scales.size), strips, groups, 2.0**stored.unit)
-    threads = min(matmul.REPACK_THREADS, 32 * strips)
+    threads = min(fragments.REPACK_THREADS, 32 * strips)
     tiles = stored.layout == "tile"
     for kernel, source, to, wide, words in (
-        (matmul.repack, values, out.values, 0 if tiles else width, values.size // 4),
-        (matmul.repack_scales, scales, out.scales, width, scales.size // 2),
+        (fragments.repack, values, out.values, 0 if tiles else width, values.size // 4),
+        (fragments.repack_scales, scales, out.scales, width, scales.size // 2),
     ):
         grid = min(_REPACK_BLOCKS, -(-words // (8 * threads)))
         kernel.dispatcher[grid, threads, stream()](source.address, wide, to.address, strips, groups)

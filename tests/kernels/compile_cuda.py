@@ -19,15 +19,20 @@ def main(capability: tuple[int, int]) -> None:
     # numba compiles device functions for this GPU
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
     from rwkv_cli.kernels.cuda import backend  # noqa: F401 - with every module that has kernels
+    from rwkv_cli.kernels.cuda.device import elementwise as cuda_elementwise
+    from rwkv_cli.kernels.cuda.device import heads, wkv6, wkv7
     from rwkv_cli.kernels.cuda.device import matmul as cuda_matmul
-    from rwkv_cli.kernels.cuda.device import wkv as cuda_wkv
     from rwkv_cli.kernels.cuda.device.compile import KERNELS
 
     for shape in cuda_matmul.SHAPES:
         cuda_matmul.matmul(shape)
+    for width in (768, 4096):
+        cuda_elementwise.layer_norm(width)
+        cuda_elementwise.norm_shift(width)
     for size in (64, 24):
-        cuda_wkv.wkv6(size)
-        cuda_wkv.wkv7(size)
+        for turns in (heads.FEW, heads.MANY):
+            wkv6.wkv6(size, turns)
+            wkv7.wkv7(size, turns)
     print(json.dumps({kernel.name: facts(cuda, nvjitlink, kernel, capability) for kernel in KERNELS}))
 
 

@@ -55,7 +55,7 @@ each_device = cases("", [()], [()])
 HEADS: Cases = [
     ((1,), 1, 8), ((5,), 3, 16), ((33,), 2, 64), ((2, 0, 9), 5, 24), ((1, 1, 1, 1), 2, 16), ((0, 4, 30, 1), 1, 64),
 ]  # fmt: skip
-FEW_HEADS: Cases = [((1,), 1, 8), ((2, 0, 3), 2, 24), ((3,), 1, 6)]
+FEW_HEADS: Cases = [((1,), 1, 8), ((2, 0, 3), 2, 24), ((3,), 1, 6), ((9,), 1, 8)]
 SHAPES: Cases = [
     (1, 5, 7), (2, 16, 32), (7, 40, 70), (13, 300, 192), (1, 96, 512), (6, 33, 64), (25, 17, 100), (1, 512, 96),
 ]  # fmt: skip
@@ -287,7 +287,7 @@ LAYOUTS = ("tile", "columns")
 @cases(
     "T, N, K, layout, room",
     with_each(with_each(SHAPES, *LAYOUTS), 0, 9),
-    [*with_each(with_each(FEW_SHAPES + GPU_SHAPES, *LAYOUTS), 0), (2, 5, 7, "tile", 9)],
+    [*with_each(with_each(FEW_SHAPES + GPU_SHAPES, *LAYOUTS), 0), (2, 5, 7, "tile", 9), (66, 20, 40, "tile", 0)],
 )
 def test_int8_linear(device: str, T: int, N: int, K: int, layout: str, room: int) -> None:
     """Beside the weights' own rounding only the activations' 15 bits remain, outlier or not."""

@@ -1,6 +1,7 @@
 """The GPU as a device, simulated or real (NUMBA_ENABLE_CUDASIM=0): programs, models, the driver, compiling."""
 
 import ctypes
+import gc
 import importlib.util
 import json
 import os
@@ -228,6 +229,8 @@ class Driver:
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu") or name[2:3].islower():
             return getattr(self.real, name)
+        if name.endswith("_v2"):  # CUDA 12 has these
+            raise AttributeError(name)
 
         def call(*arguments: Any) -> Any:
             self.calls.append(name)
@@ -251,6 +254,7 @@ class Driver:
             "cuDeviceGet": (0,), "cuDeviceGetAttribute": (self.facts["capability"][minor],),
             "cuDeviceGetName": (b"NVIDIA Test\0\0",), "cuDeviceTotalMem": (self.facts["memory"],),
             "cuStreamEndCapture": ("graph",), "cuGraphInstantiate": ("executable",),
+            "cuGraphGetEdges": (["a", "b"], ["b", "c"], ["plain"] * 2, 2),
         }.get(name, ())  # fmt: skip
 
 
@@ -363,6 +367,105 @@ def test_programs_become_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     held = len(fake.held)
     programs.clear()
     assert len(fake.held) < held
+
+
+@pytest.fixture
+def false_driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A false driver whose streams are numbers."""
+    fake = Driver()
+    monkeypatch.undo()  # the guards: memory is the driver's here
+    monkeypatch.setattr(cuda_driver, "driver", fake)
+    monkeypatch.setattr(cuda_driver, "_streams", lambda: cuda_driver.Streams(0, 1))
+    monkeypatch.setattr(cuda_driver, "_thread", cuda_driver._Thread())
+    for module in (cuda_driver, cuda_executable):
+        monkeypatch.setattr(module, "SIMULATED", False)
+    return fake
+
+
+@simulated
+@pytest.mark.parametrize(("least", "overlaps"), [((5, 0), True), ((9, 0), False)])
+def test_launches_of_a_graph_overlap_where_kernels_wait(
+    false_driver: Driver, monkeypatch: pytest.MonkeyPatch, least: tuple[int, int], overlaps: bool
+) -> None:
+    """The simulated GPU has compute capability 5.2. Edges are taken out as they are, and put back as early ones."""
+    monkeypatch.setattr(cuda_driver, "_OVERLAPS", least)
+    given: dict[str, Any] = {}
+    answer = false_driver.answer
+
+    def keep(name: str, *arguments: Any) -> Any:
+        given[name] = arguments
+        return answer(name, *arguments)
+
+    monkeypatch.setattr(false_driver, "answer", keep)
+    cuda_driver.Graph(lambda _: None)
+    assert ("cuGraphAddDependencies" in given) == overlaps
+    if overlaps:
+        assert given["cuGraphRemoveDependencies"] == ("graph", ["a", "b"], ["b", "c"], ["plain"] * 2, 2)
+        graph, before, after, edges, count = given["cuGraphAddDependencies"]
+        assert (graph, before, after, count) == ("graph", ["a", "b"], ["b", "c"], 2)
+        assert [(edge.from_port, edge.to_port, edge.type) for edge in edges] == [(1, 0, 1)] * 2  # programmatic
+
+
+def run_of(launch: Any) -> Any:
+    """The launches of a run, of which `launch` is the only one."""
+    bound = cuda_executable.BoundLaunches([], {})
+    bound._launch = launch  # type: ignore[method-assign]
+    return bound
+
+
+@simulated
+def test_a_capture_that_is_interrupted_is_ended_and_tried_again(false_driver: Driver) -> None:
+    faults: list[BaseException | None] = [None, KeyboardInterrupt(), None]
+
+    def launch(on: Any) -> None:
+        assert gc.isenabled() == (on == 0)  # not while stream 1 captures
+        fault = faults.pop(0)
+        if fault is not None:
+            raise fault
+
+    bound = run_of(launch)
+    bound.run()
+    with pytest.raises(KeyboardInterrupt):
+        bound.run()
+    assert gc.isenabled()
+    assert false_driver.calls.count("cuStreamEndCapture") == false_driver.calls.count("cuGraphDestroy") == 1
+    bound.run()
+    assert bound.graph is not None
+
+
+@simulated
+def test_where_no_graph_can_be_captured_it_is_said_once(false_driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cuda_executable, "tell", said.append)
+    launched: list[Any] = []
+
+    def launch(on: Any) -> None:
+        launched.append(on)
+        if on == 1:
+            raise RuntimeError("no")
+
+    monkeypatch.setattr(cuda_executable, "stream", lambda: 0)
+    bound = run_of(launch)
+    for _ in range(6):
+        bound.run()
+    assert launched == [0, 1, 0, 1, 0, 1, 0, 0, 0]
+    assert said == ["A token takes longer than it could: the GPU's driver captures no graph: no."]
+    assert false_driver.calls.count("cuStreamBeginCapture") == false_driver.calls.count("cuStreamEndCapture") == 3
+
+
+@simulated
+def test_memory_that_logits_come_to_is_used_again_when_they_are_gone() -> None:
+    host, size = cuda_driver.HostMemory(), np.dtype(np.float32)
+    first, second, third = (host.array((2, 3), size) for _ in range(3))
+    assert len({array.ctypes.data for array in (first, second, third)}) == 3
+    place, view = first.ctypes.data, first[1:]
+    first[:] = 7
+    del first
+    assert host.array((2, 3), size).ctypes.data not in (place, second.ctypes.data)
+    assert (view == 7).all()
+    del view
+    again = host.array((1, 4), size)
+    assert (again.ctypes.data, again.shape, again.dtype) == (place, (1, 4), size)
 
 
 @pytest.mark.parametrize("capability", ["7.5", "8.0", "9.0"])

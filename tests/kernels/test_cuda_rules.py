@@ -1,6 +1,8 @@
 """Rules that say what is one launch on a GPU: each on short lists of operations, without a GPU."""
 
+import ast
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -214,3 +216,23 @@ def test_a_layer_of_rwkv_7_with_one_token_is_ten_launches() -> None:
         NormShift, RoundFactors, Int8Products, Int8Products,
     ]  # fmt: skip
     assert wanted == {*one.out[1:], wkv.out, k}
+
+
+SOURCES = Path(rules.__file__).parent / "device"
+UPLOADING = {"repack", "repack_scales"}
+"""Kernels that are in no graph."""
+
+
+def kernels_of(path: Path) -> list[ast.FunctionDef]:
+    """The functions of a file that are kernels."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    return [each for each in functions if any("id='kernel'" in ast.dump(one) for one in each.decorator_list)]
+
+
+@pytest.mark.parametrize("path", sorted(SOURCES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_kernel_of_a_graph_waits_for_the_one_before(path: Path) -> None:
+    """Else it would read what is not written yet: a graph lets it begin while the one before runs."""
+    for each in kernels_of(path):
+        calls = [getattr(node.func, "id", "") for node in ast.walk(each) if isinstance(node, ast.Call)]
+        expected = 0 if each.name in UPLOADING else 1
+        assert (calls.count("let_next_begin"), calls.count("wait_for_previous")) == (expected, expected), each.name

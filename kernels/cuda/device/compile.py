@@ -6,6 +6,9 @@ signature names:
 
     @kernel(THREADS)
     def add_gated(x: Address, y: Address, gate: Address, D: Int) -> None:
+
+In a graph, blocks of a launch may begin before the launch before it is complete. So every kernel calls `let_next_begin`
+and then `wait_for_previous`, before which it reads nothing but weights and tables, and writes nothing.
 """
 
 import functools
@@ -74,6 +77,10 @@ put_f32, put_f64 = primitives.put_f32, primitives.put_f64
 put_i16, put_i32, put_u8 = primitives.put_i16, primitives.put_i32, primitives.put_u8
 bits, float_of, rounded = primitives.bits, primitives.float_of, primitives.rounded
 through_half, dp4a, products = primitives.through_half, primitives.dp4a, primitives.products
+four, quad_sum = primitives.four, primitives.quad_sum
+warp_sum, warp_sums, warp_max = primitives.warp_sum, primitives.warp_sums, primitives.warp_max
+wait_for_previous, let_next_begin = primitives.wait_for_previous, primitives.let_next_begin
+prefetch = primitives.prefetch
 exp, log, sqrt, tanh = primitives.exp, primitives.log, primitives.sqrt, primitives.tanh
 
 
@@ -108,24 +115,22 @@ def kernel(threads: int, blocks: int = 1, name: str = "") -> Callable[[Callable[
     return make
 
 
+MOST_WARPS = 32
+"""Warps of the largest block."""
+
+
 @function
 def block_sum(value: Float, scratch: Any) -> Any:
     """The sum of `value` over a block, in every thread. The order of the sum depends only on the block's size.
 
-    The block has a multiple of 32 threads. `scratch`, in shared memory, has 32 more elements than there are threads.
+    The block has whole warps. `scratch`, in shared memory, has `MOST_WARPS` elements.
     """
-    tid, n = cuda.threadIdx.x, cuda.blockDim.x
-    scratch[tid] = value
+    lane, warp, warps = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32, cuda.blockDim.x // 32
+    value = warp_sum(value)
+    if lane == 0:
+        scratch[warp] = value
     cuda.syncthreads()
-    if tid < 32:
-        total = scratch[tid]
-        for i in range(tid + 32, n, 32):
-            total += scratch[i]
-        scratch[n + tid] = total
-    cuda.syncthreads()
-    total = scratch[n]
-    for i in range(1, 32):
-        total += scratch[n + i]
+    total = warp_sum(scratch[lane] if lane < warps else scratch.dtype.type(0))
     cuda.syncthreads()
     return total
 
@@ -133,17 +138,11 @@ def block_sum(value: Float, scratch: Any) -> Any:
 @function
 def block_max(value: Float, scratch: Any) -> Any:
     """The largest `value` of a block, in every thread. NaN is passed over. `scratch` is that of `block_sum`."""
-    tid, n = cuda.threadIdx.x, cuda.blockDim.x
-    scratch[tid] = value
+    lane, warp, warps = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32, cuda.blockDim.x // 32
+    value = warp_max(value)
+    if lane == 0:
+        scratch[warp] = value
     cuda.syncthreads()
-    if tid < 32:
-        top = scratch[tid]
-        for i in range(tid + 32, n, 32):
-            top = max(top, scratch[i])
-        scratch[n + tid] = top
-    cuda.syncthreads()
-    top = scratch[n]
-    for i in range(1, 32):
-        top = max(top, scratch[n + i])
+    top = warp_max(scratch[lane if lane < warps else 0])
     cuda.syncthreads()
     return top

@@ -3,18 +3,20 @@
 Every kernel takes addresses and sizes. T is not among its arguments: it is how many blocks there are in one direction.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from rwkv_cli.kernels.cuda.device.compile import (
+    MOST_WARPS,
     Address,
     Float,
     Int,
+    Kernel,
     Slot,
     bf16,
     bits,
-    block_sum,
     cuda,
     exp,
     f16,
@@ -24,21 +26,21 @@ from rwkv_cli.kernels.cuda.device.compile import (
     i8,
     i64,
     kernel,
+    let_next_begin,
     put_f32,
     sqrt,
     tanh,
     through_half,
     types,
+    wait_for_previous,
+    warp_sums,
 )
 from rwkv_cli.kernels.program import ACTIVATIONS
 from rwkv_cli.numbers import FLOAT_DTYPES, GROUP
 
-NORM_THREADS = 512
-"""Most threads of a block that sums a row, a multiple of 32."""
 THREADS = 256
-"""Most threads of a block of any other kernel here."""
-
-_SCRATCH = NORM_THREADS + 32
+"""Most threads of a block, but for those that norm a row."""
+_MOST_THREADS = 32 * MOST_WARPS
 _ONE = np.float32(1)
 _SOFT = np.float32(-0.606530659712633)  # −e^{−1/2}
 _SIGMOID, _SILU, _TANH = ACTIVATIONS.index("sigmoid"), ACTIVATIONS.index("silu"), ACTIVATIONS.index("tanh")
@@ -81,43 +83,75 @@ def float_size(kind: Int) -> Any:
     return 4 if kind == _F32 else 2
 
 
-@function
-def _statistics(x: Address, D: Int, eps: Float, scratch: Any) -> Any:
-    """Mean and 1 / √(variance + eps) of D floats at address x."""
-    total = np.float32(0)
-    for d in range(cuda.threadIdx.x, D, cuda.blockDim.x):
-        total += f32(x + 4 * d)
-    mean = block_sum(total, scratch) / np.float32(D)
-    square = np.float32(0)
-    for d in range(cuda.threadIdx.x, D, cuda.blockDim.x):
-        off = f32(x + 4 * d) - mean
-        square += off * off
-    return mean, _ONE / sqrt(block_sum(square, scratch) / np.float32(D) + eps)
+def norm_threads(D: int) -> int:
+    """Threads of a block that norms a row of D columns: whole warps, one column each as far as that goes."""
+    return min(_MOST_THREADS, -(-D // 32) * 32)
 
 
 @function
-def _normed(x: Address, d: Int, statistics: Any, weight: Address, bias: Address) -> Any:
-    """Element d of a row at address x, normed by the row's `_statistics`."""
-    mean, scale = statistics
-    return (f32(x + 4 * d) - mean) * scale * f32(weight + 4 * d) + f32(bias + 4 * d)
+def _two_sums(pair: Any, scratch: Any) -> None:
+    """The sums of both numbers of a pair over a block, in every thread's pair.
 
-
-@kernel(NORM_THREADS)
-def layer_norm(x: Address, weight: Address, bias: Address, out: Address, eps: Float, D: Int) -> None:
-    """out[t] = (x[t] − mean) / √(variance + eps) · weight + bias.
-
-    x and out are [T, D], weight and bias [D]. Blocks: (T), each for a row.
+    `scratch`, in shared memory, is for this call alone.
     """
-    scratch = cuda.shared.array(_SCRATCH, types.float32)
-    row = 4 * D * cuda.blockIdx.x
-    statistics = _statistics(x + row, D, eps, scratch)
-    for d in range(cuda.threadIdx.x, D, cuda.blockDim.x):
-        put_f32(out + row + 4 * d, _normed(x + row, d, statistics, weight, bias))
+    lane, warp, warps = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32, cuda.blockDim.x // 32
+    warp_sums(pair, 2)
+    if lane == 0:
+        scratch[0, warp], scratch[1, warp] = pair[0], pair[1]
+    cuda.syncthreads()
+    pair[0] = scratch[0, lane] if lane < warps else np.float32(0)
+    pair[1] = scratch[1, lane] if lane < warps else np.float32(0)
+    warp_sums(pair, 2)
+
+
+@functools.cache
+def layer_norm(D: int) -> Kernel:
+    """The kernel for rows of D columns."""
+    THREADS, COUNT, SCRATCH = norm_threads(D), -(-D // norm_threads(D)), (2, MOST_WARPS)
+
+    @kernel(THREADS, name=f"layer_norm ×{COUNT}")
+    def layer_norm(x: Address, weight: Address, bias: Address, out: Address, eps: Float, D: Int) -> None:
+        """out[t] = (x[t] − mean) / √(variance + eps) · weight + bias.
+
+        x and out are [T, D], weight and bias [D]. Blocks: (T), each for a row, which its threads keep in registers.
+        """
+        let_next_begin()
+        sums = cuda.shared.array(SCRATCH, types.float32)
+        squares = cuda.shared.array(SCRATCH, types.float32)
+        own, weights = cuda.local.array(COUNT, types.float32), cuda.local.array(COUNT, types.float32)
+        biases, pair = cuda.local.array(COUNT, types.float32), cuda.local.array(2, types.float32)
+        row, tid = 4 * D * np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
+        for i in range(COUNT):
+            d = tid + THREADS * i
+            weights[i] = f32(weight + 4 * d) if d < D else np.float32(0)
+            biases[i] = f32(bias + 4 * d) if d < D else np.float32(0)
+        wait_for_previous()
+        pair[0] = pair[1] = np.float32(0)
+        for i in range(COUNT):
+            d = tid + THREADS * i
+            own[i] = f32(x + row + 4 * d) if d < D else np.float32(0)
+            pair[0] += own[i]
+        _two_sums(pair, sums)
+        mean, pair[0] = pair[0] / np.float32(D), np.float32(0)
+        for i in range(COUNT):
+            if tid + THREADS * i < D:
+                own[i] -= mean
+                pair[0] += own[i] * own[i]
+        _two_sums(pair, squares)
+        scale = _ONE / sqrt(pair[0] / np.float32(D) + eps)
+        for i in range(COUNT):
+            d = tid + THREADS * i
+            if d < D:
+                put_f32(out + row + 4 * d, own[i] * scale * weights[i] + biases[i])
+
+    return layer_norm
 
 
 @function
 def _sequence_of(t: Int, starts: Address, B: Int, found: Any) -> Any:
     """The sequence that has row t, in every thread: b with starts[b] ≤ t < starts[b + 1]. `found` is shared."""
+    if B == 1:
+        return np.int64(0)
     for b in range(cuda.threadIdx.x, B, cuda.blockDim.x):
         if i64(starts + 8 * b) <= t and t < i64(starts + 8 * b + 8):
             found[0] = b
@@ -125,54 +159,90 @@ def _sequence_of(t: Int, starts: Address, B: Int, found: Any) -> Any:
     return found[0]
 
 
-@kernel(NORM_THREADS)
-def norm_shift(
-    x: Address,
-    weight: Address,
-    bias: Address,
-    out: Address,
-    delta: Address,
-    starts: Address,
-    last: Slot,
-    last_offset: Int,
-    eps: Float,
-    B: Int,
-    D: Int,
-) -> None:
-    """`layer_norm` of x to out, and the token shift of out: delta[t] = out[t − 1] − out[t].
+@functools.cache
+def norm_shift(D: int) -> Kernel:
+    """The kernel for rows of D columns."""
+    THREADS, COUNT, SCRATCH = norm_threads(D), -(-D // norm_threads(D)), (2, MOST_WARPS)
 
-    x, out and delta are [T, D]; starts is int64 [B + 1]. The row before the first one of sequence b is row b of a state
-    [B, D], which lies last_offset bytes after the address at `last`. Blocks: (T), each for a row.
+    @kernel(THREADS, name=f"norm_shift ×{COUNT}")
+    def norm_shift(
+        x: Address,
+        weight: Address,
+        bias: Address,
+        out: Address,
+        delta: Address,
+        starts: Address,
+        last: Slot,
+        last_offset: Int,
+        eps: Float,
+        B: Int,
+        D: Int,
+    ) -> None:
+        """`layer_norm` of x to out, and the token shift of out: delta[t] = out[t − 1] − out[t].
 
-    The block of a sequence's first row, and no other, then puts its last normed row into the state. For this it works
-    that row out again, so no block reads what another has written.
-    """
-    scratch = cuda.shared.array(_SCRATCH, types.float32)
-    t, first, step = np.int64(cuda.blockIdx.x), cuda.threadIdx.x, cuda.blockDim.x
-    here = x + 4 * D * t
-    statistics = _statistics(here, D, eps, scratch)
-    b = _sequence_of(t, starts, B, cuda.shared.array(1, types.int64))
-    if t > i64(starts + 8 * b):
-        there = x + 4 * D * (t - 1)
-        earlier = _statistics(there, D, eps, scratch)
-        for d in range(first, D, step):
-            a = _normed(here, d, statistics, weight, bias)
-            put_f32(out + 4 * (D * t + d), a)
-            put_f32(delta + 4 * (D * t + d), _normed(there, d, earlier, weight, bias) - a)
-    else:
-        there = x + 4 * D * (i64(starts + 8 * b + 8) - 1)
-        final = _statistics(there, D, eps, scratch)
-        kept = i64(last) + last_offset + 4 * D * b
-        for d in range(first, D, step):
-            a = _normed(here, d, statistics, weight, bias)
-            put_f32(out + 4 * (D * t + d), a)
-            put_f32(delta + 4 * (D * t + d), f32(kept + 4 * d) - a)
-            put_f32(kept + 4 * d, _normed(there, d, final, weight, bias))
+        x, out and delta are [T, D]; starts is int64 [B + 1]. The row before the first one of sequence b is row b of a
+        state [B, D], which lies last_offset bytes after the address at `last`. Blocks: (T), each for a row, which its
+        threads keep in registers.
+
+        A block works out the row before its own again, so none reads what another has written. The block of a
+        sequence's first row, and no other, works out the sequence's last row instead and puts it into the state.
+        """
+        let_next_begin()
+        sums = cuda.shared.array(SCRATCH, types.float32)
+        squares = cuda.shared.array(SCRATCH, types.float32)
+        own, other = cuda.local.array(COUNT, types.float32), cuda.local.array(COUNT, types.float32)
+        weights, biases = cuda.local.array(COUNT, types.float32), cuda.local.array(COUNT, types.float32)
+        pair, found = cuda.local.array(2, types.float32), cuda.shared.array(1, types.int64)
+        t, tid = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
+        for i in range(COUNT):
+            d = tid + THREADS * i
+            weights[i] = f32(weight + 4 * d) if d < D else np.float32(0)
+            biases[i] = f32(bias + 4 * d) if d < D else np.float32(0)
+        wait_for_previous()
+        kept = i64(last) + last_offset
+        for i in range(COUNT):
+            d = tid + THREADS * i
+            own[i] = f32(x + 4 * (D * t + d)) if d < D else np.float32(0)
+        b = _sequence_of(t, starts, B, found)
+        kept += 4 * D * b
+        begins = t == i64(starts + 8 * b)
+        there = i64(starts + 8 * b + 8) - 1 if begins else t - 1
+        pair[0] = pair[1] = np.float32(0)
+        for i in range(COUNT):
+            d = tid + THREADS * i
+            other[i] = f32(x + 4 * (D * there + d)) if d < D else np.float32(0)
+            pair[0] += own[i]
+            pair[1] += other[i]
+        _two_sums(pair, sums)
+        mean, mean_other = pair[0] / np.float32(D), pair[1] / np.float32(D)
+        pair[0] = pair[1] = np.float32(0)
+        for i in range(COUNT):
+            if tid + THREADS * i < D:
+                own[i] -= mean
+                other[i] -= mean_other
+                pair[0] += own[i] * own[i]
+                pair[1] += other[i] * other[i]
+        _two_sums(pair, squares)
+        scale, scale_other = _ONE / sqrt(pair[0] / np.float32(D) + eps), _ONE / sqrt(pair[1] / np.float32(D) + eps)
+        for i in range(COUNT):
+            d = tid + THREADS * i
+            if d < D:
+                a, before = own[i] * scale * weights[i] + biases[i], other[i] * scale_other * weights[i] + biases[i]
+                put_f32(out + 4 * (D * t + d), a)
+                if begins:
+                    put_f32(delta + 4 * (D * t + d), f32(kept + 4 * d) - a)
+                    put_f32(kept + 4 * d, before)
+                else:
+                    put_f32(delta + 4 * (D * t + d), before - a)
+
+    return norm_shift
 
 
 @kernel(THREADS)
 def shift(x: Address, delta: Address, starts: Address, last: Slot, last_offset: Int, B: Int, D: Int) -> None:
     """The token shift of x itself. The arguments and blocks are those of `norm_shift`."""
+    let_next_begin()
+    wait_for_previous()
     t = np.int64(cuda.blockIdx.x)
     b = _sequence_of(t, starts, B, cuda.shared.array(1, types.int64))
     begin, end = i64(starts + 8 * b), i64(starts + 8 * b + 8)
@@ -195,6 +265,8 @@ def lerp(
 
     Strides are in elements from row to row. That of mix is 0 where one row serves all.
     """
+    let_next_begin()
+    wait_for_previous()
     k, t = np.int64(cuda.grid(1)), np.int64(cuda.blockIdx.y)
     if k < K:
         y = f32(x + 4 * (x_stride * t + k))
@@ -205,6 +277,8 @@ def lerp(
 @kernel(THREADS)
 def add_gated(x: Address, y: Address, gate: Address, D: Int) -> None:
     """x += y ∘ gate, all [T, D]. Blocks: (D, T), a thread a column."""
+    let_next_begin()
+    wait_for_previous()
     d = np.int64(cuda.grid(1))
     if d < D:
         at = 4 * (D * np.int64(cuda.blockIdx.y) + d)
@@ -214,6 +288,8 @@ def add_gated(x: Address, y: Address, gate: Address, D: Int) -> None:
 @kernel(THREADS)
 def gate(x: Address, gate: Address, D: Int) -> None:
     """x ∘= gate, both [T, D]. Blocks: (D, T), a thread a column."""
+    let_next_begin()
+    wait_for_previous()
     d = np.int64(cuda.grid(1))
     if d < D:
         at = 4 * (D * np.int64(cuda.blockIdx.y) + d)
@@ -226,6 +302,8 @@ def row_products(x: Address, matrices: Address, out: Address, K: Int, N: Int) ->
 
     x is [T, K], matrices [T, K · N] and out [T, N].
     """
+    let_next_begin()
+    wait_for_previous()
     n, t = np.int64(cuda.grid(1)), np.int64(cuda.blockIdx.y)
     if n < N:
         total = np.float32(0)
@@ -237,6 +315,8 @@ def row_products(x: Address, matrices: Address, out: Address, K: Int, N: Int) ->
 @kernel(THREADS)
 def round_to(x: Address, kind: Int, D: Int) -> None:
     """x [T, D] becomes the nearest F16 or BF16 numbers, ties to even. Blocks: (D, T), a thread a column."""
+    let_next_begin()
+    wait_for_previous()
     d = np.int64(cuda.grid(1))
     if d < D:
         at = x + 4 * (D * np.int64(cuda.blockIdx.y) + d)
@@ -252,6 +332,8 @@ def round_to(x: Address, kind: Int, D: Int) -> None:
 @kernel(THREADS)
 def take(x: Address, rows: Address, out: Address, D: Int) -> None:
     """out[i] = x[rows[i]]: x [T, D], rows int64 [E], out [E, D]. Blocks: (D, E), a thread a column."""
+    let_next_begin()
+    wait_for_previous()
     d, i = np.int64(cuda.grid(1)), np.int64(cuda.blockIdx.y)
     if d < D:
         put_f32(out + 4 * (D * i + d), f32(x + 4 * (D * i64(rows + 8 * i) + d)))
@@ -263,6 +345,8 @@ def embed_int8(ids: Address, values: Address, scales: Address, unit: Float, out:
 
     ids is int64 [T], values int8 [V, width], scales float16 [V, width / GROUP], out [T, D].
     """
+    let_next_begin()
+    wait_for_previous()
     d, t = np.int64(cuda.grid(1)), np.int64(cuda.blockIdx.y)
     if d < D:
         row = i64(ids + 8 * t)
@@ -273,6 +357,8 @@ def embed_int8(ids: Address, values: Address, scales: Address, unit: Float, out:
 @kernel(THREADS)
 def embed_float(ids: Address, table: Address, kind: Int, out: Address, D: Int) -> None:
     """out[t] = row ids[t] of a table [V, D] of FLOAT_DTYPES[kind]. Blocks: (D, T), a thread a column."""
+    let_next_begin()
+    wait_for_previous()
     d, t = np.int64(cuda.grid(1)), np.int64(cuda.blockIdx.y)
     if d < D:
         at = table + float_size(kind) * (D * i64(ids + 8 * t) + d)

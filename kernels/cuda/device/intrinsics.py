@@ -23,6 +23,41 @@ sqrt, tanh = _function(lambda x: math.sqrt(x)), _function(lambda x: math.tanh(x)
 
 _GLOBAL = 1
 """LLVM's address space of global memory."""
+_WHOLE_WARP = 0xFFFFFFFF
+_cuda: Any = numba.cuda
+_other_lanes = _cuda.shfl_xor_sync
+"""The value that the lane has whose number differs by a mask."""
+
+
+@_function
+def warp_sum(value: Any) -> Any:
+    """The sum of a warp's values, in every lane. Its order is fixed. All threads of the block must get here."""
+    for distance in (16, 8, 4, 2, 1):
+        value += _other_lanes(_WHOLE_WARP, value, distance)
+    return value
+
+
+@_function
+def warp_sums(values: Any, count: Any) -> None:
+    """`warp_sum` of each of `count` values of an array. They go together, since one alone waits for each step."""
+    for distance in (16, 8, 4, 2, 1):
+        for i in range(count):
+            values[i] += _other_lanes(_WHOLE_WARP, values[i], distance)
+
+
+@_function
+def warp_max(value: Any) -> Any:
+    """The largest of a warp's values, in every lane. All threads of the block must get here."""
+    for distance in (16, 8, 4, 2, 1):
+        value = max(value, _other_lanes(_WHOLE_WARP, value, distance))
+    return value
+
+
+@_function
+def quad_sum(value: Any) -> Any:
+    """The sum of four neighbouring lanes' values, in each of them. All threads of the block must get here."""
+    value += _other_lanes(_WHOLE_WARP, value, 1)
+    return value + _other_lanes(_WHOLE_WARP, value, 2)
 
 
 def _emits(result: Any, *given: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -80,10 +115,51 @@ put_u8 = _store(I8, types.int64, lambda b, value: b.trunc(value, I8))
 _FOUR = types.UniTuple(types.int32, 4)
 
 
+def _capability() -> tuple[int, int]:
+    """The compute capability that is compiled for."""
+    capability: tuple[int, int] = targetconfig.ConfigStack().top().compute_capability
+    return capability
+
+
+def _tells(text: str) -> Callable[[Any], Any]:
+    """What emits an instruction of Hopper and later that tells the GPU of the launches before and after."""
+
+    def emit(b: Any) -> Any:
+        if _capability() >= (9, 0):
+            b.call(ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), text, "~{memory}", side_effect=True), [])
+        return None
+
+    return emit
+
+
+wait_for_previous = _emits(types.void)(_tells("griddepcontrol.wait;"))
+"""Wait until the launch before is complete: what it wrote may be read from here on, and written over."""
+let_next_begin = _emits(types.void)(_tells("griddepcontrol.launch_dependents;"))
+"""Let the next launch's blocks begin, as far as there is room for them. They wait for this launch by themselves."""
+
+
+@_emits(types.void, types.int64)
+def prefetch(b: Any, address: Any) -> None:
+    """Begin to bring 128 bytes into the GPU's cache."""
+    b.call(
+        ir.InlineAsm(ir.FunctionType(ir.VoidType(), [I64]), "prefetch.global.L2 [$0];", "l", side_effect=True),
+        [address],
+    )
+
+
 @_emits(_FOUR, types.int64)
 def words(b: Any, address: Any) -> list[Any]:
     """Four int32 at a multiple of 16, in one load."""
     vector = b.load(_pointer(b, address, ir.VectorType(I32, 4)), align=16)
+    return [b.extract_element(vector, I32(i)) for i in range(4)]
+
+
+@_emits(types.UniTuple(types.float32, 4), types.Array(types.float32, 1, "C"), types.int64)
+def four(b: Any, array: Any, first: Any) -> list[Any]:
+    """array[first … first + 3] of an array in shared memory that begins at a multiple of 16; so must `first`, of 4."""
+    data = b.extract_value(array, 4)  # numba's arrays: meminfo, parent, nitems, itemsize, data, …
+    at = b.bitcast(b.gep(data, [first]), ir.PointerType(ir.VectorType(F32, 4)))
+    vector = b.load(at, align=16)
     return [b.extract_element(vector, I32(i)) for i in range(4)]
 
 
@@ -141,7 +217,7 @@ def _mma(b: Any, shape: str, weights: list[Any], levels: list[Any], sums: list[A
 
 def _add_products(b: Any, weights: list[Any], levels: list[Any], sums: list[Any]) -> list[Any]:
     """sums + one plane of levels times weights, for 16 rows × 8 tokens × 32 columns."""
-    if targetconfig.ConfigStack().top().compute_capability >= (8, 0):
+    if _capability() >= (8, 0):
         return _mma(b, "m16n8k32", weights, levels, sums)
     # Turing's tensor cores take 8 rows × 8 tokens × 16 columns at a time: columns and then rows in halves.
     left, left_8, right, right_8 = weights

@@ -20,10 +20,14 @@ from rwkv_cli.kernels.cuda.device.compile import (
     function,
     i64,
     kernel,
+    let_next_begin,
     put_f32,
     put_i32,
+    put_u8,
     rounded,
     types,
+    wait_for_previous,
+    warp_max,
 )
 from rwkv_cli.numbers import GROUP, MOST_LEVEL
 
@@ -80,6 +84,20 @@ def levels_at(levels: Address, factors: Address, block: Int) -> Any:
 
 
 @function
+def _inverse(largest: Int) -> Any:
+    """Levels to the unit of a group, `largest` being its largest magnitude. Tiny groups have no levels but 0."""
+    top = float_of(largest)
+    return _LEVELS / top if top > np.float32(1e-30) else np.float32(0)
+
+
+@function
+def _put_factor(factors: Any, token: Int, largest: Int) -> None:
+    """Put the factor of a token's group. It is NaN where the largest magnitude is not finite."""
+    top = float_of(largest)
+    put_f32(factors + 4 * token, top * _PER_LEVEL + top * np.float32(0))
+
+
+@function
 def _put(at: Any, token: Int, quad: Int, largest: Int, columns: Any) -> None:
     """Put four columns of a token, the group's `quad`, into the block at `at`.
 
@@ -87,8 +105,7 @@ def _put(at: Any, token: Int, quad: Int, largest: Int, columns: Any) -> None:
     """
     levels, factors = at
     y0, y1, y2, y3 = columns
-    top = float_of(largest)
-    inverse = _LEVELS / top if top > np.float32(1e-30) else np.float32(0)
+    inverse = _inverse(largest)
     q0, q1, q2, q3 = _level(y0, inverse), _level(y1, inverse), _level(y2, inverse), _level(y3, inverse)
     h0, h1, h2, h3 = (q0 + 128) >> 8, (q1 + 128) >> 8, (q2 + 128) >> 8, (q3 + 128) >> 8
     words = levels + 16 * (token * 4 + quad % 4) + 4 * (quad // 4)
@@ -96,17 +113,22 @@ def _put(at: Any, token: Int, quad: Int, largest: Int, columns: Any) -> None:
     # The lower byte of a level is that of level − 256 · high.
     put_i32(words + 8, (q0 & 255) | (q1 & 255) << 8 | (q2 & 255) << 16 | (q3 & 255) << 24)
     if quad == 0:
-        put_f32(factors + 4 * token, top * _PER_LEVEL + top * np.float32(0))
+        _put_factor(factors, token, largest)
 
 
 @function
-def put_levels(values: Any, first: Int, quad: Int, at: Any, token: Int) -> None:
-    """Round a group whose numbers begin at values[first] in shared memory. One of its 8 threads puts one quad."""
-    largest = _magnitude(values[first])
-    for i in range(1, GROUP):
-        largest = max(largest, _magnitude(values[first + i]))
-    own = first + 4 * quad
-    _put(at, token, quad, largest, (values[own], values[own + 1], values[own + 2], values[own + 3]))
+def put_group(y: Float, at: Any, token: Int, puts: Any) -> None:
+    """Put a group of a token into the block at `at`, where each lane of a warp has a column. A warp may put none."""
+    levels, factors = at
+    lane = np.int64(cuda.threadIdx.x) % 32
+    largest = warp_max(np.int64(_magnitude(y)))
+    if puts:
+        level, quad = _level(y, _inverse(largest)), lane // 4
+        byte = levels + 16 * (token * 4 + quad % 4) + 4 * (quad // 4) + lane % 4
+        put_u8(byte, ((level + 128) >> 8) & 255)
+        put_u8(byte + 8, level & 255)
+        if lane == 0:
+            _put_factor(factors, token, largest)
 
 
 @function
@@ -124,6 +146,8 @@ def _mixed(row: Address, t: Int, k: Int) -> Any:
 @kernel(THREADS)
 def quantize(table: Address) -> None:
     """Round each matrix of a table of `FactorRow` to levels and factors. Blocks: (groups, T, matrices)."""
+    let_next_begin()
+    wait_for_previous()
     tops = cuda.shared.array(THREADS, types.int32)
     row = table + _FACTOR_ROW_BYTES * np.int64(cuda.blockIdx.z)
     t, quad, tid = np.int64(cuda.blockIdx.y), np.int64(cuda.grid(1)), cuda.threadIdx.x

@@ -20,21 +20,21 @@ from rwkv_cli.kernels.cuda.device.compile import (
     float_of,
     function,
     half,
-    i8,
-    i16,
     i32,
     i64,
     kernel,
+    let_next_begin,
+    prefetch,
     products,
     put_f32,
-    put_i16,
-    put_i32,
+    quad_sum,
     types,
+    wait_for_previous,
     words,
 )
-from rwkv_cli.kernels.cuda.device.elementwise import activate, float_size, stored_float
-from rwkv_cli.kernels.cuda.device.levels import FACTOR_BYTES, LEVEL_BYTES, QUADS, TOKENS, levels_at, put_levels
-from rwkv_cli.numbers import GROUP
+from rwkv_cli.kernels.cuda.device.elementwise import activate
+from rwkv_cli.kernels.cuda.device.fragments import FRAGMENT_BYTES, SCALE_BYTES, STRIP
+from rwkv_cli.kernels.cuda.device.levels import FACTOR_BYTES, LEVEL_BYTES, TOKENS, levels_at, put_group
 
 
 class ProductRow(NamedTuple):
@@ -63,17 +63,9 @@ PRODUCT = ProductRow(*range(0, 8 * len(ProductRow._fields), 8))
 """The offset of each column in a row, in bytes."""
 _PRODUCT_ROW_BYTES = 8 * len(PRODUCT)
 
-STRIP = 16
-"""Rows of a fragment of weights, which has a group of columns of each."""
-FRAGMENT_BYTES, SCALE_BYTES = STRIP * GROUP, STRIP * 2
-"""Sizes of a fragment and of its scales."""
-REPACK_THREADS = 256
-SIDE = 16
-"""Rows and tokens of a block of `matmul_float`."""
 _MOST_WARPS, _FEW_STRIPS = 16, 512
-_SQUARE = (SIDE, SIDE + 1)
 _VECTOR_THREADS = 2 * 32 * _MOST_WARPS
-_PAIRS = (2, _VECTOR_THREADS)
+_PAIRS = (2, _VECTOR_THREADS // 4)
 
 
 class Shape(NamedTuple):
@@ -92,43 +84,17 @@ class Shape(NamedTuple):
         return TOKENS * self.tiles
 
 
-SHAPES = (Shape(1, 1, 8, 4), Shape(1, 4, 8, 2), Shape(1, 8, 8, 2), Shape(2, 8, 4, 3))
-"""Each serves as many tokens as a block has; the last serves all beyond."""
-
-
-@kernel(REPACK_THREADS)
-def repack(source: Address, width: Int, out: Address, strips: Int, groups: Int) -> None:
-    """Put a stored int8 matrix into the order of fragments.
-
-    It is stored as tiles [S, K/4, 16, 4] if width is 0, else as columns [N/width, K, width]. Word i of lane 4g + t has
-    row g + 8 (i mod 2) and the 4 columns from 4 (t + 4 (i div 2)). Threads take the words in turns.
-    """
-    total = strips * groups * 128
-    for at in range(cuda.grid(1), total, cuda.gridsize(1)):
-        i, lane, block = at % 4, at // 4 % 32, at // 128
-        strip, quad = block // groups, block % groups * 8 + lane % 4 + i // 2 * 4
-        row = lane // 4 + i % 2 * 8
-        if width == 0:
-            word = np.int64(i32(source + 4 * ((strip * groups * 8 + quad) * 16 + row)))
-        else:
-            n = strip * 16 + row
-            first = source + (n // width * groups * 8 + quad) * 4 * width + n % width
-            word = np.int64(i8(first) & 255)
-            for k in range(1, 4):
-                word |= np.int64(i8(first + k * width) & 255) << (8 * k)
-        put_i32(out + 4 * at, word)
-
-
-@kernel(REPACK_THREADS)
-def repack_scales(source: Address, width: Int, out: Address, strips: Int, groups: Int) -> None:
-    """Put float16 scales [N/width, K/GROUP, width] into the order [strips, groups, 8, 2]: rows g and g + 8.
-
-    The width is 16 for scales of tiles.
-    """
-    for at in range(cuda.grid(1), strips * groups * 16, cuda.gridsize(1)):
-        block = at // 16
-        n = block // groups * 16 + at // 2 % 8 + at % 2 * 8
-        put_i16(out + 2 * at, i16(source + 2 * ((n // width * groups + block % groups) * width + n % width)))
+SHAPES = (Shape(1, 1, 8, 4), Shape(1, 4, 8, 2), Shape(1, 8, 8, 2))
+"""Each serves as many tokens as a block has; `matmul_wide` serves all beyond."""
+_WIDE_STRIPS, _WIDE_TILES, _WARPS_DOWN, _WARPS_ACROSS = 4, 4, 2, 2
+"""What a warp of `matmul_wide` has, and how its block's warps lie."""
+WIDE_STRIPS, WIDE_TOKENS = _WIDE_STRIPS * _WARPS_DOWN, TOKENS * _WIDE_TILES * _WARPS_ACROSS
+"""The shape of a block of `matmul_wide`."""
+WIDE_THREADS = 32 * _WARPS_DOWN * _WARPS_ACROSS
+_WIDE_SUMS = 4 * _WIDE_STRIPS * _WIDE_TILES
+_WIDE_WEIGHTS, _WIDE_LEVELS, _WIDE_FACTORS = (2, 4 * _WIDE_STRIPS), (2, 4 * _WIDE_TILES), (2, 2 * _WIDE_TILES)
+_WIDE_ALL = WIDE_THREADS * _WIDE_SUMS
+_WIDE_SCALES = (2, _WIDE_STRIPS)
 
 
 @function
@@ -171,8 +137,8 @@ def matvec(table: Address) -> None:
     Half of a block's warps have one strip, half the other, and they share the groups. So a block's outputs are a group
     of what reads them, and their levels can be put here.
     """
+    let_next_begin()
     sums = cuda.shared.array(_PAIRS, types.float32)
-    outputs = cuda.shared.array(32, types.float32)
     row = table + _PRODUCT_ROW_BYTES * np.int64(cuda.blockIdx.y)
     pair, groups, tid = np.int64(cuda.blockIdx.x), i64(row + PRODUCT.groups), np.int64(cuda.threadIdx.x)
     if 2 * pair >= i64(row + PRODUCT.strips):
@@ -187,6 +153,11 @@ def matvec(table: Address) -> None:
     g = tid // 32 - warps * half_of_block
     if strip >= i64(row + PRODUCT.strips):  # the last block of an odd number has one
         g = groups
+    # The first weights come while the launch before ends.
+    for i in range(4):
+        if lane % 8 == 0 and g + i * warps < groups:
+            prefetch(w + FRAGMENT_BYTES * (g + i * warps))
+    wait_for_previous()
     # Four groups at a time: their loads are under way together.
     while g + 3 * warps < groups:
         g1, g2, g3 = g + warps, g + 2 * warps, g + 3 * warps
@@ -205,21 +176,21 @@ def matvec(table: Address) -> None:
         scales, factor = i32(s + SCALE_BYTES * g), f32(f + FACTOR_BYTES * g)
         a, a_8 = _added(a, a_8, _dots(words(w + FRAGMENT_BYTES * g), words(x + LEVEL_BYTES * g)), scales, factor)
         g += warps
-    sums[0, tid], sums[1, tid] = a, a_8
+    a, a_8 = quad_sum(a), quad_sum(a_8)
+    if lane % 4 == 0:
+        sums[0, tid // 4], sums[1, tid // 4] = a, a_8
     cuda.syncthreads()
+    out = np.float32(0)
     if tid < 32:
         n, first = 32 * pair + tid, tid // 16 * warps
-        outputs[tid] = np.float32(0)
         if n < i64(row + PRODUCT.N):
             total = np.float32(0)
             for warp in range(first, first + warps):
-                for t in range(4):
-                    total += sums[tid // 8 % 2, 32 * warp + tid % 8 * 4 + t]
-            outputs[tid] = _finish(row, total, 0, n)
-    cuda.syncthreads()
+                total += sums[tid // 8 % 2, 8 * warp + tid % 8]
+            out = _finish(row, total, 0, n)
     levels = i64(row + PRODUCT.y_levels)
-    if levels != 0 and tid < QUADS:
-        put_levels(outputs, 0, tid, levels_at(levels, i64(row + PRODUCT.y_factors), pair), 0)
+    if levels != 0:
+        put_group(out, levels_at(levels, i64(row + PRODUCT.y_factors), pair), 0, tid < 32)
 
 
 def warps(strips: int) -> int:
@@ -240,6 +211,7 @@ def matmul(shape: Shape) -> Kernel:
 
         A block's warps share the groups.
         """
+        let_next_begin()
         sums = cuda.shared.array(ALL, types.float32)
         own = cuda.local.array(COUNT, types.float32)
         weight = cuda.local.array(WORDS, types.int32)
@@ -259,6 +231,7 @@ def matmul(shape: Shape) -> Kernel:
             place[i] = min(first + i, strips - 1) * groups
         levels, factors = i64(row + PRODUCT.levels) + 16 * lane, i64(row + PRODUCT.factors) + lane % 4 * 8
         values, scales = i64(row + PRODUCT.weights) + 16 * lane, i64(row + PRODUCT.scales) + lane // 4 * 4
+        wait_for_previous()
         for g in range(warp, groups, warps):
             for i in range(STRIPS):
                 loaded = words(values + FRAGMENT_BYTES * (place[i] + g))
@@ -298,44 +271,77 @@ def matmul(shape: Shape) -> Kernel:
     return matmul
 
 
-@kernel(SIDE * SIDE)
-def matmul_float(
-    x: Address,
-    x_stride: Int,
-    weight: Address,
-    kind: Int,
-    bias: Address,
-    activation: Int,
-    add: Int,
-    y: Address,
-    y_stride: Int,
-    T: Int,
-    N: Int,
-    K: Int,
-) -> None:
-    """y = activation(x · wᵀ + bias), or y += that if `add` is not 0, with w [N, K] of FLOAT_DTYPES[kind].
+@kernel(WIDE_THREADS, 2)
+def matmul_wide(table: Address, T: Int) -> None:
+    """All products of a table of `ProductRow` with many tokens. Blocks: (strips, tiles, products).
 
-    Strides are in elements from row to row, and a bias of 0 is none. Blocks of 16 × 16 threads: (N, T).
+    A warp has all groups of its strips and tokens. What it needs of the next group comes while it multiplies one.
     """
-    left = cuda.shared.array(_SQUARE, types.float32)
-    right = cuda.shared.array(_SQUARE, types.float32)
-    i, j = np.int64(cuda.threadIdx.x), np.int64(cuda.threadIdx.y)
-    n, t = SIDE * np.int64(cuda.blockIdx.x) + i, SIDE * np.int64(cuda.blockIdx.y) + j
-    size, total = float_size(kind), np.float32(0)
-    for k in range(0, K, SIDE):
-        # Neighbouring threads read neighbouring columns, both of x and of the weight.
-        row = SIDE * np.int64(cuda.blockIdx.x) + j
-        left[j, i] = f32(x + 4 * (x_stride * t + k + i)) if t < T and k + i < K else np.float32(0)
-        right[j, i] = stored_float(weight + size * (K * row + k + i), kind) if row < N and k + i < K else np.float32(0)
-        cuda.syncthreads()
-        for at in range(SIDE):
-            total += left[j, at] * right[i, at]
-        cuda.syncthreads()
-    if n < N and t < T:
-        if bias != 0:
-            total += f32(bias + 4 * n)
-        total = activate(total, activation)
-        out = y + 4 * (y_stride * t + n)
-        if add != 0:
-            total += f32(out)
-        put_f32(out, total)
+    let_next_begin()
+    sums = cuda.shared.array(_WIDE_ALL, types.float32)
+    own = cuda.local.array(_WIDE_SUMS, types.float32)
+    weight, level = cuda.local.array(_WIDE_WEIGHTS, types.int32), cuda.local.array(_WIDE_LEVELS, types.int32)
+    scale, factor = cuda.local.array(_WIDE_SCALES, types.int32), cuda.local.array(_WIDE_FACTORS, types.float32)
+    place = cuda.local.array(_WIDE_STRIPS, types.int64)
+    row = table + _PRODUCT_ROW_BYTES * np.int64(cuda.blockIdx.z)
+    strips, groups = i64(row + PRODUCT.strips), i64(row + PRODUCT.groups)
+    if WIDE_STRIPS * np.int64(cuda.blockIdx.x) >= strips:
+        return
+    lane, warp = np.int64(cuda.threadIdx.x) % 32, np.int64(cuda.threadIdx.x) // 32
+    first = _WIDE_STRIPS * (_WARPS_DOWN * np.int64(cuda.blockIdx.x) + warp % _WARPS_DOWN)
+    tile = _WIDE_TILES * (_WARPS_ACROSS * np.int64(cuda.blockIdx.y) + warp // _WARPS_DOWN)
+    for i in range(_WIDE_SUMS):
+        own[i] = np.float32(0)
+    for i in range(_WIDE_STRIPS):
+        # Beyond the last strip that one is read again, and nothing is put.
+        place[i] = min(first + i, strips - 1) * groups
+    levels, factors = i64(row + PRODUCT.levels) + 16 * lane, i64(row + PRODUCT.factors) + lane % 4 * 8
+    values, scales = i64(row + PRODUCT.weights) + 16 * lane, i64(row + PRODUCT.scales) + lane // 4 * 4
+    wait_for_previous()
+    for g in range(groups + 1):
+        if g < groups:  # the next one
+            for i in range(_WIDE_STRIPS):
+                loaded = words(values + FRAGMENT_BYTES * (place[i] + g))
+                for j in range(4):
+                    weight[1, 4 * i + j] = loaded[j]
+                scale[1, i] = i32(scales + SCALE_BYTES * (place[i] + g))
+            for c in range(_WIDE_TILES):
+                block = (tile + c) * groups + g
+                loaded = words(levels + LEVEL_BYTES * block)
+                for j in range(4):
+                    level[1, 4 * c + j] = loaded[j]
+                factor[1, 2 * c] = f32(factors + FACTOR_BYTES * block)
+                factor[1, 2 * c + 1] = f32(factors + FACTOR_BYTES * block + 4)
+        if g > 0:
+            for i in range(_WIDE_STRIPS):
+                upper, lower = half(scale[0, i]), half(scale[0, i] >> 16)
+                for c in range(_WIDE_TILES):
+                    f0, f1 = factor[0, 2 * c], factor[0, 2 * c + 1]
+                    p0, p1, p2, p3 = products(
+                        (weight[0, 4 * i], weight[0, 4 * i + 1], weight[0, 4 * i + 2], weight[0, 4 * i + 3]),
+                        (level[0, 4 * c], level[0, 4 * c + 1], level[0, 4 * c + 2], level[0, 4 * c + 3]),
+                        values + FRAGMENT_BYTES * (place[i] + g - 1),
+                        levels + LEVEL_BYTES * ((tile + c) * groups + g - 1),
+                        lane,
+                    )
+                    at = (i * _WIDE_TILES + c) * 4
+                    own[at] += np.float32(p0) * (upper * f0)
+                    own[at + 1] += np.float32(p1) * (upper * f1)
+                    own[at + 2] += np.float32(p2) * (lower * f0)
+                    own[at + 3] += np.float32(p3) * (lower * f1)
+        for i in range(4 * _WIDE_STRIPS):
+            weight[0, i] = weight[1, i]
+        for i in range(4 * _WIDE_TILES):
+            level[0, i] = level[1, i]
+        for i in range(_WIDE_STRIPS):
+            scale[0, i] = scale[1, i]
+        for i in range(2 * _WIDE_TILES):
+            factor[0, i] = factor[1, i]
+    # The loop below is too long to be unrolled, and registers have no index.
+    for i in range(_WIDE_SUMS):
+        sums[WIDE_THREADS * i + cuda.threadIdx.x] = own[i]
+    for i in range(_WIDE_SUMS):
+        n = STRIP * (first + i // (4 * _WIDE_TILES)) + lane // 4 + i % 4 // 2 * 8
+        t = TOKENS * (tile + i // 4 % _WIDE_TILES) + lane % 4 * 2 + i % 2
+        if n < i64(row + PRODUCT.N) and t < T:
+            _finish(row, sums[WIDE_THREADS * i + cuda.threadIdx.x], t, n)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_cli.kernels.cuda.device.compile import (
+    MOST_WARPS,
     Address,
     Float,
     Int,
@@ -16,15 +17,16 @@ from rwkv_cli.kernels.cuda.device.compile import (
     function,
     i64,
     kernel,
+    let_next_begin,
     log,
     put_f64,
     put_u8,
     types,
+    wait_for_previous,
 )
 
 THREADS = 256
 """Most threads of a block, a multiple of 32."""
-_SCRATCH = THREADS + 32
 
 
 @function
@@ -52,8 +54,10 @@ def cross_entropy(logits: Address, targets: Address, nll: Address, V: Int) -> No
 
     logits is [T, V], targets int64 [T], nll float64 [T]. Blocks: (T).
     """
-    narrow = cuda.shared.array(_SCRATCH, types.float32)
-    wide = cuda.shared.array(_SCRATCH, types.float64)
+    let_next_begin()
+    wait_for_previous()
+    narrow = cuda.shared.array(MOST_WARPS, types.float32)
+    wide = cuda.shared.array(MOST_WARPS, types.float64)
     t = np.int64(cuda.blockIdx.x)
     row = logits + 4 * V * t
     top = _top(row, V, narrow)
@@ -71,8 +75,10 @@ def divergence(p: Address, q: Address, kl: Address, same: Address, V: Int) -> No
 
     p and q are [T, V], kl float64 [T], same bool [T]. Blocks: (T).
     """
-    narrow = cuda.shared.array(_SCRATCH, types.float32)
-    wide = cuda.shared.array(_SCRATCH, types.float64)
+    let_next_begin()
+    wait_for_previous()
+    narrow = cuda.shared.array(MOST_WARPS, types.float32)
+    wide = cuda.shared.array(MOST_WARPS, types.float64)
     t = np.int64(cuda.blockIdx.x)
     p_row, q_row = p + 4 * V * t, q + 4 * V * t
     p_top, q_top = _top(p_row, V, narrow), _top(q_row, V, narrow)

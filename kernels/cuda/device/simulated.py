@@ -1,10 +1,72 @@
 """The functions of `intrinsics` in Python, for numba's CUDA simulator. Addresses are the host's."""
 
 import ctypes
+import sys
+import threading
 from typing import Any
 
 import numpy as np
+from numba.cuda.np.numpy_support import as_dtype
+from numba.cuda.simulator import kernelapi
 from numpy.typing import NDArray
+
+_LANES: list[Any] = [0] * 1024
+"""What each thread of the running block shows its warp."""
+
+
+def _shared_array(shared: Any, shape: Any, dtype: Any, alignment: int = 0) -> Any:  # noqa: ARG001
+    """A block's array for the line of a kernel that asks for it. The simulator's own takes no alignment."""
+    frame = sys._getframe(1)
+    return shared._allocations.setdefault((frame.f_code, frame.f_lineno), np.empty(shape, as_dtype(dtype)))
+
+
+setattr(kernelapi.FakeCUDAShared, "array", _shared_array)  # noqa: B010 - mypy takes no assignment to a method
+
+
+def _of_warp(value: Any) -> tuple[NDArray[Any], int]:
+    """The values of a warp's lanes, and which lane this is."""
+    thread: Any = threading.current_thread()
+    tid = thread.threadIdx.x
+    _LANES[tid] = value
+    thread.syncthreads()
+    values = np.array(_LANES[tid // 32 * 32 : tid // 32 * 32 + 32])
+    thread.syncthreads()
+    return values, tid % 32
+
+
+def warp_sum(value: Any) -> Any:
+    values, lane = _of_warp(value)
+    for distance in (16, 8, 4, 2, 1):
+        values = values + values[np.arange(32) ^ distance]
+    return values[lane]
+
+
+def warp_sums(values: Any, count: int) -> None:
+    for i in range(count):
+        values[i] = warp_sum(values[i])
+
+
+def warp_max(value: Any) -> Any:
+    values, _ = _of_warp(value)
+    return np.fmax.reduce(values)
+
+
+def quad_sum(value: Any) -> Any:
+    values, lane = _of_warp(value)
+    values = values + values[np.arange(32) ^ 1]
+    return (values + values[np.arange(32) ^ 2])[lane]
+
+
+def wait_for_previous() -> None:
+    pass
+
+
+def let_next_begin() -> None:
+    pass
+
+
+def prefetch(address: int) -> None:
+    i64(address)  # it must be memory
 
 
 def f32(address: int) -> np.float32:
@@ -58,6 +120,11 @@ def put_u8(address: int, value: int) -> None:
 def words(address: int) -> tuple[int, ...]:
     assert address % 16 == 0, "a load of 16 bytes must be aligned"
     return tuple((ctypes.c_int32 * 4).from_address(int(address)))
+
+
+def four(array: Any, first: int) -> tuple[Any, ...]:
+    assert first % 4 == 0, "a load of 16 bytes must be aligned"
+    return tuple(array[first + i] for i in range(4))
 
 
 def half(word: int) -> np.float32:
