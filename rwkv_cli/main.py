@@ -26,6 +26,16 @@ COMMANDS = {
 }
 
 
+_ELSEWHERE = {
+    "run": "chat",
+    "show": "info",
+    "create": "convert",
+    "quantize": "convert",
+    "completion": "generate",
+    "perplexity": "ppl",
+}
+"""What other programs call these commands."""
+
 _LEAST_MEMORY = 400 << 20
 """Bytes of addresses that the libraries take which a command loads, without a model."""
 
@@ -51,8 +61,9 @@ class _Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            near = difflib.get_close_matches(args[0], COMMANDS, 1)
-            raise click.UsageError(error.message + (f" Did you mean {near[0]!r}?" if near else ""), ctx) from None
+            near = difflib.get_close_matches(args[0], [*COMMANDS, *_ELSEWHERE], 1)
+            hint = f" Did you mean {_ELSEWHERE.get(near[0], near[0])!r}?" if near else ""
+            raise click.UsageError(error.message + hint, ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Word every expected error, without what could steer the terminal."""
@@ -60,6 +71,8 @@ class _Commands(click.Group):
             raise click.ClickException(_expected(MemoryError()) or "")
         try:
             return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:  # its message is a help text of many lines
+            raise
         except click.UsageError as error:
             raise click.UsageError(_short(error.format_message()), error.ctx) from None
         except click.ClickException as error:

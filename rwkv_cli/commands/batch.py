@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from rwkv_cli.commands.options import make_ready
 from rwkv_cli.commands.texts import read_input
-from rwkv_cli.terminal.output import note, progress_bar
+from rwkv_cli.terminal.output import counted, note, progress_bar
 from rwkv_cli.terminal.settings import SAMPLING
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def answer_file(
             raise click.Abort from None
     seconds = time.perf_counter() - began
     known = f", {before} of them before" if before else ""
-    note(f"{count} prompts answered{known}; {tokens} tokens in {seconds:.1f} s")
+    note(f"{counted(count, 'prompt')} answered{known}; {counted(tokens, 'token')} in {seconds:.1f} s")
 
 
 @contextmanager

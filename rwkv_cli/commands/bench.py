@@ -12,6 +12,7 @@ import click
 
 from rwkv_cli.commands.options import model_options, open_model
 from rwkv_cli.terminal.output import columns, progress_bar
+from rwkv_cli.terminal.settings import Whole
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "-p",
     "--prompt",
-    type=click.IntRange(min=2),
+    type=Whole(min=2),
     default=512,
     show_default=True,
     metavar="N",
@@ -33,19 +34,17 @@ if TYPE_CHECKING:
 @click.option(
     "-n",
     "--generate",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     default=128,
     show_default=True,
     metavar="N",
     help="Tokens to write.",
 )
-@click.option(
-    "-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True, metavar="R", help="Runs of each."
-)
+@click.option("-r", "--repetitions", type=Whole(min=1), default=5, show_default=True, metavar="R", help="Runs of each.")
 @click.option(
     "-d",
     "--depth",
-    type=click.IntRange(min=0),
+    type=Whole(min=0),
     default=0,
     show_default=True,
     metavar="N",

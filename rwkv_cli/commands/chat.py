@@ -18,6 +18,7 @@ from rwkv_cli.commands.options import (
     template_options,
 )
 from rwkv_cli.commands.texts import read_text
+from rwkv_cli.terminal.settings import MAX_TOKENS
 
 
 @click.command("chat")
@@ -37,7 +38,7 @@ from rwkv_cli.commands.texts import read_text
 @click.option(
     "-n",
     "--max-tokens",
-    type=click.IntRange(min=1),
+    type=MAX_TOKENS,
     metavar="N",
     help="End an answer after N tokens; default: 1024, with reasoning 4096.",
 )
@@ -69,7 +70,7 @@ def command(
     \b
     rwkv chat -m RWKV-x070-World-0.1B.int8.safetensors
     rwkv chat --session diary
-    rwkv chat -m RWKV-x070-World-0.1B.int8.safetensors "What is this letter about?" < letter.txt
+    rwkv chat "What is this letter about?" < letter.txt
     """
     from rwkv_cli.engine import sessions
     from rwkv_cli.engine.conversation import Conversation

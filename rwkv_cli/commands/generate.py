@@ -17,6 +17,7 @@ from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.terminal.compiling import load_kernels
 from rwkv_cli.terminal.output import note, reading_bar
+from rwkv_cli.terminal.settings import Whole
 from rwkv_cli.terminal.wrap import answer_writer
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "-n",
     "--max-tokens",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     default=256,
     show_default=True,
     metavar="N",
@@ -82,7 +83,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     default=8,
     show_default=True,
     metavar="N",

@@ -10,7 +10,7 @@ import click
 from rwkv_cli.terminal.compiling import announce_trouble, load_kernels
 from rwkv_cli.terminal.output import loading_bar, note
 from rwkv_cli.terminal.plot import SUFFIXES
-from rwkv_cli.terminal.settings import SAMPLING
+from rwkv_cli.terminal.settings import SAMPLING, Whole
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
@@ -24,7 +24,7 @@ def model_options(command: Command) -> Command:
     options = [
         click.option("-m", "--model", type=click.Path(path_type=Path), metavar="MODEL",
                      help="Converted model (.safetensors); default: $RWKV_MODEL, else the bundled storyteller."),
-        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: one a core."),
+        click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads; default: one a core."),
         click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True,
                      help="Where to run."),
     ]  # fmt: skip

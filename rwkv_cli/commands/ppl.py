@@ -13,6 +13,7 @@ import click
 from rwkv_cli.commands.options import check_there, make_ready, model_options, open_model, plot_option
 from rwkv_cli.terminal.output import columns, note, one_line, progress_bar
 from rwkv_cli.terminal.plot import plot_nll
+from rwkv_cli.terminal.settings import Whole
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
@@ -37,7 +38,7 @@ def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> in
 )
 @click.option(
     "--context",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     metavar="N",
     help="Forget everything after every N tokens; default: the state is carried through the file.",
 )
@@ -49,7 +50,7 @@ def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> in
     metavar="ID|none",
     help="Token before each text (0 ends a text), or none: the first token is then not scored.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score the first N tokens of each file only.")
+@click.option("--limit", type=Whole(min=1), metavar="N", help="Score the first N tokens of each file only.")
 @plot_option("NLL by position in the context, a line for each text and model")
 @click.option(
     "--json",
@@ -75,9 +76,9 @@ def command(
     With --compare, OTHER is the reference: KL is KL(OTHER ‖ MODEL), and differences are MODEL minus OTHER.
 
     \b
-    rwkv ppl wiki.test.raw -m model.int8.safetensors
-    rwkv ppl wiki.test.raw -m model.int8.safetensors --compare model.float.safetensors
-    rwkv ppl wiki.test.raw -m model.int8.safetensors --context 1024 --plot context.svg
+    rwkv ppl wiki.test.raw -m int8.safetensors
+    rwkv ppl wiki.test.raw -m int8.safetensors --compare float.safetensors
+    rwkv ppl wiki.test.raw -m int8.safetensors --context 1024 --plot nll.svg
     """
     from rwkv_cli.engine.scoring import Scorer, comparing_kernels
     from rwkv_cli.terminal.compiling import load_kernels
@@ -111,9 +112,9 @@ def command(
         if as_json:
             click.echo(json.dumps({"model": str(lm.path), "file": str(file), **score.as_json()}))
         else:
-            click.echo(report(file, score, compare))
+            click.echo(("\n" if len(scores) > 1 else "") + report(file, score, compare))
     if len(scores) > 1 and not as_json:
-        click.echo(total([score for _, score in scores]))
+        click.echo("\n" + total([score for _, score in scores]))
     if plot is not None:
         plot_nll(plot, scores, [lm.path] if other is None else [lm.path, other.path])
 

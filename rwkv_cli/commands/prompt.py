@@ -44,7 +44,7 @@ def command(
 
     \b
     echo '[{"role": "user", "content": "Hello"}]' | rwkv prompt - --template g1h
-    rwkv prompt messages.json -m rwkv7-g1k-2.9b.int8.safetensors --tools tools.json --think off --json
+    rwkv prompt messages.json -m rwkv7-g1k-2.9b.int8.safetensors --think off
     """
     from rwkv_cli.engine.messages import read_chat
     from rwkv_cli.engine.model import read_tokenizer

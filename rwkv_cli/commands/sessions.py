@@ -27,7 +27,7 @@ def command() -> None:
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a session.")
 def list_(as_json: bool) -> None:
-    """List them, the last used first."""
+    """List the kept chats, the last used first."""
     from rwkv_cli.engine import sessions
 
     rows = []

@@ -12,7 +12,7 @@ from rwkv_cli.commands.options import named_model
 from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.terminal.compiling import load_kernels
-from rwkv_cli.terminal.output import columns, note
+from rwkv_cli.terminal.output import columns, counted, note
 
 
 @click.command("tokenize")
@@ -26,10 +26,10 @@ from rwkv_cli.terminal.output import columns, note
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: ids, pieces and count.")
 def command(*, text: tuple[str, ...], model: Path | None, as_json: bool) -> None:
-    r"""Show the tokens of TEXT and of what comes on standard input. No model runs.
+    """Show the tokens of TEXT and of what comes on standard input. No model runs.
 
     Each token has a line: its id, and the part of the text that it stands for. Bytes that are no character are shown as
-    \xHH. How many tokens there are goes to standard error. One line break at the end of standard input does not count.
+    \\xHH. How many tokens there are goes to standard error. One line break at the end of standard input does not count.
 
     \b
     rwkv tokenize "Once upon a time"
@@ -56,4 +56,4 @@ def command(*, text: tuple[str, ...], model: Path | None, as_json: bool) -> None
     if ids:
         rows = [(token, json.dumps(piece, ensure_ascii=False)) for token, piece in zip(ids, pieces, strict=True)]
         click.echo(columns(rows, right=[0]))
-    note(f"{len(ids)} tokens, {len(data)} bytes")
+    note(f"{counted(len(ids), 'token')}, {counted(len(data), 'byte')}")

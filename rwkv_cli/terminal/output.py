@@ -53,6 +53,11 @@ def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
     )
 
 
+def counted(number: int, thing: str) -> str:
+    """Say how many there are of something: "1 turn", "2 turns"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def write(text: str, faint: bool = False) -> None:
     """Write a piece of a model's text to standard output, at once. A pipe gets it unchanged, a terminal harmless."""
     if sys.stdout.isatty():

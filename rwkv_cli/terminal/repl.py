@@ -14,7 +14,7 @@ from rwkv_cli.engine.conversation import Conversation, Reply, markdown
 from rwkv_cli.engine.sessions import Session
 from rwkv_cli.errors import ConversationError, SessionError, TokenizerError, pasted, reason
 from rwkv_cli.quant import replacing
-from rwkv_cli.terminal.output import columns, note, one_line, reading_bar
+from rwkv_cli.terminal.output import columns, counted, note, one_line, reading_bar
 from rwkv_cli.terminal.reader import is_terminal, no_echo, on_interrupt, reader
 from rwkv_cli.terminal.settings import MAX_TOKENS, SAMPLING
 from rwkv_cli.terminal.slash import ALIASES, Command, figures, not_known, short, unescaped
@@ -57,7 +57,7 @@ class Repl:
                 "[MODE]", "show or set how long the model reasons", self.think, lambda: self.talk.template.modes
             ),
             "/set": Command(
-                "NAME [VALUE]", "show a setting, or change it from the next answer on", self.set, lambda: _SETTINGS
+                "[NAME [VALUE]]", "show settings, or change one from the next answer on", self.set, lambda: _SETTINGS
             ),
             "/params": Command("", "the settings", self.params),
             "/history": Command("", "all that was said", self.history),
@@ -66,7 +66,7 @@ class Repl:
             "/fork": Command("NAME", "go on in a new session, the old one stays as it is", self.fork),
             "/stats": Command("", "tokens, speed and memory so far", self.stats),
             "/copy": Command("FILE", "write the conversation as Markdown", self.copy),
-            "/help": Command("", "this list", self.help),
+            "/help": Command("[COMMAND]", "this list", self.help, lambda: self.commands),
             "/exit": Command("", "leave", self.exit),
         }
 
@@ -117,12 +117,10 @@ class Repl:
             return
         command = self.commands[name]
         if not command.takes(rest.strip()):
-            note(f"it is {name} {command.usage}".strip())
+            note(f"type it as {name} {command.usage}".strip())
             return
         try:
             command.act(rest.strip())
-        except click.BadParameter as error:
-            note(error.message)
         except OSError as error:
             note(reason(error))
 
@@ -197,14 +195,14 @@ class Repl:
         if self.talk.turns:
             last = self.talk.turns[-1]
             name = f"session {self.session.name}" if self.session else "the last chat"
-            note(f"{name}, {len(self.talk.turns)} turns; the last one:", faint=True)
+            note(f"{name}, {counted(len(self.talk.turns), 'turn')}; the last one:", faint=True)
             note(f"> {last.user}\n{last.shown()}\n", faint=True)
 
     def undo(self, _rest: str) -> None:
         """Take the last turn back, or the reset that came after all turns."""
         if self.left and not self.talk.turns:
             (self.talk, self.session), self.left = self.left, None
-            note(f"Taken back: the new beginning. There are {len(self.talk.turns)} turns again.")
+            note(f"Taken back: the new beginning. The chat has {counted(len(self.talk.turns), 'turn')} again.")
             return
         self._recall()
         turn = self.talk.undo()
@@ -258,7 +256,10 @@ class Repl:
         note(f"think {self.talk.think}")
 
     def set(self, rest: str) -> None:
-        """Change a setting from the next answer on."""
+        """Show the settings, or change one from the next answer on."""
+        if not rest:
+            self.params(rest)
+            return
         name, _, text = rest.replace("=", " ", 1).partition(" ")
         name = name.replace("-", "_")
         if name not in _SETTINGS:
@@ -266,7 +267,10 @@ class Repl:
         if not text.strip():
             note(f"{name} {self._settings()[name]}")
             return
-        value = _SETTINGS[name].convert(text.strip(), None, None)
+        try:
+            value = _SETTINGS[name].convert(text.strip(), None, None)
+        except click.BadParameter as error:
+            raise ConversationError(f"{name}: {error.message}") from None
         if name == "max_tokens":
             self.talk.max_tokens = value
         elif name == "seed":
@@ -319,7 +323,7 @@ class Repl:
             raise ConversationError("this conversation is not kept yet: /save NAME it, or /reset it first")
         self.session, self.talk = Session.resume(rest, self.talk.model)
         self.left = None
-        note(f"This is session {rest} now, {len(self.talk.turns)} turns.")
+        note(f"This is session {rest} now, {counted(len(self.talk.turns), 'turn')}.")
         if self.terminal:
             self._resumed()
 
@@ -347,10 +351,15 @@ class Repl:
             out.write(markdown(self.talk.model.path.name, self.talk.turns).encode("utf-8", "replace"))
         note(f"Wrote {one_line(path)}")
 
-    def help(self, _rest: str) -> None:
-        """List the commands."""
-        rows = [(f"{name} {command.usage}".strip(), command.help) for name, command in self.commands.items()]
-        note(columns(rows) + "\n" + _KEYS)
+    def help(self, rest: str) -> None:
+        """List the commands, or say what one does."""
+        wanted = "/" + rest.removeprefix("/") if rest else ""
+        wanted = ALIASES.get(wanted, wanted)
+        if wanted and wanted not in self.commands:
+            raise ConversationError(not_known(wanted, self.commands))
+        chosen = {wanted: self.commands[wanted]} if wanted else self.commands
+        rows = [(f"{name} {command.usage}".strip(), command.help) for name, command in chosen.items()]
+        note(columns(rows) + ("" if wanted else "\n" + _KEYS))
 
     def exit(self, _rest: str) -> None:
         """End the chat after this line."""

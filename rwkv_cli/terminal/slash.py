@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from rwkv_cli.engine.completion import Result
+from rwkv_cli.terminal.output import counted
 
 ALIASES = {"/bye": "/exit", "/quit": "/exit", "/clear": "/reset", "/new": "/reset", "/?": "/help"}
 """The names that other chat programs have for these commands."""
@@ -49,7 +50,7 @@ def short(text: str) -> str:
 
 def figures(r: Result) -> str:
     """Say how many tokens were made and read, and how fast."""
-    made = f"{r.tokens} tokens" + (f", {r.tokens / r.seconds:.1f} tok/s" if r.seconds else "")
-    read = f"prompt {r.prompt_tokens} tokens"
+    made = counted(r.tokens, "token") + (f", {r.tokens / r.seconds:.1f} tok/s" if r.seconds else "")
+    read = f"prompt {counted(r.prompt_tokens, 'token')}"
     read += f", {r.prompt_tokens / r.prompt_seconds:.0f} tok/s" if r.prompt_seconds else ""
     return f"{made} · {read}"

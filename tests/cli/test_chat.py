@@ -340,6 +340,9 @@ def test_commands(chat: Run) -> None:
     assert "/xyz is not a command; /help lists them" in lines
     assert lines[-1] == "This is a new conversation."
     assert chat(input="").stdout == ""
+    one = chat(input="/help set\n/help /bye\n/help reste\n/save\n").stderr.splitlines()
+    assert [line.split()[0] for line in one[:2]] == ["/set", "/exit"]
+    assert one[2:] == ["/reste is not a command; did you mean /reset?", "type it as /save NAME"]
     once, again = chat(input="Hi\n").stdout, chat(input="Hi\n/reset\nHi\n").stdout
     assert once + once == again
     assert chat(input="Hi\nHi\n").stdout != again
@@ -373,7 +376,7 @@ def test_a_reset_can_be_taken_back(chat: Run) -> None:
     straight = chat(input="Hi\nThere\n").stdout
     for anew in ("/reset", "/system Be brief.", "/reset\nOther\n/undo\n/system x"):
         result = chat(input=f"Hi\n{anew}\n/undo\nThere\n")
-        assert "There are 1 turns again" in result.stderr
+        assert "The chat has 1 turn again." in result.stderr
         assert result.stdout.splitlines()[-1] == straight.splitlines()[-1]
 
 
@@ -403,6 +406,9 @@ def test_settings_change_the_next_answer(chat: Run) -> None:
         result = chat(input=f"/set {wrong}\nHi\n")
         assert (result.exit_code, result.stdout) == (0, chat(input="Hi\n").stdout)
         assert len(result.stderr.strip().splitlines()) == 1
+        assert "range" not in result.stderr or "in the range" in result.stderr
+    assert "temperature: 'hot' is not a valid number." in chat(input="/set temperature hot\n").stderr
+    assert chat("--seed", 1, input="/set\n").stderr == chat("--seed", 1, input="/params\n").stderr
     assert chat("--top-p", 0.25, input="/set top_p\n/set max-tokens\n").stderr == "top_p 0.25\nmax_tokens 12\n"
     shown = chat(input="/set top_p 0.25\n/params\n").stderr
     assert re.search(r"top_p +0\.25\n", shown)

@@ -40,6 +40,18 @@ def test_every_command_explains_itself(rwkv: Run, command: str, option: str) -> 
     assert "None]" not in result.stdout
 
 
+@pytest.mark.parametrize("command", [*main.COMMANDS, "sessions list", "sessions show", "sessions rm", ""])
+def test_help_fits_a_terminal(rwkv: Run, command: str) -> None:
+    text = rwkv(*command.split(), "--help").stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\\b" not in text
+
+
+def test_a_group_alone_shows_its_help(rwkv: Run) -> None:
+    for group in ([], ["sessions"]):
+        assert rwkv(*group).stderr.strip() == rwkv(*group, "--help").stdout.strip()
+
+
 def test_help_lists_the_commands(rwkv: Run) -> None:
     result = rwkv("--help")
     assert result.exit_code == 0
@@ -52,6 +64,8 @@ def test_help_lists_the_commands(rwkv: Run) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [(("convrt",), "No such command"), (("--nope",), "No such option"), (("genrate",), "Did you mean 'generate'?"),
+     (("run", "m.gguf"), "Did you mean 'chat'?"), (("chat", "-n", "x"), "'x' is not a valid whole number."),
+     (("chat", "--top-p", "x"), "'x' is not a valid number."),
      (("chat", "--nope"), "No such option"), (("info", "a", "b"), "unexpected extra argument")],
 )  # fmt: skip
 def test_wrong_usage_ends_with_2(rwkv: Run, args: tuple[str, ...], says: str) -> None:

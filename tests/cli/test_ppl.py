@@ -152,7 +152,7 @@ def test_a_table_shows_the_same_figures(rwkv: Run, byte_model: Path, text: Path)
     result = rwkv("ppl", text, text, "-m", byte_model, "--context", 50, "--compare", byte_model)
     each, _, total = result.stdout.partition("total  ")
     assert total.lstrip().startswith("2 files")
-    rows = dict(line.split("  ", 1) for line in each.splitlines())
+    rows = dict(line.split("  ", 1) for line in each.split("\n\n")[1].splitlines())
     rows = {key: value.strip() for key, value in rows.items()}
     assert rows["perplexity"] == f"{facts['ppl']:.4f} ± {facts['ppl_stderr']:.4f}"
     assert rows["NLL"] == f"{facts['nll']:.6f} ± {facts['nll_stderr']:.6f} nats per token"
@@ -314,7 +314,9 @@ def test_several_files_have_a_total(rwkv: Run, byte_model: Path, text: Path, tmp
     facts = [json.loads(line) for line in rwkv("ppl", *files, "-m", byte_model, "--json").stdout.splitlines()]
     assert len(facts) == 2
     nll = sum(f["nll"] * f["tokens"] for f in facts) / sum(f["tokens"] for f in facts)
-    shown = rwkv("ppl", *files, "-m", byte_model).stdout.split("total")[1]
+    tables = rwkv("ppl", *files, "-m", byte_model).stdout.split("\n\n")
+    assert [table.split()[0] for table in tables] == ["file", "file", "total"]
+    shown = tables[-1]
     assert f"{math.exp(nll):.4f}" in shown
     assert f"{len(TEXT) + 50} ({len(TEXT) + 50} bytes)" in shown
     assert "total" not in rwkv("ppl", text, "-m", byte_model).stdout

@@ -420,7 +420,7 @@ def test_save_fork_and_load(chat: Run) -> None:
     users = {name: [turn["user"] for turn in sessions.read(name)["turns"]] for name in sessions.names()}
     assert users == {"a": ["one", "two"], "b": ["one", "four"], "c": ["one", "two", "three"]}
     assert "session a exists" in result.stderr
-    assert "it is /save NAME" in result.stderr
+    assert "type it as /save NAME" in result.stderr
     chat("--seed", 5, input="one\n/save d\ntwo\n/save d\n")  # without a session, it is one from then on
     assert [turn["user"] for turn in sessions.read("d")["turns"]] == ["one", "two"]
 

@@ -70,6 +70,7 @@ def test_bytes_that_are_no_text(rwkv: Run, byte_model: Path, json_model: Path) -
     assert facts == {"ids": [97, 255], "pieces": ["a", "\\xff"], "count": 2}
     result = rwkv("tokenize", "-m", json_model, input=b"a\xff")
     assert (result.exit_code, "the text is not UTF-8 at byte 1" in result.stderr) == (2, True)
+    assert rwkv("tokenize", "-m", byte_model, "a").stderr == "1 token, 1 byte\n"
     assert rwkv("tokenize", "-m", byte_model, input=b"").stderr.endswith("0 tokens, 0 bytes\n")
 
 
