@@ -3,7 +3,7 @@
 Models hand stored tensors to `weight` and `vector`, write a `Program` over what they get back, and have it compiled.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,13 +50,20 @@ class StoredFloats(StoredMatrix, Protocol):
     def bits(self) -> NDArray[Any]: ...
 
 
+Watch = Callable[[float], object]
+"""A function that is called while something runs, with the share of it that is done, from 0 to 1."""
+
+
 class Executable(Protocol):
     """A program, compiled for a device. One thread at a time may run it."""
 
-    def run(self, arrays: Mapping[str, Array]) -> None:
+    def run(self, arrays: Mapping[str, Array], watch: Watch | None = None) -> None:
         """Run the program on an array for each of its inputs, by name.
 
         Each must have the shape and type that the input says. State arrays are the device's own and are changed.
+
+        A device on which a run can take long calls `watch` several times a second with the share that is done. What it
+        raises ends the run, as Ctrl-C does then. State arrays and outputs are undefined afterwards.
         """
 
     def read(self, value: Value) -> NDArray[Any]:
@@ -77,8 +84,6 @@ class Backend(Protocol):
 
     chunk: int
     """Rows that a program takes at most. More tokens of a text are several runs."""
-    any_split: bool
-    """True if a token gets the same bits however a text is split into runs."""
 
     def weight(self, stored: StoredMatrix) -> Weight:
         """Put a matrix that the caller has checked where kernels can read it."""

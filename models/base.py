@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.errors import DeviceError, FormatError, UnsupportedModelError
-from rwkv_cli.kernels.contract import Backend, Executable, Loadable
+from rwkv_cli.kernels.contract import Backend, Executable, Loadable, Watch
 from rwkv_cli.kernels.cpu.cores import usable_cores
 from rwkv_cli.kernels.devices import choose
 from rwkv_cli.kernels.program import (
@@ -158,24 +158,51 @@ class Model:
         state = self.new_state() if state is None else state.clone()
         return self.advance(ids, state, all_logits), state
 
-    def advance(self, ids: Ids, state: State, all_logits: bool = False) -> Floats32:
-        """`forward` that changes `state` in place, for loops that keep no earlier one."""
-        logits = _joined(self._run_one(ids, state, "every" if all_logits else "last"))
+    def advance(
+        self, ids: Ids, state: State, all_logits: bool = False, watch: Callable[[int], object] | None = None
+    ) -> Floats32:
+        """`forward` that changes `state` in place, for loops that keep no earlier one.
+
+        `watch` is called several times a second with how many ids are read. What it raises ends the call, as Ctrl-C
+        does then, and the state is what it was.
+        """
+        logits = _joined(self._run_one(ids, state, "every" if all_logits else "last", watch=watch))
         return logits if all_logits else logits[0]
 
-    def losses(self, ids: Ids, targets: Ids, state: State) -> NDArray[np.float64]:
-        """−log p(targets[t]) after ids[t], in nats, [T]; changes `state` in place. Raises ValueError as `forward`."""
+    def losses(
+        self, ids: Ids, targets: Ids, state: State, watch: Callable[[int], object] | None = None
+    ) -> NDArray[np.float64]:
+        """−log p(targets[t]) after ids[t], in nats, [T]; changes `state` in place. Raises ValueError as `forward`.
+
+        `watch` is that of `advance`.
+        """
         goals = self._checked(targets)
         if len(goals) != len(ids):
             raise ValueError(f"{len(goals)} targets for {len(ids)} ids")
-        return np.concatenate(self._run_one(ids, state, "losses", goals))[:, 0]
+        return np.concatenate(self._run_one(ids, state, "losses", goals, watch))[:, 0]
 
-    def _run_one(self, ids: Ids, state: State, head: Head, targets: NDArray[np.int64] | None = None) -> list[Any]:
+    def _run_one(
+        self,
+        ids: Ids,
+        state: State,
+        head: Head,
+        targets: NDArray[np.int64] | None = None,
+        watch: Callable[[int], object] | None = None,
+    ) -> list[Any]:
         tokens = self._checked(ids)
         self._check_state(state)
         self._take_in(state)
-        batch = State(state.version, *(array[:, None] for array in state.arrays().values()))
-        return self._run(tokens, np.array([0, len(tokens)]), batch, head, targets)
+        arrays = state.arrays().values()
+        starts, batch = np.array([0, len(tokens)]), State(state.version, *(array[:, None] for array in arrays))
+        if watch is None:
+            return self._run(tokens, starts, batch, head, targets)
+        before = [array.copy() for array in arrays]
+        try:
+            return self._run(tokens, starts, batch, head, targets, watch)
+        except BaseException:
+            for array, kept in zip(arrays, before, strict=True):
+                array[:] = kept
+            raise
 
     def advance_batch(self, ids: Sequence[Ids], state: State) -> Floats32:
         """`advance` for several sequences together: the logits after each one's last id, [B, V].
@@ -197,6 +224,7 @@ class Model:
         state: State,
         head: Head,
         targets: NDArray[np.int64] | None = None,
+        watch: Callable[[int], object] | None = None,
     ) -> list[Any]:
         """Run the rows chunk by chunk, and return what `head` makes of each chunk."""
         results = []
@@ -211,7 +239,9 @@ class Model:
                 if targets is not None:
                     arrays["targets"] = targets[part]
                 executable, output = self._compiled(PassKind(head, rows == 1, len(starts) - 1))
-                executable.run(arrays)
+                executable.run(arrays, watch and _part_of(watch, part))
+                if watch is not None:
+                    watch(part.stop)
                 if head != "last" or len(over):
                     results.append(executable.read(output))
         return results
@@ -314,6 +344,11 @@ class Model:
 
 def _kinds(heads: Iterable[Head]) -> list[PassKind]:
     return [PassKind(head, single, 1) for head in heads for single in (True, False)]
+
+
+def _part_of(watch: Callable[[int], object], part: slice) -> Watch:
+    """Tell `watch` how many ids of a chunk would be read, though they go through the layers together."""
+    return lambda done: watch(part.start + int(done * (part.stop - part.start)))
 
 
 def _joined(parts: list[Floats32]) -> Floats32:

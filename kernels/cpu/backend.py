@@ -12,11 +12,9 @@ from rwkv_cli.kernels.cpu.weights import weight as weight
 from rwkv_cli.kernels.program import Array
 
 name = "cpu"
-any_split = True
 chunk = 252  # a multiple of 4 and of 6, the blocks of tokens that matrix products take
 
 __all__ = [
-    "any_split",
     "chunk",
     "compile",
     "describe",

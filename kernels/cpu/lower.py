@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels import program as p
-from rwkv_cli.kernels.contract import Loadable
+from rwkv_cli.kernels.contract import Loadable, Watch
 from rwkv_cli.kernels.cpu import elementwise, gates, scores, wkv
 from rwkv_cli.kernels.cpu.args import View
 from rwkv_cli.kernels.cpu.lowering import PARTS_A_THREAD, Lowering, by_size
@@ -26,8 +26,8 @@ class CpuProgram:
     def __init__(self, runnable: Runnable, outputs: Mapping[p.Value, View], threads: int) -> None:
         self._runnable, self._outputs, self._threads = runnable, outputs, threads
 
-    def run(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        self._runnable.run(self._threads, arrays)
+    def run(self, arrays: Mapping[str, NDArray[Any]], watch: Watch | None = None) -> None:
+        self._runnable.run(self._threads, arrays, watch)
 
     def read(self, value: p.Value) -> NDArray[Any]:
         return self._runnable.read(self._outputs[value])

@@ -1,18 +1,22 @@
 """Steps: kernels with their arguments, written once, then run by a team of threads any number of times."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.kernels.contract import Watch
 from rwkv_cli.kernels.cpu.args import View, pack
 from rwkv_cli.kernels.cpu.compile import Kernel
-from rwkv_cli.kernels.cpu.team import COLUMNS, PARTS, team
+from rwkv_cli.kernels.cpu.team import BARRIER, COLUMNS, PARTS, team
 from rwkv_cli.kernels.memory import ALIGN, Buffer, plan
 from rwkv_cli.kernels.program import Count, Input, InputMatrix
 
+_SECONDS, _FASTER = 0.1, 8
+"""The time between two calls of a `watch`, and how much longer the next part of a list may be than the one before."""
 SMALL = 1 << 14
 """Numbers. A step with fewer is one part: it is done before another would begin."""
 
@@ -123,8 +127,8 @@ class Runnable:
         self._share_columns, self._share_per_row, self._share_most = _columns([s[1:] for s in steps.shares], 3)
         self._lengths: list[int] | None = None
 
-    def run(self, threads: int, arrays: Mapping[str, NDArray[Any]] | None = None) -> None:
-        """Run the steps on an array for each input, by name."""
+    def run(self, threads: int, arrays: Mapping[str, NDArray[Any]] | None = None, watch: Watch | None = None) -> None:
+        """Run the steps on an array for each input, by name. `watch` is that of `contract.Executable`."""
         given = [arrays[i.name] for i in self._inputs] if arrays is not None else []
         if len(self._address_slots):
             bases = np.array([array.ctypes.data for array in given], np.int64)
@@ -132,7 +136,23 @@ class Runnable:
         lengths = [len(arrays[name]) for name in self._sized.values()] if arrays is not None else []
         if lengths != self._lengths:
             self._set_lengths(lengths)
-        team(threads).run(self._steps, self._args, self._counters)
+        if watch is None:
+            team(threads).run(self._steps, self._args, self._counters)
+        else:
+            self._run_watched(threads, watch)
+
+    def _run_watched(self, threads: int, watch: Watch) -> None:
+        """Run the steps in parts that take about `_SECONDS`, and call `watch` after each."""
+        ends = np.flatnonzero(self._steps[:, BARRIER]) + 1
+        done, group, groups = 0, 0, 1
+        while group < len(ends):
+            start = time.perf_counter()
+            group = min(group + groups, len(ends))
+            part = slice(done, int(ends[group - 1]))
+            team(threads).run(self._steps[part], self._args, self._counters[part])
+            groups = max(1, int(groups * min(_SECONDS / max(time.perf_counter() - start, 1e-9), _FASTER)))
+            done = part.stop
+            watch(done / len(self._steps))
 
     def _set_lengths(self, lengths: list[int]) -> None:
         """Fill in the numbers of rows and how many parts each step then has. Raises ValueError for too many rows."""

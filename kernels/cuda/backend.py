@@ -18,11 +18,9 @@ from rwkv_cli.kernels.cuda.weights import weight as weight
 from rwkv_cli.kernels.program import Array, Program
 
 name = "cuda"
-any_split = False
 chunk = 512  # whole blocks of `matmul_wide`, and enough of them for every multiprocessor
 
 __all__ = [
-    "any_split",
     "chunk",
     "compile",
     "describe",

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rwkv_cli.errors import DeviceError
 from rwkv_cli.kernels.cache import tell
+from rwkv_cli.kernels.contract import Watch
 from rwkv_cli.kernels.cuda.array import DeviceArray
 from rwkv_cli.kernels.cuda.device.compile import SIMULATED, kinds_of
 from rwkv_cli.kernels.cuda.driver import Block, Graph, HostMemory, download, move, stream, upload
@@ -106,7 +107,7 @@ class CudaProgram:
         """True if the last run was a graph."""
         return next(reversed(self._bound.values())).graph is not None
 
-    def run(self, arrays: Mapping[str, Array]) -> None:
+    def run(self, arrays: Mapping[str, Array], watch: Watch | None = None) -> None:  # noqa: ARG002 - a run is short
         self._rows = {count: len(arrays[name]) for count, name in self._sized.items()}
         lengths = tuple(self._rows.values())
         bound = self._bound.pop(lengths, None) or BoundLaunches(self._resolved, self._rows)

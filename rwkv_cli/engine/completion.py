@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.engine.model import LanguageModel, check_finite
-from rwkv_cli.engine.pacing import paced
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.engine.tokenizer import Tokenizer
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.models import State
+from rwkv_cli.models.base import chunks
 
 Logits = NDArray[np.float32]
 
@@ -20,7 +20,7 @@ Steps = Generator[Sequence[int], Logits, None]
 """A text in the making: yields the ids that the state has to read, and is sent the logits [V] after them."""
 
 OnRead = Callable[[int], object]
-"""A function that is called with the number of prompt tokens read so far, after each chunk of them."""
+"""A function that is called several times a second with the number of prompt tokens read so far."""
 
 
 def new_sampler(model: LanguageModel, settings: Sampling, seed: int | None) -> Sampler:
@@ -81,6 +81,10 @@ class Result:
         return "".join(self.pieces)
 
 
+class _CancelledError(Exception):
+    """A completion was cancelled while a part of its prompt was read. The state has read nothing of that part."""
+
+
 class Completion:
     """One text in the making. `stream` makes it, and `result` is right even when the text is cut short.
 
@@ -92,6 +96,8 @@ class Completion:
         self.model, self.state, self.sampler, self.request = model, state, sampler, request
         self.result = Result()
         self.cancelled = False
+        self._watch: Callable[[int], object] | None = None
+        """What is told of the part of a prompt that is being read."""
 
     def cancel(self) -> None:
         """End the text after the token in work. A signal handler may call this."""
@@ -118,7 +124,12 @@ class Completion:
         ids = next(steps, None)
         while ids is not None:
             try:
-                ids = steps.send(self.model.advance(ids, self.state))
+                try:
+                    logits = self.model.advance(ids, self.state, watch=self._watch)
+                except _CancelledError as cancelled:
+                    ids = steps.throw(cancelled)
+                else:
+                    ids = steps.send(logits)
             except StopIteration:
                 ids = None
             yield
@@ -140,14 +151,25 @@ class Completion:
         result, prompt = self.result, self.request.prompt[self.result.prompt_tokens : end]
         start = time.perf_counter() - result.prompt_seconds
         logits = None
-        for part in paced(len(prompt), self.model):
+
+        def watch(read: int) -> None:
             if self.cancelled:
-                return None
-            logits = yield prompt[part]
-            result.prompt_tokens += len(prompt[part])
-            result.prompt_seconds = time.perf_counter() - start
+                raise _CancelledError
             if on_read is not None:
-                on_read(result.prompt_tokens)
+                on_read(result.prompt_tokens + read)
+
+        self._watch = watch
+        try:
+            for part in chunks(len(prompt), self.model.backend.chunk):
+                if self.cancelled:
+                    return None
+                logits = yield prompt[part]
+                result.prompt_tokens += len(prompt[part])
+                result.prompt_seconds = time.perf_counter() - start
+        except _CancelledError:
+            return None
+        finally:
+            self._watch = None
         return logits
 
     def _generate(self, logits: Logits) -> Steps:

@@ -11,7 +11,6 @@ from rwkv_cli.engine.completion import Completion, OnRead, Request, new_sampler
 from rwkv_cli.engine.forms import Template
 from rwkv_cli.engine.messages import Chat
 from rwkv_cli.engine.model import LanguageModel
-from rwkv_cli.engine.pacing import paced
 from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.engine.templates import parts
 from rwkv_cli.errors import ConversationError
@@ -178,9 +177,8 @@ class Conversation:
         ids, state = self.encode(before.unread + text) if text else [], before.state.clone()
         ids = self.template.first_ids + ids if text and first == 0 else ids
         with bar(len(ids)) as on_read:
-            for part in paced(len(ids), self.model):
-                self.model.advance(ids[part], state)
-                on_read(min(part.stop, len(ids)))
+            if ids:
+                self.model.advance(ids, state, watch=on_read)
         last.before = Snapshot(state, ends if text else before.unread, random)
 
     def retry(self) -> "Reply":

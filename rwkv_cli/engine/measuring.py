@@ -118,12 +118,12 @@ def measure(
     ids = np.random.default_rng(0).integers(0, c.vocab, max(prompt, generate, depth, _SAMPLE))
     if depth:
         progress(f"{depth} tokens before")
-        model.advance(ids[:depth], state)
+        model.advance(ids[:depth], state, watch=lambda _: None)  # Ctrl-C comes then
     prefill, decode = [], []
     for repetition in range(repetitions):
         progress(f"reading, {repetition + 1} of {repetitions}")
         copy, begin = state.clone(), time.perf_counter()
-        model.advance(ids[:prompt], copy)
+        model.advance(ids[:prompt], copy, watch=lambda _: None)
         prefill.append(prompt / (time.perf_counter() - begin))
         progress(f"writing, {repetition + 1} of {repetitions}")
         copy, begin = state.clone(), time.perf_counter()

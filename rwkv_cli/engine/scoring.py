@@ -287,7 +287,7 @@ class Scorer:
     def _add(self, inputs: NDArray[np.int64], targets: NDArray[np.int64], states: list[State], position: int) -> None:
         """Score `targets`, the first of them at `position` of its context, and add them to the figures."""
         if self.other is None:
-            nll = self.model.losses(inputs, targets, *states)
+            nll = self.model.losses(inputs, targets, states[0], watch=_obey)
         else:
             nll, other, kl, same = compare(self.models, inputs, targets, states)
             check_finite(self.other, other)
@@ -327,11 +327,15 @@ class Scorer:
         )
 
 
+def _obey(read: int) -> None:
+    """Let Ctrl-C come while tokens are read."""
+
+
 def compare(
     models: Sequence[LanguageModel], inputs: NDArray[np.int64], targets: NDArray[np.int64], states: Sequence[State]
 ) -> list[NDArray[Any]]:
     """Compare two models on the same tokens: losses of both, KL of the first from the second, agreeing maxima."""
-    logits = [m.advance(inputs, s, all_logits=True) for m, s in zip(models, states, strict=True)]
+    logits = [m.advance(inputs, s, all_logits=True, watch=_obey) for m, s in zip(models, states, strict=True)]
     program, results = _comparison(len(targets), models[0].config.vocab)
     executable = models[0].backend.compile(program, models[0].threads)
     executable.run({"p": logits[0], "q": logits[1], "targets": targets})

@@ -218,9 +218,9 @@ def test_a_turn_interrupted_before_it_was_read_never_happened(
     reply = conversation.reply("x" * 1000)
     advance = Model.advance
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         reply.completion.cancel()
-        return advance(*args)
+        return advance(*args, **options)
 
     monkeypatch.setattr(type(model), "advance", interrupted)
     assert list(reply.stream()) == []
@@ -513,7 +513,7 @@ def test_a_turn_that_is_no_token_is_refused(chat: Run, monkeypatch: pytest.Monke
 
 
 def test_output_that_is_not_finite_ends_the_chat(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Model, "advance", lambda *_: np.full(256, np.nan, np.float32))
+    monkeypatch.setattr(Model, "advance", lambda *_, **__: np.full(256, np.nan, np.float32))
     result = chat(input="Hi\n")
     assert result.exit_code == 1
     assert "the model's output is not finite" in result.stderr.splitlines()[-1]

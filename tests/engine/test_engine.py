@@ -68,12 +68,12 @@ class Scripted:
     path: Path = Path("scripted")
     calls: list[int] = field(default_factory=list)
     end: float = 0.0
-    backend: Any = field(
-        default_factory=lambda: SimpleNamespace(any_split=False, chunk=12)
-    )  # parts do not depend on the time
+    backend: Any = field(default_factory=lambda: SimpleNamespace(chunk=12))
 
-    def advance(self, tokens: list[int], state: Read) -> np.ndarray:
+    def advance(self, tokens: list[int], state: Read, watch: Any = None) -> np.ndarray:
         self.calls.append(len(tokens))
+        if watch is not None:
+            watch(len(tokens))
         state.ids += tokens
         made = len(state.ids) - len(self.prompt)
         logits = np.full(len(TABLE), -5.0, np.float32)
