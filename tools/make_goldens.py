@@ -31,7 +31,7 @@ def main(rwkv_lm: str) -> None:
             model, text, out = (Path(folder) / name for name in ("model.pth", "ids.json", "out.npy"))
             tiny.write_pth(model, tiny.weights(version, **SIZES), "F32")
             text.write_text(json.dumps(ids))
-            script = ROOT / "tests" / "reference.py"
+            script = ROOT / "tests" / "run_reference.py"
             subprocess.run([sys.executable, script, version, model, text, out, rwkv_lm], check=True)
             logits = np.load(out)
         loss = -naive.log_softmax(logits[:-1].astype(np.float64))[np.arange(len(ids) - 1), ids[1:]]

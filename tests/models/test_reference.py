@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
+import run_reference
 import tiny
 from naive import error_ratio, log_softmax
 
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("version", sorted({*tiny.VERSIONS, "5.0r2"} - reference.DEMOS.keys()))
+@pytest.mark.parametrize("version", sorted({*tiny.VERSIONS, "5.0r2"} - run_reference.DEMOS.keys()))
 def test_the_reference_gives_the_same(tmp_path: Path, rwkv: Any, version: str, dtype: str) -> None:
     sizes = {"layers": 3, "width": 192, "head": 64, "vocab": 300, "ffn": 224, "seed": 7}
     tiny.write_pth(tmp_path / "model.pth", tiny.weights(version, **sizes), dtype)
     ids = [0, *np.random.default_rng(4).integers(0, 300, 60).tolist()]
     (tmp_path / "ids.json").write_text(json.dumps(ids))
-    script = Path(__file__).parents[1] / "reference.py"
+    script = Path(__file__).parents[1] / "run_reference.py"
     command = [sys.executable, script, version, tmp_path / "model.pth", tmp_path / "ids.json", tmp_path / "out.npy"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

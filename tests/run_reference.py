@@ -1,4 +1,4 @@
-"""Run a reference on a checkpoint: reference.py VERSION MODEL.pth IDS.json OUT.npy [RWKV-LM]
+"""Run a reference on a checkpoint: run_reference.py VERSION MODEL.pth IDS.json OUT.npy [RWKV-LM]
 
 It is the `rwkv` package with torch, or for versions that the package lacks a demo of RWKV-LM, whose folder comes last.
 It runs in a process of its own, since the package picks its version when it is imported. Writes logits [T, V] after
