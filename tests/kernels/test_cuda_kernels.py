@@ -1,6 +1,7 @@
 """The GPU's own ways to compute: many products in one launch, levels made beside values."""
 
 import importlib.util
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,6 +124,16 @@ def test_gates_and_ranges_of_columns() -> None:
     for part, product in zip(np.split(y[:, :36], 3, axis=1), products, strict=True):
         check(product, part @ full.T, 1e-4)
     check(last, y[:, 12:24] @ plain.T.astype(float))
+
+
+def test_threads_that_come_at_once_share_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the simulator each thread of a block asks for shared memory. Here all ask before the first one has it."""
+    make = np.empty
+    monkeypatch.setattr(np, "empty", lambda *args, **named: (time.sleep(2e-3), make(*args, **named))[1])
+    x, lab = normal(2, 64), Lab("cuda")
+    ones, zeros = np.ones(64), np.zeros(64)
+    out = lab.ops.add(p.LayerNorm(lab.matrix(x), p.Norm(lab.vector(ones), lab.vector(zeros), 1e-5)))
+    check(lab.run(out), naive.layer_norm(x.astype(float), ones, zeros, 1e-5))
 
 
 @pytest.mark.parametrize("T", [1, 3])
