@@ -119,7 +119,7 @@ def command(
             think=think,
             start=start,
         )
-    make_ready(lm, "last")
+    make_ready(lm, "last", text_bytes=len(text.encode()))
     repl = Repl(talk, kept)
     if text:
         repl.ask(text)

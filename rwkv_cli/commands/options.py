@@ -138,12 +138,13 @@ def check_there(*paths: Path | None) -> None:
             path.stat()
 
 
-def make_ready(model: "LanguageModel", *heads: "Head") -> None:
+def make_ready(model: "LanguageModel", *heads: "Head", text_bytes: int = 0) -> None:
     """Load the kernels of passes with these ends, with a counter where they have to be compiled, and make the passes.
 
-    What can be wrong with a command's arguments is checked before.
+    Those that a text of so many bytes needs are loaded with them. What can be wrong with a command's arguments is
+    checked before.
     """
-    load_kernels(model.kernels(*heads))
+    load_kernels([*model.text_tokenizer.kernels(text_bytes), *model.kernels(*heads)])
     model.prepare(*heads)
 
 

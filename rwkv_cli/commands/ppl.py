@@ -96,12 +96,11 @@ def command(
         raise click.BadParameter(f"{plot} is one of the texts; name another file", param_hint="--plot")
     if files.count(Path("-")) > 1:
         raise click.UsageError("- is given twice, but standard input can be read once only")
-    sizes = [sys.maxsize if str(file) == "-" else file.stat().st_size for file in files]
-    load_kernels(lm.text_tokenizer.kernels(max(sizes)))
+    most = max(map(_most_bytes, files))
     if other is None:
-        make_ready(lm, "losses")
+        make_ready(lm, "losses", text_bytes=most)
     else:
-        load_kernels(comparing_kernels([lm, other]))
+        load_kernels([*lm.text_tokenizer.kernels(most), *comparing_kernels([lm, other])])
         for each in (lm, other):
             each.prepare("every")
     scores = []
@@ -117,6 +116,11 @@ def command(
         click.echo("\n" + total([score for _, score in scores]))
     if plot is not None:
         plot_nll(plot, scores, [lm.path] if other is None else [lm.path, other.path])
+
+
+def _most_bytes(file: Path) -> int:
+    """The most bytes of UTF-8 that a text may have. A text in UTF-16 grows by up to a half, and a pipe has no size."""
+    return 2 * file.stat().st_size if str(file) != "-" and file.is_file() else sys.maxsize
 
 
 def _check_same_tokens(lm: LanguageModel, other: LanguageModel) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,38 @@ def test_everything_is_compiled_before_the_first_pass(
     assert running
     assert loaded
     assert late == []
+
+
+@pytest.mark.parametrize("other", [[], ["--compare", "OTHER"]], ids=["alone", "beside another"])
+@pytest.mark.parametrize(("kind", "least"), [("file", 47), ("utf-16", 60), ("pipe", 1 << 20)])
+def test_one_counter_counts_what_a_text_needs_too(
+    kind: str, least: int, other: list[str], rwkv: Run, byte_model: Path, converted: Callable[..., Path],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Tokenizers of long texts have compiled code. How long a text is in UTF-8 is not known before it is read."""
+    from rwkv_cli.engine.tokenizer import ByteTokenizer
+    from rwkv_cli.terminal import compiling
+
+    class Splitter:
+        def load(self) -> None:
+            pass
+
+    splitter, counted = Splitter(), []
+    monkeypatch.setattr(ByteTokenizer, "kernels", lambda _, size: [splitter] if size >= least else [])
+    load = compiling.load_kernels
+    for module in ("rwkv_cli.commands.options", "rwkv_cli.terminal.compiling"):
+        monkeypatch.setattr(f"{module}.load_kernels", lambda kernels: (counted.append(list(kernels)), load(kernels)))
+    text, path = "some text to be scored, of more than one token!", tmp_path / "text"
+    if kind == "pipe":
+        os.mkfifo(path)
+        threading.Thread(target=path.write_text, args=[text]).start()
+    else:
+        path.write_text("語" * 20 if kind == "utf-16" else text, encoding="utf-16" if kind == "utf-16" else "utf-8")
+    names = [str(converted("7", "none", vocab=256)) if arg == "OTHER" else arg for arg in other]
+    result = rwkv("ppl", path, "-m", byte_model, *names)
+    assert result.exit_code == 0, result.output
+    assert [splitter in kernels for kernels in counted] == [True]
+    assert len(counted[0]) > 1
 
 
 @pytest.mark.parametrize(
