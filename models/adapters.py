@@ -64,7 +64,8 @@ class Merged(SourceTensor):
         return self.base.item_size
 
     def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        return self.change(self.base.float32(start, stop).astype(np.float64), start).astype(np.float32)
+        with np.errstate(over="ignore"):  # conversion refuses what is infinite
+            return self.change(self.base.float32(start, stop).astype(np.float64), start).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -147,16 +148,17 @@ def _alpha(path: Path) -> tuple[float, str]:
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
             alpha = settings["lora_alpha"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            alpha = float(alpha) if type(alpha) is int else alpha
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise FormatError(f"{file}: not a readable JSON object with lora_alpha; download it again") from None
         start = str(settings.get("init_lora_weights"))
         odd = [name for name in ("use_rslora", "use_dora", "alpha_pattern") if settings.get(name)]
         odd += ["init_lora_weights"] if start.startswith(("pissa", "olora", "corda")) else []
-        if odd or type(alpha) not in (int, float) or not math.isfinite(alpha):
+        if odd or type(alpha) is not float or not math.isfinite(alpha):
             raise FormatError(
                 f"{file}: its {odd[0] if odd else 'lora_alpha'} is not supported; merge the adapter with PEFT"
             )
-        return float(alpha), file.name
+        return alpha, file.name
     log = folder / "train_log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     told = re.findall(r"'lora_alpha': (\d+(?:\.\d+)?)", text)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rwkv_cli.errors import UnsupportedModelError
 from rwkv_cli.models.config import Config
@@ -67,7 +68,7 @@ class Official(NamedTuple):
 def official(source: Source, metadata: Mapping[str, Any]) -> Official:
     """The official tensors and settings. Raises UnsupportedModelError for another architecture than RWKV-6 and 7."""
     architecture = metadata[ARCHITECTURE]
-    if architecture not in _NAMES:
+    if not isinstance(architecture, str) or architecture not in _NAMES:
         raise UnsupportedModelError(
             f"a GGUF file of the architecture {architecture!r:.40}; of these, rwkv6 and rwkv7 are supported"
         )
@@ -136,8 +137,13 @@ def _scaled(tensors: Source, architecture: str, metadata: Mapping[str, Any]) -> 
     for name, tensor in tensors.items():
         found = re.match(r"blocks\.(\d{1,4})\.(att\.output|ffn\.value)\.weight$", name)
         if every and found and int(found[1]) >= every:
-            factor = np.float32(2.0 ** (int(found[1]) // every))
-            yield name, Computed.from_each(tensor, partial(np.multiply, factor))
+            yield name, Computed.from_each(tensor, partial(_doubled, int(found[1]) // every))
+
+
+def _doubled(times: int, a: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The numbers, doubled so many times. Conversion refuses what overflows."""
+    with np.errstate(over="ignore"):
+        return np.ldexp(a, times)
 
 
 def _refused(key: str, value: Any, why: str) -> UnsupportedModelError:

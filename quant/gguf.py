@@ -15,6 +15,9 @@ from rwkv_cli.quant.source import SourceFile, SourceTensor
 
 MAGIC = b"GGUF"
 
+_MOST_METADATA = 32 << 20
+"""Bytes of the longest metadata. They take up to nine times as much memory. Real vocabularies have less than 8 MB."""
+
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """The codes in `struct` of the types of metadata."""
 
@@ -48,6 +51,8 @@ def read_gguf(source: SourceFile) -> Gguf:
         for _ in range(field_count):
             key = fields.text("Q")
             metadata[key] = _value(fields, fields.number("I"))
+            if fields.at > _MOST_METADATA:
+                raise _too_long(path)
         _check_whole(path, metadata)
         entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
         for _ in range(tensor_count):
@@ -89,6 +94,8 @@ def _value(fields: Fields, kind: int) -> Any:
     if kind != _ARRAY:
         raise FormatError(f"{fields.path}: metadata of an unknown type {kind}; download the file again")
     each, count = fields.number("I"), fields.number("Q")
+    if fields.at + count > _MOST_METADATA:
+        raise _too_long(fields.path)
     if each == _TEXT:
         if 8 * count > fields.left:
             raise fields.truncated()
@@ -97,6 +104,10 @@ def _value(fields: Fields, kind: int) -> Any:
         raise FormatError(f"{fields.path}: metadata in lists of an unknown type {each}; download the file again")
     kind_ = np.dtype("<" + _NUMBERS[each])
     return np.frombuffer(fields.take(count * kind_.itemsize), kind_).tolist()
+
+
+def _too_long(path: Path) -> FormatError:
+    return FormatError(f"{path}: its metadata is longer than any model's; download the file again")
 
 
 def _check_whole(path: Path, metadata: dict[str, Any]) -> None:

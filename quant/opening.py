@@ -62,7 +62,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict):
         raise FormatError(f"{file}: not a readable JSON object; download it again")
-    return settings
+    return {name: value for name, value in settings.items() if "." not in name}  # such names are GGUF's
 
 
 def _open_folder(folder: Path) -> dict[str, SourceTensor]:
@@ -109,8 +109,8 @@ def _check_shards(folder: Path, pattern: str, tensors: Mapping[str, SourceTensor
     for index in sorted(folder.glob(pattern)):
         try:
             listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            missing = sorted({listed[name] for name in listed if name not in tensors})
-        except (ValueError, KeyError, TypeError, RecursionError):
+            missing = sorted({shard for name, shard in listed.items() if name not in tensors})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise FormatError(f"{index}: not a readable shard index; download it again") from None
         if missing:
             raise FormatError(f"{index}: tensors of shard {missing[0]} are missing from {folder}; download it again")

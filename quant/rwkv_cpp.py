@@ -95,7 +95,9 @@ def _head_vector(version: int, name: str, tensor: SourceTensor) -> SourceTensor:
     if isinstance(tensor, Blocks):
         raise FormatError(f"{tensor.path}: tensor {name} is quantized, which rwkv.cpp does not do; convert it again")
     if len(tensor.shape) > 1:
-        heads, channels = (1, *tensor.shape)[-3:-1]
+        heads, channels, one = (1, *tensor.shape)[-3:]
+        if one != 1:
+            raise FormatError(f"{tensor.path}: tensor {name} has the shape {list(tensor.shape)}; download it again")
         decay_of_6 = version == 6 and name.endswith("decay")
         tensor = reshaped(tensor, (heads * channels,) if decay_of_6 else (heads, channels))
     if version == 4 and name.endswith("decay"):  # −exp(t)

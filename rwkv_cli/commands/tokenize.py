@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,7 +14,13 @@ from rwkv_cli.commands.options import named_model
 from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.terminal.compiling import load_kernels
-from rwkv_cli.terminal.output import columns, counted, note
+from rwkv_cli.terminal.output import counted, note, one_line
+
+if TYPE_CHECKING:
+    from rwkv_cli.engine.tokenizer import Tokenizer
+
+_BLOCK = 1 << 16
+"""Bytes of a text that are split at a time."""
 
 
 @click.command("tokenize")
@@ -44,16 +52,31 @@ def command(*, text: tuple[str, ...], model: Path | None, as_json: bool) -> None
     if tokenizer is None:
         raise click.ClickException(f"{checkpoint.path}: has no tokenizer; convert it again with --tokenizer PATH")
     load_kernels(tokenizer.kernels(len(data)))
+    ids: list[int] = []
+    pieces: list[str] = []
+    count, width = 0, len(str(tokenizer.size - 1))
     try:
-        ids, ends = tokenizer.split(data)
+        for found, texts in _tokens(tokenizer, data):
+            count += len(found)
+            if as_json:
+                ids += found
+                pieces += texts
+                continue
+            rows = zip(found, texts, strict=True)
+            lines = [f"{token:{width}}  {one_line(json.dumps(text, ensure_ascii=False))}" for token, text in rows]
+            click.echo("\n".join(lines))
     except TokenizerError as error:
         raise click.UsageError(f"the text is {error}") from None
-    borders = itertools.pairwise([0, *ends.tolist()])
-    pieces = [data[begin:end].decode("utf-8", "backslashreplace") for begin, end in borders]
     if as_json:
-        click.echo(json.dumps({"ids": ids, "pieces": pieces, "count": len(ids)}, ensure_ascii=False))
+        click.echo(json.dumps({"ids": ids, "pieces": pieces, "count": count}, ensure_ascii=False))
         return
-    if ids:
-        rows = [(token, json.dumps(piece, ensure_ascii=False)) for token, piece in zip(ids, pieces, strict=True)]
-        click.echo(columns(rows, right=[0]))
-    note(f"{counted(len(ids), 'token')}, {counted(len(data), 'byte')}")
+    note(f"{counted(count, 'token')}, {counted(len(data), 'byte')}")
+
+
+def _tokens(tokenizer: Tokenizer, data: bytes) -> Iterator[tuple[list[int], list[str]]]:
+    """Yield the ids and the parts of a text, some at a time, so that a long one is never held in pieces as a whole."""
+    start = 0
+    for piece in tokenizer.encode_blocks(data[at : at + _BLOCK] for at in range(0, len(data), _BLOCK)):
+        borders = itertools.pairwise([start, *(start + piece.ends).tolist()])
+        yield piece.ids, [data[begin:end].decode("utf-8", "backslashreplace") for begin, end in borders]
+        start += int(piece.ends[-1]) if piece.ids else 0

@@ -25,7 +25,7 @@ from rwkv_cli.models import Config, registry
 from rwkv_cli.models.adapters import Adapter, read_adapters
 from rwkv_cli.models.config import Entry
 from rwkv_cli.models.huggingface import check_unquantized
-from rwkv_cli.quant import SourceTensor, open_source, read_settings
+from rwkv_cli.quant import SourceTensor, check_regular, open_source, read_settings
 from rwkv_cli.quant.formats import FORMATS, layout_for
 from rwkv_cli.quant.writer import Contents, Planned, Written, write
 
@@ -107,7 +107,8 @@ class Conversion:
 
 def _planned(name: str, entry: Entry, source: SourceTensor, quantization: str) -> Planned:
     def derived(a: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A vector may have more dimensions of 1, as official ones have."""
+        """The source may have more or fewer dimensions of 1, as official vectors have."""
+        a = a.reshape(entry.source_shape or entry.shape)
         return (entry.derive(a) if entry.derive else a).reshape(entry.shape)
 
     derive = derived if entry.derive or entry.kind == "vector" else None
@@ -194,6 +195,7 @@ def find_tokenizer(choice: str, src: Path, vocab: int, settings: Mapping[str, An
 
 def read_tokenizer_file(path: Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json, or in a vocabulary as text or JSON."""
+    check_regular(path)
     data = path.read_bytes()
     try:
         vocabulary = _json_vocabulary(path)

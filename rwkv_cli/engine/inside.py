@@ -61,9 +61,11 @@ def template_inside(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any] |
     source = metadata.get("tokenizer.chat_template")
     if not isinstance(source, str) or "{" not in source:
         return None
-    tokens = metadata.get(_TOKENS) or [""]
+    tokens = metadata.get(_TOKENS)
+    end = tokens[END_OF_TEXT] if isinstance(tokens, list) and tokens else ""
+    end = end if isinstance(end, str) else ""
     special = {
-        f"{name}_token": tokens[END_OF_TEXT] if metadata.get(f"tokenizer.ggml.{name}_token_id") == END_OF_TEXT else ""
+        f"{name}_token": end if metadata.get(f"tokenizer.ggml.{name}_token_id") == END_OF_TEXT else ""
         for name in ("bos", "eos")
     }
     return judged(path, source, special, "file")

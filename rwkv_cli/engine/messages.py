@@ -72,7 +72,11 @@ def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
 def _parsed(data: bytes, name: str) -> Any:
     """Return the value of a JSON file."""
     try:
-        return json.loads(data)
+        value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise MessagesError(f"{name}: holds half a surrogate pair, which is no text; mend it") from None
     except (ValueError, RecursionError) as error:
         raise MessagesError(f"{name}: is no JSON ({error}); give messages as OpenAI's interface takes them") from None
 
@@ -83,7 +87,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise MessagesError(f"{where} is no object with role and content")
     role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in _ROLES:
-        raise MessagesError(f"{where} has the role {role!r}; there are {', '.join(_ROLES)}")
+        raise MessagesError(f"{where} has the role {role!r:.80}; there are {', '.join(_ROLES)}")
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or any(_function(call) is None for call in calls):
         raise MessagesError(f'{where} has tool_calls that are no list of {{"function": {{"name": …, "arguments": …}}}}')

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rwkv_cli.engine import g1h
+from rwkv_cli.engine.bounds import TooLongError, bounded
 from rwkv_cli.engine.forms import Template, ThinkMode
 from rwkv_cli.engine.json_tokenizer import JsonTokenizer
 from rwkv_cli.engine.messages import Chat, function_of, json_value, normalized
@@ -21,6 +22,9 @@ OWN = "own"
 
 _END_NAMES = ("<|rwkv_tokenizer_end_of_text|>", "<|endoftext|>")
 """Names of token 0 in templates, beside those that the checkpoint's configuration gives."""
+
+_MOST_BITS = 4096
+"""Bits of the largest whole number that a template may compute."""
 
 _MARK = "\ufdd0"
 """A character that no text has."""
@@ -84,8 +88,6 @@ class Rendered(Template):
 
     def whole(self, chat: Chat, think: str) -> str:
         """Write a whole chat up to the answer to its last message. Raises ConversationError if that cannot be."""
-        import jinja2
-
         self.mode(think)
         messages = [dict(message) for message in chat.messages]
         for message in messages:
@@ -99,29 +101,25 @@ class Rendered(Template):
             if message["role"] == "tool":
                 message["rwkv_json_content"] = json_value(message["content"])
         try:
-            text: str = _compiled(self.source).render(
-                messages=messages,
-                tools=list(chat.tools) or None,
-                add_generation_prompt=True,
-                enable_thinking=think != "off",
-                rwkv_prompt_template=self.style,
-                rwkv_generation_prompt="fake_think" if think == "off" else "open_think",
-                rwkv_add_bos=True,
-                **{"bos_token": "", "eos_token": "", **self.special},
-            )
+            with bounded():
+                text: str = _compiled(self.source).render(
+                    messages=messages,
+                    tools=list(chat.tools) or None,
+                    add_generation_prompt=True,
+                    enable_thinking=think != "off",
+                    rwkv_prompt_template=self.style,
+                    rwkv_generation_prompt="fake_think" if think == "off" else "open_think",
+                    rwkv_add_bos=True,
+                    **{"bos_token": "", "eos_token": "", **self.special},
+                )
             return text
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise ConversationError(
-                f"the model's own chat template fails ({error}); choose another with --template"
-            ) from None
+        except TooLongError:
+            why = "it takes too long"
+        except MemoryError:
+            why = "it takes too much memory"
+        except Exception as error:  # a template may raise anything, though never by a call of its choice
+            why = f"{error!s:.200}"
+        raise ConversationError(f"the model's own chat template fails ({why}); choose another with --template")
 
     def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Encode a prompt, where the names of token 0 stand for it."""
@@ -170,9 +168,19 @@ def _compiled(source: str) -> Any:
     def as_json(value: Any, indent: int | None = None, **options: Any) -> str:
         return json.dumps(value, **{"ensure_ascii": False, "indent": indent, **options})
 
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
+    class Environment(sandbox.ImmutableSandboxedEnvironment):
+        """A sandbox without numbers that take hours to compute."""
+
+        intercepted_binops = frozenset(sandbox.ImmutableSandboxedEnvironment.default_binop_table)
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if isinstance(left, int) and isinstance(right, int):
+                bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+                if bits > _MOST_BITS:
+                    raise OverflowError("a number is too large")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
     environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = fail
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

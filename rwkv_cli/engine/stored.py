@@ -71,8 +71,8 @@ def template_beside(folder: Path) -> dict[str, Any] | None:
             raise FormatError(f"{config_file}: is no JSON object; mend it, or name a template with --template")
     source, where = config.get("chat_template"), config_file
     if isinstance(source, list):  # several templates, each with a name
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
+        named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = named[-1].get("template") if named else None
     if file.is_file():
         source, where = _read(file), file
     if not isinstance(source, str) or not source.strip():

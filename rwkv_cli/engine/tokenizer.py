@@ -258,10 +258,10 @@ class WorldTokenizer(_ByteTable):
         table: dict[int, bytes] = {0: b""}
         for key, value in vocabulary.items():
             try:
-                token = value.encode() if isinstance(value, str) else bytes(value)
+                token = value.encode() if isinstance(value, str) else bytes(value if isinstance(value, list) else [])
             except (TypeError, ValueError):
                 token = b""
-            if len(key) > 6 or not (isinstance(value, list | str) and 0 < len(token) < 256):
+            if len(key) > 6 or not 0 < len(token) < 256:
                 raise TokenizerError(f"{name}: not a vocabulary: token {key:.20} is {value!r:.40}")
             table[int(key)] = token
         return cls([table.get(i, b"") for i in range(max(table) + 1)])

@@ -108,6 +108,11 @@ def test_the_template_beside_a_checkpoint_is_taken(rwkv: Run, folder: Path) -> N
         ("chat_template.jinja", b"\xff", "chat_template.jinja: is no UTF-8 text"),
         ("chat_template.jinja", b" " * (1 << 21), "chat_template.jinja: is too large for a template"),
         ("tokenizer_config.json", b"[]", "tokenizer_config.json: is no JSON object"),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": [{"name": [1]}, {"name": "default", "template": "{{ 1 / 0 }}"}]}',
+            "tokenizer_config.json: the model's own chat template fails",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used_is_named(rwkv: Run, folder: Path, name: str, text: bytes, says: str) -> None:

@@ -52,6 +52,23 @@ def test_the_pieces_make_up_the_text(rwkv: Run, kind: str, request: pytest.Fixtu
     assert f"{facts['count']} tokens, {len(TEXT.encode())} bytes" in table.stderr
 
 
+@pytest.mark.parametrize("kind", ["byte_model", "json_model", "world_model"])
+def test_a_long_text_is_split_as_a_short_one(
+    rwkv: Run, request: pytest.FixtureRequest, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is split a part at a time, and the parts are not in the result."""
+    monkeypatch.setattr("rwkv_cli.commands.tokenize._BLOCK", 7)
+    model = request.getfixturevalue(kind)
+    text = TEXT * 50
+    facts = json.loads(rwkv("tokenize", text, "-m", model, "--json").stdout)
+    tokenizer = rwkv_cli.load(model).tokenizer
+    assert tokenizer is not None
+    assert facts["ids"] == tokenizer.encode(text)
+    lines = rwkv("tokenize", text, "-m", model).stdout.splitlines()
+    assert [int(line.split()[0]) for line in lines] == facts["ids"]
+    assert [json.loads(line.split(maxsplit=1)[1]) for line in lines] == facts["pieces"]
+
+
 def test_a_known_text(rwkv: Run, world_model: Path) -> None:
     result = rwkv("tokenize", "User: hi\n\nAssistant:", "-m", world_model)
     assert [line.split()[0] for line in result.stdout.splitlines()] == [

@@ -1,6 +1,8 @@
 """The chat template of G1h: the official prompts, and a chat turn by turn that reads the same."""
 
 import json
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +159,7 @@ def test_older_templates_write_messages_too() -> None:
         (b"[]", "holds no messages"),
         (b'{"tools": []}', "holds no messages"),
         (b"[1]", "message 1 is no object"),
+        (b'[{"role": "user", "content": "\\ud800"}]', "holds half a surrogate pair"),
         (b'[{"role": "user"}, {"role": "judge"}]', "message 2 has the role 'judge'; there are system, user"),
         (b'[{"role": "user", "content": [{"type": "image_url"}]}]', "message 1 has content that is no text"),
         (b'[{"role": "assistant", "tool_calls": [{}]}]', "message 1 has tool_calls that are no list"),
@@ -167,6 +170,12 @@ def test_what_is_wrong_with_messages_is_said(data: bytes, says: str) -> None:
     with pytest.raises(MessagesError, match=r"chat\.json: ") as caught:
         read_chat(data, "chat.json")
     assert says in str(caught.value)
+
+
+def test_a_role_of_any_length_makes_a_short_sentence() -> None:
+    with pytest.raises(MessagesError) as caught:
+        read_chat(json.dumps([{"role": "x" * 100_000}]).encode(), "chat.json")
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -393,8 +402,50 @@ def test_own_templates_get_what_transformers_gives_them() -> None:
         "{{ messages.append(1) }}",
         "{% for i in range(10**9) %}{% endfor %}",
         "{{ 1 / 0 }}",
+        "{% break %}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
     ],
 )
 def test_a_template_that_fails_or_breaks_out_is_refused(source: str) -> None:
     with pytest.raises(ConversationError, match=r"chat template fails .*choose another with --template"):
         Rendered.of(source, {})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
+        "{{ ('a' * 9999999) | wordwrap(1) }}",
+    ],
+    ids=["loops", "calls", "filter"],
+)
+def test_a_template_that_never_ends_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rwkv_cli.engine.bounds._SECONDS", 0.2)
+    tracing = sys.gettrace()
+    begun = time.monotonic()
+    with pytest.raises(ConversationError, match=r"chat template fails .it takes too long.; choose another"):
+        Rendered.of(source, {})
+    assert time.monotonic() - begun < 10
+    assert sys.gettrace() is tracing
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is bounded on Linux only")
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{{ 'a' * 10 ** 12 }}",
+        "{{ messages | tojson(indent=10 ** 12) }}",
+        "{{ '%999999999999d' % 1 }}",
+    ],
+)
+def test_a_template_that_takes_all_memory_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr("rwkv_cli.engine.bounds._MEMORY", 100 << 20)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ConversationError, match=r"chat template fails .it takes too much memory.; choose another"):
+        Rendered.of(source, {})
+    assert resource.getrlimit(resource.RLIMIT_AS) == limit

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from rwkv_cli.engine.json_tokenizer import JsonTokenizer
 from rwkv_cli.engine.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
 from rwkv_cli.errors import FormatError, TokenizerError
+from rwkv_cli.kernels.cpu.longest_match import LongestMatch
 
 SAMPLE = "The cat sat on the mat.  It said: 你好，世界！ It's 12 é́ 👩‍👩‍👧 the cat\n\nthe end 𝄞\t\u00a0x" + "   \n" * 9
 
@@ -153,6 +155,28 @@ def test_any_vocabulary_splits_alike(table: list[bytes], data: bytes, heads: lis
             except TokenizerError as error:
                 found.append(str(error))
     assert found[0] == found[1]
+
+
+def test_no_vocabulary_takes_long_to_load() -> None:
+    """These edges of the trie all fall on neighbouring slots if a key is only multiplied by a known number."""
+    size = 1 << (2 * 255 * 255).bit_length()
+    tokens, node = [b""], 1
+    for first in range(255):
+        token = bytes([first])
+        node += 1
+        while len(token) < 255:
+            keys = (node - 1 << 8) + np.arange(256)
+            token += bytes([int(np.argmin(keys * 0x9E3779B1 >> 8 & size - 1))])
+            node += 1
+        tokens.append(token)
+    LongestMatch([b"", b"a"])  # loads what is compiled
+    rng = np.random.default_rng(0)
+    seconds = []
+    for table in ([b"", *(rng.bytes(255) for _ in range(255))], tokens):
+        begun = time.perf_counter()
+        LongestMatch(table)
+        seconds.append(time.perf_counter() - begun)
+    assert seconds[1] < 10 * seconds[0] + 0.1
 
 
 @EVERY

@@ -313,6 +313,7 @@ def test_only_lora_has_a_scale(rwkv: Run, base: Path) -> None:
         ("[", "not a readable JSON object with lora_alpha; download it again"),
         ("[1]", "not a readable JSON object with lora_alpha; download it again"),
         ('{"r": 4}', "not a readable JSON object with lora_alpha; download it again"),
+        ('{"lora_alpha": 1' + "0" * 400 + "}", "not a readable JSON object with lora_alpha; download it again"),
         ('{"lora_alpha": "8"}', "its lora_alpha is not supported; merge the adapter with PEFT"),
         ('{"lora_alpha": 8, "use_rslora": true}', "its use_rslora is not supported; merge the adapter with PEFT"),
         ('{"lora_alpha": 8, "alpha_pattern": {"key": 4}}', "its alpha_pattern is not supported"),
@@ -323,6 +324,12 @@ def test_settings_of_peft_that_change_the_sum_are_refused(rwkv: Run, base: Path,
     file = tiny.write_safetensors(base.parent / "adapter_model.safetensors", peft(low_rank()), "F32")
     (base.parent / "adapter_config.json").write_text(settings)
     refused(rwkv("convert", base, "--adapter", file), base.parent / "adapter_config.json", says)
+
+
+def test_a_sum_that_overflows_is_named(rwkv: Run, base: Path) -> None:
+    adapter = {name: array * np.float32(1e30) for name, array in low_rank().items()}
+    file = tiny.write_pth(base.parent / "a.pth", adapter, "F32")
+    refused(rwkv("convert", base, "--adapter", file), "base.pth: tensor .* holds NaN or infinity")
 
 
 def test_an_adapter_is_not_written_over(rwkv: Run, base: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import rwkv_cli
 from rwkv_cli.engine.inside import tokenizer_inside
 from rwkv_cli.engine.tokenizer import WorldTokenizer, official_vocabulary
 from rwkv_cli.models import registry
+from rwkv_cli.models.gguf import official
 from rwkv_cli.quant import Checkpoint, open_source, read_settings
 from rwkv_cli.quant.gguf import read_gguf
 from rwkv_cli.quant.source import SourceFile, turned
@@ -347,3 +349,43 @@ def test_no_damage_of_the_header_is_a_traceback(rwkv: Run, tmp_path: Path) -> No
         path.write_bytes(broken[: rng.integers(1, len(data))] if rng.random() < 0.2 else broken)
         result = rwkv("convert", path, "--dry-run")
         assert result.exit_code == 0 or result.stderr.startswith("Error: "), result.stderr
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], 5, "abc"])
+def test_a_template_beside_tokens_that_are_no_texts(rwkv: Run, tmp_path: Path, tokens: Any) -> None:
+    """Without the name of a tokenizer, nothing is read of its tokens."""
+    chat = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    said = {"tokenizer__chat_template": chat, "tokenizer__ggml__bos_token_id": 0, "tokenizer__ggml__model": None}
+    path = write_gguf(tmp_path / "a.gguf", "7", weights_of("7"), tokenizer__ggml__tokens=tokens, **said)
+    assert rwkv("convert", path, "--dry-run").exit_code == 0
+
+
+def test_an_architecture_that_is_no_text_is_named(rwkv: Run, tmp_path: Path) -> None:
+    data = write_gguf(tmp_path / "a.gguf", "7", weights_of("7")).read_bytes()
+    at = data.index(b"general.architecture") + len(b"general.architecture")
+    array = struct.pack("<IIQ", 9, 4, 1) + bytes(4)
+    (tmp_path / "a.gguf").write_bytes(data[:at] + array + data[at + 4 + 8 + 5 :])
+    refused = rwkv("convert", tmp_path / "a.gguf", "--dry-run")
+    tiny.refused(refused, tmp_path / "a.gguf", r"a GGUF file of the architecture \[0\]")
+
+
+def test_halvings_beyond_all_numbers_are_no_crash(tmp_path: Path) -> None:
+    names = {"blocks.0.att.output.weight", "blocks.9999.att.output.weight"}
+    stored = open_source(write_gguf(tmp_path / "b.gguf", "6", weights_of("6"), rescale=1))
+    source = {name.replace("blk.1.", "blk.9999."): tensor for name, tensor in stored.items()}
+    found = official(source, {"general.architecture": "rwkv6", "rwkv6.rescale_every_n_layers": 1}).tensors
+    assert names <= set(found)
+    assert np.isinf(found["blocks.9999.att.output.weight"].float32()).any()
+
+
+def test_metadata_of_any_length_takes_little_memory(rwkv: Run, tmp_path: Path) -> None:
+    """A list of small numbers takes eight times its bytes."""
+    count = 200 << 20
+    with (tmp_path / "a.gguf").open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a")
+        file.write(struct.pack("<IIQ", 9, 0, count))
+        file.truncate(count + 60)
+    tracemalloc.start()
+    tiny.refused(rwkv("convert", tmp_path / "a.gguf"), "its metadata is longer than any model's")
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()

@@ -136,6 +136,21 @@ def test_what_the_model_cannot_do_is_refused_by_name(
     refused(rwkv("convert", folder(tmp_path / "model", tiny.weights(version), settings)), tmp_path / "model", says)
 
 
+@pytest.mark.parametrize("listed", [[1], {"weight_map": [1]}, {"weight_map": ["a"]}, {"weight_map": {"a": [1]}}])
+def test_a_list_of_shards_that_makes_no_sense_is_named(rwkv: Run, tmp_path: Path, listed: Any) -> None:
+    model = folder(tmp_path / "model", tiny.weights("7"), {})
+    (model / "model.safetensors.index.json").write_text(json.dumps(listed))
+    refused(rwkv("convert", model), "model.safetensors.index.json: not a readable shard index; download it again")
+
+
+@pytest.mark.parametrize("architecture", ["rwkv7", ["rwkv7"], {}])
+def test_a_config_is_never_taken_for_metadata_of_gguf(rwkv: Run, tmp_path: Path, architecture: Any) -> None:
+    """Fields that a config.json does not have are ignored."""
+    other = {"general.architecture": architecture, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.eos_token_id": 5}
+    logits(rwkv, folder(tmp_path / "model", tiny.weights("7"), other))
+    assert not Checkpoint(tmp_path / "model.out").has("ends")
+
+
 @pytest.mark.parametrize(
     ("quantized", "settings", "says"),
     [

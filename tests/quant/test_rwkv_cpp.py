@@ -171,3 +171,16 @@ def test_no_damage_is_a_traceback(rwkv: Run, tmp_path: Path) -> None:
         path.write_bytes(broken[: rng.integers(1, len(data))] if rng.random() < 0.2 else broken)
         result = rwkv("convert", path, "--dry-run")
         assert result.exit_code == 0 or result.stderr.startswith("Error: "), result.stderr
+
+
+def test_a_decay_is_never_read_in_part(rwkv: Run, tmp_path: Path) -> None:
+    """Its last axis has one number in every file."""
+    path = tmp_path / "a.bin"
+    data = write_bin(path, "5.2", tiny.weights("5.2", layers=1, **SIZES)).read_bytes()
+    name = b"blocks.0.att.time_decay"
+    at = data.index(name)
+    end = at + len(name) + 64 * 4
+    path.write_bytes(
+        data[: at - 12] + struct.pack("<I", 2) + data[at - 8 : end] + data[at + len(name) : end] + data[end:]
+    )
+    tiny.refused(rwkv("convert", path, "--dry-run"), path, "tensor blocks.0.att.time_decay has the shape")
