@@ -427,7 +427,7 @@ def test_files_of_another_kind_are_sent_to_their_option(generate: Run, byte_mode
     source = byte_model.with_suffix(".pth")
     wrong(generate("a", "--state", source), f"{source}: not a tuned initial state, since it holds no blocks.0")
     (tmp_path / "junk").write_bytes(b"junk" * 99)
-    wrong(generate("a", "--state", tmp_path / "junk"), f"{tmp_path}/junk: neither a torch .pth nor a safetensors file")
+    wrong(generate("a", "--state", tmp_path / "junk"), f"{tmp_path}/junk: neither a torch .pth nor a safetensors or")
 
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
@@ -542,13 +542,16 @@ def test_reading_is_followed_and_can_pause_anywhere(byte_model: Path) -> None:
         seen: list[int] = []
         completion = Completion(model, model.new_state(), Sampler(Sampling(), 0), Request(ids, 9))
         completion.read(ahead, seen.append)
-        assert seen == [read for read in want if read <= ahead]
+        assert seen == sorted(seen)
+        assert set(seen) & set(want) == {read for read in want if read <= ahead}
         assert completion.result.prompt_tokens == ahead
         np.testing.assert_array_equal(
             completion.state.wkv, model.forward(ids[:ahead])[1].wkv if ahead else model.new_state().wkv
         )
         texts.add("".join(completion.stream(seen.append)))
-        assert seen == want
+        assert seen == sorted(seen)
+        assert set(seen) >= set(want)  # the ends of passes, beside what is told within them
+        assert seen[-1] == 600
         assert completion.result.prompt_tokens == 600
     assert len(texts) == 1
 
@@ -561,8 +564,9 @@ def test_reading_is_followed_and_can_pause_anywhere(byte_model: Path) -> None:
 
     completion = Completion(model, model.new_state(), Sampler(Sampling(), 0), Request(ids, 1))
     assert list(completion.stream(stop)) == []
-    assert (completion.result.prompt_tokens, completion.result.stop) == (seen[-1], "interrupted")
+    assert (completion.result.prompt_tokens, completion.result.stop) in [(252, "interrupted"), (504, "interrupted")]
     assert seen[-2] < 300 <= seen[-1] < len(ids)
+    np.testing.assert_array_equal(completion.state.wkv, model.forward(ids[: completion.result.prompt_tokens])[1].wkv)
     assert completion.result.prompt_seconds > 0
 
 
