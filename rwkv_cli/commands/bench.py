@@ -65,8 +65,9 @@ def command(
     """Measure how fast a model reads a prompt and writes text, beside the most that this machine can do.
 
     Writing is limited by memory: each token reads the model once. Reading a prompt is limited by multiplications. Both
-    limits are measured in the same run (multiplications with AVX-512 VNNI or a GPU's tensor cores only). The tokens are
-    random. A model that fits into the CPU's cache may exceed 100 % of the memory's speed.
+    limits are measured in the same run (multiplications with AVX-512 VNNI or a GPU's tensor cores only), and the share
+    is the part of them that was reached. The tokens are random. A model that fits into the CPU's cache may exceed 100 %
+    of the memory's speed.
 
     \b
     rwkv bench -m RWKV-x070-World-0.1B.int8.safetensors
@@ -104,16 +105,16 @@ def table(r: Report) -> str:
         return "" if part is None else f"{part:.0%}"
 
     rates: list[tuple[Any, ...]] = [
-        ("", "tokens per second", "that is", "of the most"),
+        ("", "tokens/s", "that is", "share"),
         (
             f"read a prompt of {r.prompt}",
-            f"{r.prefill_tokens_per_second:.2f} ± {r.prefill_deviation:.2f}",
+            f"{r.prefill_tokens_per_second:.1f} ± {r.prefill_deviation:.1f}",
             f"{r.prefill_macs / 1e9:.1f} billion multiplications/s",
             share(r.prefill_share),
         ),
         (
             f"write {r.generate} tokens",
-            f"{r.decode_tokens_per_second:.2f} ± {r.decode_deviation:.2f}",
+            f"{r.decode_tokens_per_second:.1f} ± {r.decode_deviation:.1f}",
             f"{r.decode_bandwidth / 1e9:.1f} GB/s of memory",
             share(r.decode_share),
         ),
@@ -123,7 +124,7 @@ def table(r: Report) -> str:
     skipped = "; the rest is skipped, as its input is zero" if r.bytes_per_token < r.dense_bytes_per_token else ""
     behind = f", after {r.depth} tokens" if r.depth else ""
     facts = [
-        ("model", r.model),
+        ("model", Path(r.model).name),
         ("size", f"RWKV-{r.version}, {r.parameters / 1e6:,.1f} M parameters, {r.file_bytes / 1e6:,.1f} MB"),
         ("runs on", f"{r.device}, threads: {r.threads}{behind}"),
         ("a token reads", f"{r.bytes_per_token / 1e6:.1f} MB of {r.dense_bytes_per_token / 1e6:.1f} MB{skipped}"),

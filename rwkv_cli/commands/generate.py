@@ -181,7 +181,7 @@ def command(
     begun, cached = cache.find(warn=note) if cache else (start.state, 0)
     make_ready(lm, "last")
     completion = Completion(lm, begun, sampler, Request(ids[cached:], max_tokens, stops, ignore_eos))
-    show = answer_writer(sys.stdout.isatty())
+    show = answer_writer()
     with reading_bar(len(ids) - cached) as on_read:
         if cache and not cached:
             cache.fill(completion, on_read)

@@ -135,17 +135,19 @@ def _score(file: Path, scorer: Scorer) -> Score:
     """Score a file behind a progress bar, with a note on characters that few would want to score."""
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
+    piped = str(file) == "-"
+    name = "standard input" if piped else one_line(file.name)
     text = "{task.percentage:.0f} %  {task.fields[rate]}"
     with progress_bar(
         TextColumn("{task.description}", markup=False), BarColumn(), text, TimeRemainingColumn()
     ) as progress:
-        task = progress.add_task(one_line(file.name), total=None if str(file) == "-" else 1.0, rate="")
+        task = progress.add_task(name, total=None if piped else 1.0, rate="")
 
         def show(share: float, score: Score) -> None:
             progress.update(task, completed=share, rate=f"{score.tokens_per_second:.0f} tok/s  ppl {score.ppl:.4g}")
 
-        if str(file) == "-":
-            score = scorer.score_stream(sys.stdin.buffer, "standard input", 0, show)
+        if piped:
+            score = scorer.score_stream(sys.stdin.buffer, name, 0, show)
         else:
             score = scorer.score(file, show)
     if scorer.carriage_returns:

@@ -17,7 +17,7 @@ def read_text(arguments: Sequence[str], needed: bool) -> bytes:
     if not sys.stdin.isatty() or "-" in arguments:
         piped = read_input().removesuffix(b"\n").removesuffix(b"\r")
     elif needed and not arguments:
-        raise click.UsageError("no prompt: give one as an argument or on standard input")
+        raise click.UsageError("no text: give one as an argument or on standard input")
     return _joined(arguments, piped)
 
 

@@ -127,7 +127,7 @@ class Repl:
     def _say(self, reply: Reply) -> None:
         """Show an answer as it comes. Ctrl-C ends the answer."""
         completion, thought = reply.completion, False
-        show = answer_writer(self.terminal)
+        show = answer_writer()
         with on_interrupt(completion.cancel), no_echo():
             with reading_bar(len(completion.request.prompt)) as on_read:
                 for thinking, piece in reply.stream(on_read):
@@ -293,7 +293,7 @@ class Repl:
 
     def history(self, _rest: str) -> None:
         """Print everything said so far."""
-        show = answer_writer(self.terminal)
+        show = answer_writer()
         for turn in self.talk.turns:
             show(f"> {turn.user}\n{turn.shown()}\n\n")
 

@@ -63,6 +63,6 @@ class Wrapped:
         return moved + character
 
 
-def answer_writer(terminal: bool) -> Callable[..., None]:
+def answer_writer() -> Callable[..., None]:
     """Return a function that writes a model's text in pieces: broken between words on a terminal, else as it is."""
-    return Wrapped().write if terminal else write
+    return Wrapped().write if sys.stdout.isatty() else write

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from rwkv_cli.commands.bench import table
+from rwkv_cli.engine.measuring import Report
 from rwkv_cli.kernels.cpu import limits
 
 Run = Callable[..., Result]
@@ -35,7 +37,20 @@ def test_the_table(rwkv: Run, byte_model: Path) -> None:
     lines = rwkv("bench", "-m", byte_model, "-p", 4, "-n", 2, "-r", 1).stdout.splitlines()
     assert any(line.startswith("read a prompt of 4 ") for line in lines)
     assert any(line.startswith("write 2 tokens ") for line in lines)
+    assert f"model          {byte_model.name}" in lines
     assert rwkv("bench", "-m", byte_model, "-p", 1).exit_code == 2
+
+
+def test_the_table_of_a_large_model_fits_a_terminal() -> None:
+    report = Report(
+        model=f"/{'a' * 60}/RWKV-x070-World-2.9B.int8.safetensors", device="the CPU", version="7", parameters=2 * 10**9,
+        file_bytes=3 * 10**9, threads=16, prompt=4096, generate=1024, depth=0, repetitions=5,
+        prefill_tokens_per_second=1234.56, prefill_deviation=123.45, prefill_macs=9.9e11, prefill_share=0.5,
+        decode_tokens_per_second=123.4, decode_deviation=12.3, decode_bandwidth=9.9e10, decode_share=1.01,
+        bytes_per_token=3e9, dense_bytes_per_token=3 * 10**9, read_bandwidth=9.9e10, int8_peak=1e12, load_seconds=10.0,
+        kernel_seconds=10.0, first_token_seconds=1.0, peak_rss=10**10,
+    )  # fmt: skip
+    assert max(map(len, table(report).splitlines())) < 80
 
 
 def test_one_token_reads_only_what_is_used(rwkv: Run, byte_model: Path) -> None:

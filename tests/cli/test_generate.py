@@ -98,7 +98,7 @@ def test_a_terminal_is_not_read_unless_asked_for(monkeypatch: pytest.MonkeyPatch
             return True
 
     monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO(b"typed\n")))
-    with pytest.raises(Exception, match="no prompt: give one as an argument or on standard input"):
+    with pytest.raises(Exception, match="no text: give one as an argument or on standard input"):
         read_text([], needed=True)
     assert read_text([], needed=False) == b""
     assert read_text(["Once"], needed=True) == b"Once"

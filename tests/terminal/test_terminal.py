@@ -73,11 +73,9 @@ def chat(babbler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         child.close(force=True)
 
 
-def spawn(args: list[str], columns: int) -> Any:
-    """Start Python on a terminal of this width. Readline may have put another one into this process's environment."""
-    return pexpect.spawn(
-        sys.executable, args, timeout=120, dimensions=(24, columns), encoding="utf-8", env=dict(os.environ)
-    )
+def spawn(args: list[str], columns: int, program: str = sys.executable) -> Any:
+    """Start a program on a terminal of this width. Readline may have put another into this process's environment."""
+    return pexpect.spawn(program, args, timeout=120, dimensions=(24, columns), encoding="utf-8", env=dict(os.environ))
 
 
 def prompt(child: Any) -> str:
@@ -330,6 +328,24 @@ def test_generated_text_breaks_between_words(monkeypatch: pytest.MonkeyPatch) ->
         child.close()
         texts.append(shown_lines(child.before.rpartition("Loading")[2].rpartition("\x1b[?25h")[2]))
         assert "No model named" not in child.before
+    wide, narrow = texts
+    assert max(map(len, narrow)) < 30
+    assert " ".join(" ".join(narrow).split()) == " ".join(" ".join(wide).split())
+
+
+def test_answers_to_piped_turns_break_between_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("RWKV_MODEL", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "turns").write_text("Tell me a story.\n")
+    chat = f"{shlex.quote(sys.executable)} -c {shlex.quote(SCRIPT)} chat --temperature 0 -n 60"
+    texts = []
+    for columns in (2000, 30):
+        child = spawn(["-c", f"{chat} < {shlex.quote(str(tmp_path / 'turns'))}"], columns, "/bin/sh")
+        child.expect_exact("storyteller.\r\n")
+        child.expect(pexpect.EOF)
+        child.close()
+        texts.append(shown_lines(child.before.rpartition("\x1b[?25h")[2]))
     wide, narrow = texts
     assert max(map(len, narrow)) < 30
     assert " ".join(" ".join(narrow).split()) == " ".join(" ".join(wide).split())
