@@ -323,9 +323,10 @@ class Repl:
             raise ConversationError("this conversation is not kept yet: /save NAME it, or /reset it first")
         self.session, self.talk = Session.resume(rest, self.talk.model)
         self.left = None
-        note(f"This is session {rest} now, {counted(len(self.talk.turns), 'turn')}.")
-        if self.terminal:
+        if self.terminal and self.talk.turns:
             self._resumed()
+        else:
+            note(f"This is session {rest} now, {counted(len(self.talk.turns), 'turn')}.")
 
     def stats(self, _rest: str) -> None:
         """Show tokens, speed and memory so far."""

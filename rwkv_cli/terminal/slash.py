@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from rwkv_cli.engine.completion import Result
 from rwkv_cli.terminal.output import counted
 
-ALIASES = {"/bye": "/exit", "/quit": "/exit", "/clear": "/reset", "/new": "/reset", "/?": "/help"}
+ALIASES = {
+    "/bye": "/exit",
+    "/quit": "/exit",
+    "/clear": "/reset",
+    "/new": "/reset",
+    "/regen": "/retry",
+    "/show": "/params",
+    "/?": "/help",
+}
 """The names that other chat programs have for these commands."""
 
 

@@ -354,6 +354,8 @@ def test_names_of_other_programs_are_understood(chat: Run, monkeypatch: pytest.M
         assert chat(input=f"Hi\n{reset}\nHi\n").stdout == chat(input="Hi\n/reset\nHi\n").stdout
     for leave in ("/bye", "/quit"):
         assert chat(input=f"Hi\n{leave}\nHi\n").stdout == chat(input="Hi\n").stdout
+    assert chat(input="Hi\n/regen\n").stdout == chat(input="Hi\n/retry\n").stdout
+    assert chat("--seed", 1, input="/show\n").stderr == chat("--seed", 1, input="/params\n").stderr
     assert len(chat(input="exit\n").stdout) > 0  # in a pipe it is a text
     monkeypatch.setattr("rwkv_cli.terminal.repl.is_terminal", lambda: True)
     assert chat(input="exit\nHi\n").stdout == chat(input="quit\n").stdout == ""

@@ -227,6 +227,17 @@ def test_kill_9_loses_the_running_answer_at_most(chat: Callable[..., Any]) -> No
     leave(child)
 
 
+def test_a_loaded_session_is_named_once(chat: Callable[..., Any]) -> None:
+    child = chat()
+    ask(child, "one")
+    ask(child, "/save kept")
+    ask(child, "/reset")
+    shown = ask(child, "/load kept")
+    assert shown.count("1 turn") == 1
+    assert "> one" in shown
+    leave(child)
+
+
 def test_a_hang_up_ends_it(chat: Callable[..., Any]) -> None:
     child = chat("--session", "a", n=1_000_000)
     child.send("Hi\r")
