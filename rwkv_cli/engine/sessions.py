@@ -22,7 +22,7 @@ from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.errors import SessionError, pasted, reason
 from rwkv_cli.models import State
-from rwkv_cli.quant import replacing
+from rwkv_cli.quant import check_regular, replacing
 
 _FORMAT = 1
 _KEPT = 4
@@ -71,6 +71,7 @@ def read(name: str) -> dict[str, Any]:
     """Read the transcript of a session. It is checked as far as programs rely on it. Raises SessionError."""
     path = path_of(name) / "transcript.json"
     try:
+        check_regular(path)
         data: Any = json.loads(path.read_text("utf-8"))
         if data["format"] > _FORMAT:
             raise SessionError(f"session {name} was written by a newer rwkv; upgrade rwkv-cli")
@@ -107,7 +108,9 @@ def remove(name: str) -> None:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Keep other processes from reading and writing this folder meanwhile."""
-    with (path / "lock").open("w") as file:
+    lock = path / "lock"
+    check_regular(lock)
+    with lock.open("a") as file:
         try:
             import fcntl
 

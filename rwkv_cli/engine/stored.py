@@ -47,7 +47,10 @@ class StoredTemplate:
         """Return the template, or the one of another name. Raises ConversationError."""
         name = name or self.name
         if name == OWN and self.source:
-            found: Template = Rendered.of(self.source, self.special)
+            try:
+                found: Template = Rendered.of(self.source, self.special)
+            except ConversationError as error:
+                raise ConversationError(f"{self.path}: {error}") from None
         elif name in TEMPLATES:
             found = TEMPLATES[name]
         else:

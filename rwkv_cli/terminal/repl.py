@@ -12,7 +12,7 @@ from rwkv_cli.engine import sessions
 from rwkv_cli.engine.completion import Result
 from rwkv_cli.engine.conversation import Conversation, Reply, markdown
 from rwkv_cli.engine.sessions import Session
-from rwkv_cli.errors import ConversationError, SessionError, TokenizerError, pasted, reason
+from rwkv_cli.errors import ConversationError, RwkvError, SessionError, TokenizerError, pasted, reason
 from rwkv_cli.quant import replacing
 from rwkv_cli.terminal.output import columns, counted, note, one_line, reading_bar
 from rwkv_cli.terminal.reader import is_terminal, no_echo, on_interrupt, reader
@@ -161,11 +161,21 @@ class Repl:
         """Save the conversation where something was said. The chat goes on even where that fails."""
         try:
             if self.session is not None and self.talk.turns:
-                self.session.save(self.talk)
+                self._keep_in(self.session)
             elif self._nameless():
                 self.unnamed.keep_last(self.talk)
-        except (OSError, SessionError) as error:
+        except (OSError, RwkvError) as error:
             note(f"not saved: {reason(error) if isinstance(error, OSError) else error}")
+
+    def _keep_in(self, session: Session) -> None:
+        """Save the conversation under a name, or under a free one where another chat has changed what is there."""
+        try:
+            session.save(self.talk)
+        except SessionError:
+            other = Session(sessions.next_name(session.name))
+            other.save(self.talk)
+            self.session = other
+            note(f"Another chat has changed session {session.name}. This chat is kept as {other.name}.")
 
     def _recall(self) -> None:
         """Read what was said before the last turn, where its state is no longer kept. Ctrl-C ends that."""

@@ -121,6 +121,14 @@ def test_a_template_that_cannot_be_used_is_named(rwkv: Run, folder: Path, name: 
     assert rwkv("convert", folder / "model.pth", "--template", "plain").exit_code == 0
 
 
+def test_a_template_that_fails_in_a_converted_file_is_named_with_it(rwkv: Run, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    model = converted(rwkv, folder / "model.pth")
+    data = model.read_bytes()
+    model.write_bytes(data.replace(b"m.content", b"m.nothing", 1).replace(b"endfor %}", b"endfor %{", 1))
+    tiny.refused(rwkv("chat", "-m", model, "hello"), model, "the model's own chat template fails")
+
+
 @pytest.mark.parametrize(
     ("name", "template", "unsure"),
     [("rwkv7-g1k-0.1b.pth", "g1h", False), ("rwkv7-g1d-0.1b.pth", "g1", False), ("rwkv7-g3-0.1b.pth", "g1h", True)],

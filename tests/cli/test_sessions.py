@@ -1,5 +1,6 @@
 """Chats kept on disk: resumed bit for bit, whole after any death, refused where they do not fit."""
 
+import io
 import json
 import os
 import stat
@@ -463,3 +464,46 @@ def test_the_sessions_command(chat: Run, rwkv: Run, home: Path) -> None:
     tiny.refused(rwkv("sessions", "show", "erste"), "there is no session erste")
     tiny.refused(rwkv("sessions", "rm", "erste"), "there is no session erste")
     tiny.refused(rwkv("sessions", "rm", ".."), "cannot name a session")
+
+
+def test_a_chat_goes_on_under_a_free_name_where_another_has_changed_its_session(byte_model: Path, chat: Run) -> None:
+    """Nothing that was said is lost, on either side."""
+    model = rwkv_cli.load(byte_model)
+    Session("a").save(begun(model, "one"))
+
+    class Slow(io.BytesIO):
+        """Standard input, of which the second turn comes after another chat has saved."""
+
+        def readline(self, size: int | None = -1) -> bytes:
+            line = super().readline(size)
+            if line == b"drei\n":
+                session, other = Session.resume("a", model)
+                list(other.reply("two").stream())
+                session.save(other)
+            return line
+
+    result = chat("--session", "a", input=Slow(b"zwei\ndrei\nvier\n"))
+    assert result.exit_code == 0
+    assert result.stderr.count("Another chat has changed session a. This chat is kept as a-2.") == 1
+    assert "not saved" not in result.stderr
+    assert [turn["user"] for turn in sessions.read("a")["turns"]] == ["one", "zwei", "two"]
+    assert [turn["user"] for turn in sessions.read("a-2")["turns"]] == ["one", "zwei", "drei", "vier"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.parametrize("name", ["transcript.json", "lock"])
+def test_a_pipe_in_a_session_is_named(chat: Run, home: Path, name: str) -> None:
+    """Reading it would never end."""
+    chat("--session", "a", input="Hi\n")
+    (home / "a" / name).unlink()
+    os.mkfifo(home / "a" / name)
+    tiny.refused(chat("--session", "a", input="Hi\n"), name)
+
+
+def test_a_link_in_the_place_of_the_lock_empties_nothing(chat: Run, home: Path, tmp_path: Path) -> None:
+    chat("--session", "a", input="Hi\n")
+    (tmp_path / "other").write_text("kept")
+    (home / "a" / "lock").unlink()
+    (home / "a" / "lock").symlink_to(tmp_path / "other")
+    assert chat("--session", "a", input="Hi\n").exit_code == 0
+    assert (tmp_path / "other").read_text() == "kept"
