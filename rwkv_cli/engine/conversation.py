@@ -248,10 +248,15 @@ class Reply:
 
         An answer that is cancelled before its first piece never happened.
         """
-        yield from parts(itertools.chain([self.start], self.completion.stream(on_read)))
-        result = self.completion.result
-        if result.stop != "interrupted" or result.text:
+        pieces = self.completion.stream(on_read)
+        first = next(pieces, "")
+        if self.happened():
+            yield from parts(itertools.chain([self.start, first], pieces))
             self.conversation.finish(self)
+
+    def happened(self) -> bool:
+        """Return whether the answer was not cancelled before its first piece."""
+        return self.completion.result.stop != "interrupted" or bool(self.completion.result.text)
 
 
 def markdown(title: str, turns: Iterable[Turn]) -> str:

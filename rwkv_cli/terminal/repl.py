@@ -137,20 +137,20 @@ class Repl:
                         show("\n\n")
                     thought = thinking
                     show(piece, faint=thinking)
-            self._count(completion.result)
+            self._count(completion.result, "" if reply.happened() else "; the conversation is as it was")
             self._keep()
         if completion.cancelled and not self.terminal:
             raise KeyboardInterrupt
 
-    def _count(self, result: Result) -> None:
-        """Add an answer's figures to those of this run, and show them."""
+    def _count(self, result: Result, outcome: str) -> None:
+        """Add an answer's figures to those of this run, and show them with what an interruption came to."""
         click.echo("\n" if self.terminal else "")
         self.total.prompt_tokens += result.prompt_tokens
         self.total.prompt_seconds += result.prompt_seconds
         self.total.tokens += result.tokens
         self.total.seconds += result.seconds
         if self.terminal:
-            ended = {"length": " · cut short: /set max_tokens N allows more", "interrupted": " · interrupted"}
+            ended = {"length": " · cut short: /set max_tokens N allows more", "interrupted": f" · interrupted{outcome}"}
             note(f"{figures(result)}{ended.get(result.stop, '')}\n", faint=True)
 
     def _nameless(self) -> bool:

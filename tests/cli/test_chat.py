@@ -466,6 +466,20 @@ def test_ctrl_c_ends_a_chat_in_a_pipe(chat: Run, monkeypatch: pytest.MonkeyPatch
     assert "Aborted!" in result.stderr
 
 
+def test_ctrl_c_in_a_prompt_shows_no_answer(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = Model.advance
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return advance(*args, **options)
+
+    monkeypatch.setattr(Model, "advance", interrupted)
+    monkeypatch.setattr("rwkv_cli.terminal.repl.is_terminal", lambda: True)
+    result = chat("--template", "g1", "--think", "on", input="Hi\n/history\n")
+    assert result.stdout.strip() == ""
+    assert "interrupted; the conversation is as it was" in result.stderr
+
+
 def test_what_was_said_can_be_had(chat: Run, tmp_path: Path) -> None:
     file = tmp_path / "chat.md"
     answer = chat(input="Hi\n").stdout
