@@ -121,7 +121,8 @@ def shell(models: Path, tmp_path: Path) -> Callable[[str], None]:
             if line.startswith(beginning):
                 run(chat)
         for word in re.split(r"[\s=]+", line):
-            stand_in(models, tmp_path / word)
+            if not (line.startswith("rwkv convert") and word.endswith(".safetensors")):
+                stand_in(models, tmp_path / word)
         done = subprocess.run(["/bin/sh", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True,
                               stdin=subprocess.DEVNULL, check=False)  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stderr}"
@@ -144,8 +145,8 @@ def stand_in(models: Path, path: Path) -> None:
         path.write_text(texts[path.name])
     elif path.name in ("tuned.pth", "rwkv7-g1k-2.9b.int8.safetensors"):
         path.symlink_to(models / path.name)
-    elif re.fullmatch(r"(RWKV-|model\.|stories\.)\S*safetensors", path.name):
-        path.symlink_to(models / f"storyteller.{'float' if '.float.' in path.name else 'int8'}.safetensors")
+    elif path.suffix == ".safetensors":
+        path.symlink_to(models / f"storyteller.{'float' if 'float.' in path.name else 'int8'}.safetensors")
     elif re.fullmatch(r"RWKV\S*\.pth", path.name):
         path.symlink_to(models / "storyteller.pth")
         path.with_suffix(".tokenizer.json").symlink_to(models / "storyteller.tokenizer.json")
