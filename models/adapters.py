@@ -64,7 +64,7 @@ class Merged(SourceTensor):
         return self.base.item_size
 
     def bits(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        with np.errstate(over="ignore"):  # conversion refuses what is infinite
+        with np.errstate(over="ignore", invalid="ignore"):  # conversion refuses what is no number
             return self.change(self.base.float32(start, stop).astype(np.float64), start).astype(np.float32)
 
 

@@ -92,7 +92,8 @@ class Blocks(SourceTensor):
         begin, count = first // numbers * size, (last - first) // numbers
         raw = np.empty((count, size), np.uint8)
         self.file.read(self.start + begin, raw)
-        return dequantize(raw, GGMLQuantizationType[self.kind]).reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):  # conversion refuses what is no number
+            return dequantize(raw, GGMLQuantizationType[self.kind]).reshape(-1)
 
 
 def block_of(kind: str) -> tuple[int, int]:

@@ -8,10 +8,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from foreign import write_bin, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,9 +22,11 @@ from rwkv_cli.engine import sessions
 from rwkv_cli.engine.conversation import Conversation
 from rwkv_cli.engine.conversion import Conversion, read_tokenizer_file
 from rwkv_cli.engine.jobs import JobSettings, read_jobs
+from rwkv_cli.engine.messages import read_chat
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.engine.saved import load_start
+from rwkv_cli.engine.stored import judged
 from rwkv_cli.engine.storyteller import TOKENIZER
 from rwkv_cli.engine.templates import TEMPLATES
 from rwkv_cli.errors import RwkvError
@@ -35,6 +39,7 @@ fuzz = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+OTHER_SIZES = {"layers": 1, "width": 32, "vocab": 256, "head": 16, "ffn": 32}
 SMALL = tiny.weights("7", layers=1, width=16, vocab=256, head=8, ffn=32)
 RUNS: Counter[str] = Counter()
 
@@ -198,3 +203,77 @@ def test_batches(steps: list[Change]) -> None:
     read_or_refused(
         "batch", lambda: read_jobs("jobs", changed(content, steps), JobSettings(max_tokens=3, seed=None, stops=()))
     )
+
+
+@fuzz
+@given(steps=changes, version=st.sampled_from(["6", "7"]), inside=st.booleans())
+def test_gguf(folder: Path, steps: list[Change], version: str, inside: bool) -> None:
+    path = folder / f"{version}.gguf"
+    if not path.is_file():
+        write_gguf(path, version, tiny.weights(version, **OTHER_SIZES), "Q8_0")
+    content, head = path.read_bytes(), 8192 if inside else None
+    (folder / "a.gguf").write_bytes(changed(content[:head], steps) + (content[head:] if head else b""))
+    read_or_refused("GGUF", lambda: convert(folder / "a.gguf"))
+
+
+@fuzz
+@given(steps=changes, version=st.sampled_from(["4", "5.2", "6", "7"]))
+def test_rwkv_cpp(folder: Path, steps: list[Change], version: str) -> None:
+    path = folder / f"{version}.bin"
+    if not path.is_file():
+        write_bin(path, version, tiny.weights(version, **OTHER_SIZES), "Q8_0")
+    (folder / "a.bin").write_bytes(changed(path.read_bytes(), steps))
+    read_or_refused("rwkv.cpp", lambda: convert(folder / "a.bin"))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5) | st.just("rwkv7"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = [
+    *("layer_norm_epsilon", "norm_eps", "group_norm_epsilon", "head_size_divisor", "hidden_act", "norm_bias", "attn"),
+    *("embedding_layer_norm_fused", "tie_word_embeddings", "attention_hidden_size", "value_dim", "norm_first"),
+    *("quantization_config", "quantization", "eos_token_id", "chat_template", "bos_token", "eos_token", "weight_map"),
+    *("lora_alpha", "use_rslora", "init_lora_weights", "general.architecture", "tokenizer.ggml.tokens"),
+]
+BESIDE = ["config.json", "tokenizer_config.json", "adapter_config.json", "model.safetensors.index.json", "vocab.json"]
+
+
+@fuzz
+@given(name=st.sampled_from(BESIDE), fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
+def test_files_beside_a_checkpoint(folder: Path, name: str, fields: dict[str, Any]) -> None:
+    """Each field has a value of any kind."""
+    for place in (folder / "model", folder / "adapter"):
+        place.mkdir(exist_ok=True)
+    tiny.write_safetensors(folder / "model" / "model.safetensors", SMALL)
+    matrix = SMALL["blocks.0.att.key.weight"]
+    pair = {"blocks.0.att.key.lora_A": matrix[:2], "blocks.0.att.key.lora_B": matrix[:, :2]}
+    tiny.write_safetensors(folder / "adapter" / "adapter_model.safetensors", pair)
+    path = folder / ("adapter" if name.startswith("adapter") else "model") / name
+    path.write_text(json.dumps(fields))
+    adapters = [folder / "adapter"] if path.parent.name == "adapter" else []
+    read_or_refused("JSON", lambda: Conversion.of(folder / "model", "none", adapters=adapters))
+    path.unlink()
+
+
+WORDS = [
+    *("{{ ", " }}", "{% ", " %}", "for m in messages", "endfor", "if ", "endif", "break", "set x = ", "macro f(x)"),
+    *("endmacro", "m.content", "messages", "[0]", ".__class__", "range(", ")", "9" * 30, " ** ", " * ", " ~ ", "'a'"),
+    *("|list", "|tojson", "|wordwrap(0)", "loop(", "f(", "raise_exception(", "strftime_now(", "bos_token", "1e999"),
+]
+
+
+@fuzz
+@given(words=st.lists(st.sampled_from(WORDS), max_size=12), said=VALUES)
+def test_templates_and_messages(words: list[str], said: Any) -> None:
+    read_or_refused("template", lambda: judged(Path("a.jinja"), "".join(words), {}, "folder"))
+    for messages in (said, [{"role": "user", "content": said}], [{"role": "tool", "content": "a", "tool_calls": said}]):
+
+        def write(messages: Any = messages) -> None:
+            chat = read_chat(json.dumps(messages).encode(), "messages")
+            for template in TEMPLATES.values():
+                form = template.for_chat(chat)
+                form.whole(chat, form.default_think)
+
+        read_or_refused("messages", write)

@@ -11,61 +11,13 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import Result
+from foreign import write_bin
 
 import rwkv_cli
 from rwkv_cli.quant import Checkpoint, open_source
 
 Run = Callable[..., Result]
-KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 7, "Q5_1": 8, "Q8_0": 9}
 SIZES = {"width": 64, "head": 16, "ffn": 128, "vocab": 256}
-LOW_RANKS = ("maa_w1", "maa_w2", "decay_w1", "decay_w2", *(f".{x}{i}" for x in "wavg" for i in "12"))
-
-
-def stored(version: str, weights: tiny.Tensors) -> tiny.Tensors:
-    """As rwkv.cpp's convert_pytorch_to_ggml.py does it."""
-    out: tiny.Tensors = {}
-    heads = len(weights.get("blocks.0.att.time_faaaa", weights.get("blocks.0.att.time_decay", ())))
-    for name, array in weights.items():
-        if ".att.x_" in name:
-            name = name[: name.index("x_")] + "x_rwkvag"
-            out[name] = np.concatenate([out[name], array]) if name in out else array
-            continue
-        array = array.squeeze() if ".time_" in name else array
-        if name.endswith(LOW_RANKS):
-            array = np.swapaxes(array, -1, -2)
-        elif name.endswith("time_decay"):
-            if version == "4":
-                array = -np.exp(array)
-            elif version == "6":
-                array = array.reshape(heads, -1, 1)
-            else:
-                array = np.exp(-np.exp(array))
-                array = array[..., None] if version == "5.2" else array.reshape(-1, 1, 1)
-        elif name.endswith("time_faaaa"):
-            array = array[..., None]
-        elif name.endswith("time_first") and version == "5.0":
-            array = np.exp(array).reshape(-1, 1, 1)
-        out[name] = array
-    return out
-
-
-def write_bin(path: Path, version: str, weights: tiny.Tensors, kind: str = "F32", form: int = 101) -> Path:
-    """An rwkv.cpp file. What rwkv.cpp quantizes is of the kind, and the rest is float32."""
-    layers = sum(name.endswith("ln1.weight") for name in weights)
-    data = struct.pack("<6I", 0x67676D66, form, *weights["emb.weight"].shape, layers, KINDS[kind])
-    for name, array in stored(version, weights).items():
-        matrix = array.ndim == 2 and (kind == "F16" or not name.startswith(("emb", "head")))
-        small = (".k_k", ".k_a", ".r_k", ".x_", ".w0", ".a0", ".v0", *(f".{x}{i}" for x in "wavg" for i in "12"))
-        matrix &= not any(part in name for part in (".time_", *small)) or (version == "6" and name.endswith(LOW_RANKS))
-        chosen = kind if matrix and array.shape[-1] % 32 == 0 else "F32"
-        data += struct.pack("<3I", array.ndim, len(name), KINDS[chosen])
-        data += struct.pack(f"<{array.ndim}I", *array.shape[::-1]) + name.encode()
-        if chosen in ("F32", "F16"):
-            data += array.astype("<f4" if chosen == "F32" else "<f2").tobytes()
-        else:
-            data += gguf.quantize(np.ascontiguousarray(array), gguf.GGMLQuantizationType[chosen]).tobytes()
-    path.write_bytes(data)
-    return path
 
 
 def logits(rwkv: Run, path: Path, ids: Sequence[int] = (1, 200, 3)) -> Any:
