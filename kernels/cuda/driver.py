@@ -123,6 +123,12 @@ def synchronize() -> None:
         checked(driver.cuStreamSynchronize(_handle()))
 
 
+def capability() -> tuple[int, int]:
+    """The GPU's compute capability."""
+    major, minor = cuda.get_current_device().compute_capability
+    return major, minor
+
+
 def multiprocessors() -> int:
     """How many multiprocessors the GPU has."""
     return int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
@@ -223,7 +229,7 @@ class Graph:
                 raise DeviceError(f"the GPU's driver captures no graph: {error}") from error
             graph = checked(driver.cuStreamEndCapture(int(on)))
         try:
-            if cuda.get_current_device().compute_capability >= _OVERLAPS:
+            if capability() >= _OVERLAPS:
                 _overlap(graph)
             self._executable = checked(driver.cuGraphInstantiate(graph, 0))
         finally:

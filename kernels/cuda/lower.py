@@ -11,6 +11,7 @@ from typing import Any
 from rwkv_cli.kernels import program as p
 from rwkv_cli.kernels.cuda.device import elementwise, heads, levels, matmul, matmul_float, scores, wkv4, wkv6, wkv7
 from rwkv_cli.kernels.cuda.device.compile import Kernel
+from rwkv_cli.kernels.cuda.driver import capability
 from rwkv_cli.kernels.cuda.executable import CudaProgram
 from rwkv_cli.kernels.cuda.launches import AddressOf, Argument, Between, Blocks, Place, Table, Tiles
 from rwkv_cli.kernels.cuda.lowering import Levels, Lowering, forms_of
@@ -281,16 +282,17 @@ def _wkv7(low: Lowering, op: p.Wkv7) -> None:
 
 
 def _by_heads(
-    low: Lowering, op: p.Wkv6 | p.Wkv7, kernel: Callable[[int, int], Kernel], arguments: dict[str, Argument]
+    low: Lowering, op: p.Wkv6 | p.Wkv7, kernel: Callable[[int, heads.Form], Kernel], arguments: dict[str, Argument]
 ) -> None:
     """A recurrence whose block has a head of a sequence: a kernel for few tokens a sequence, and one for many."""
     (H, N), B, rows = op.bonus.shape, _sequences(op.state), op.out.rows
     arguments |= _states(low, op)
     arguments |= {"y": low.new(op.out), **low.new_levels_if_wanted(op.out)._asdict(), "D": op.receptance.columns}
     few = min(heads.FEW_TOKENS * B, rows.most)
-    for turns, only in ((heads.FEW, Between(rows, 1, few)), (heads.MANY, Between(rows, few + 1, rows.most))):
+    forms = heads.forms(capability())
+    for form, only in ((forms.few, Between(rows, 1, few)), (forms.many, Between(rows, few + 1, rows.most))):
         if only.first <= only.last:
-            low.launches.add(kernel(N, turns), Blocks((H, B), heads.threads(N), only), **arguments)
+            low.launches.add(kernel(N, form), Blocks((H, B), heads.threads(N), only), **arguments)
 
 
 def _states(low: Lowering, op: p.Wkv4 | p.Wkv6 | p.Wkv7) -> dict[str, Argument]:

@@ -30,9 +30,9 @@ def main(capability: tuple[int, int]) -> None:
         cuda_elementwise.layer_norm(width)
         cuda_elementwise.norm_shift(width)
     for size in (64, 24):
-        for turns in (heads.FEW, heads.MANY):
-            wkv6.wkv6(size, turns)
-            wkv7.wkv7(size, turns)
+        for form in heads.forms(capability):
+            wkv6.wkv6(size, form)
+            wkv7.wkv7(size, form)
     print(json.dumps({kernel.name: facts(cuda, nvjitlink, kernel, capability) for kernel in KERNELS}))
 
 

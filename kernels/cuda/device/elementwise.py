@@ -39,8 +39,9 @@ from rwkv_cli.kernels.program import ACTIVATIONS
 from rwkv_cli.numbers import FLOAT_DTYPES, GROUP
 
 THREADS = 256
-"""Most threads of a block, but for those that norm a row."""
-_MOST_THREADS = 32 * MOST_WARPS
+"""Most threads of a block of any other kernel here."""
+_MOST_THREADS = 512
+"""Threads of a block that norms a row. More would leave too few registers for what each keeps of a wide row."""
 _ONE = np.float32(1)
 _SOFT = np.float32(-0.606530659712633)  # −e^{−1/2}
 _SIGMOID, _SILU, _TANH = ACTIVATIONS.index("sigmoid"), ACTIVATIONS.index("silu"), ACTIVATIONS.index("tanh")

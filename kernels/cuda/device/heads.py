@@ -53,7 +53,26 @@ def sizes_of(N: int, turns: int) -> Sizes:
     return Sizes(whole, warps, rounds, rounds * ROWS * PAIR, -(-whole // 32), min(turns * warps, _SHARED // whole))
 
 
-FEW, MANY = 1, 4
-"""Tokens of a warp in a tile, for sequences of few tokens and of many. A token's numbers do not depend on it."""
+class Form(NamedTuple):
+    """A form of a kernel. A token's numbers do not depend on it."""
+
+    turns: int
+    """Tokens of a warp in a tile."""
+    blocks: int
+    """Blocks that a multiprocessor should hold, which bounds a thread's registers."""
+
+
+class Forms(NamedTuple):
+    """The forms for sequences of few tokens and of many."""
+
+    few: Form
+    many: Form
+
+
+def forms(capability: tuple[int, int]) -> Forms:
+    """The forms for a GPU. Before Hopper, compilers need more registers for the same kernel."""
+    return Forms(Form(1, 4), Form(4, 2)) if capability >= (9, 0) else Forms(Form(1, 2), Form(2, 2))
+
+
 FEW_TOKENS = 4
 """Sequences of so many tokens, on average, are of few."""

@@ -10,8 +10,8 @@ from numba.cuda.np.numpy_support import as_dtype
 from numba.cuda.simulator import kernelapi
 from numpy.typing import NDArray
 
-_LANES: list[Any] = [0] * 1024
-"""What each thread of the running block shows its warp."""
+_LANES: list[list[Any]] = [[0] * 1024, [0] * 1024]
+"""What each thread of the running block shows its warp. Two lists in turns: no thread can be two exchanges ahead."""
 
 
 def _shared_array(shared: Any, shape: Any, dtype: Any, alignment: int = 0) -> Any:  # noqa: ARG001
@@ -26,12 +26,11 @@ setattr(kernelapi.FakeCUDAShared, "array", _shared_array)  # noqa: B010 - mypy t
 def _of_warp(value: Any) -> tuple[NDArray[Any], int]:
     """The values of a warp's lanes, and which lane this is."""
     thread: Any = threading.current_thread()
-    tid = thread.threadIdx.x
-    _LANES[tid] = value
+    tid, turn = thread.threadIdx.x, getattr(thread, "exchanges", 0) % 2
+    thread.exchanges = turn + 1
+    _LANES[turn][tid] = value
     thread.syncthreads()
-    values = np.array(_LANES[tid // 32 * 32 : tid // 32 * 32 + 32])
-    thread.syncthreads()
-    return values, tid % 32
+    return np.array(_LANES[turn][tid // 32 * 32 : tid // 32 * 32 + 32]), tid % 32
 
 
 def warp_sum(value: Any) -> Any:
@@ -42,8 +41,10 @@ def warp_sum(value: Any) -> Any:
 
 
 def warp_sums(values: Any, count: int) -> None:
-    for i in range(count):
-        values[i] = warp_sum(values[i])
+    sums, lane = _of_warp(values[:count].copy())
+    for distance in (16, 8, 4, 2, 1):
+        sums = sums + sums[np.arange(32) ^ distance]
+    values[:count] = sums[lane]
 
 
 def warp_max(value: Any) -> Any:

@@ -23,18 +23,21 @@ from rwkv_cli.kernels.cuda.device.compile import (
     wait_for_previous,
     warp_sums,
 )
-from rwkv_cli.kernels.cuda.device.heads import LANES, PAIR, ROWS, SPAN, sizes_of, threads
+from rwkv_cli.kernels.cuda.device.heads import LANES, PAIR, ROWS, SPAN, Form, sizes_of, threads
 from rwkv_cli.kernels.cuda.device.levels import TOKENS, levels_at, put_group
 from rwkv_cli.numbers import GROUP
 
 
 @functools.cache
-def wkv6(N: int, TURNS: int) -> Kernel:
-    """The kernel for heads of size N."""
+def wkv6(N: int, form: Form) -> Kernel:
+    """The kernel for heads of size N, in one of its forms."""
+    TURNS, BLOCKS = form
     NP, WARPS, ROUNDS, STATE, CHANNELS, TILE = sizes_of(N, TURNS)
     RAW, ALL, SIZE, NOTHING = TURNS * CHANNELS, TILE * NP, np.float32(N), np.float32(0)
+    # Known when it is compiled: nothing is beyond a head of whole chunks, or of whole warps.
+    WHOLE, FULL = N == NP, N % 32 == 0
 
-    @kernel(threads(N), 2 if TURNS > 1 else 4, name=f"wkv6 N={N} ×{TURNS}")
+    @kernel(threads(N), BLOCKS, name=f"wkv6 N={N} ×{TURNS}")
     def wkv6(
         r: Address,
         k: Address,
@@ -82,7 +85,7 @@ def wkv6(N: int, TURNS: int) -> Kernel:
         kept = i64(state) + offset + 4 * N * N * (b * (D // N) + h) + 4 * column
         for i in range(STATE):
             row, side = i // (ROWS * PAIR) * SPAN + first + i // PAIR % ROWS, i % PAIR
-            S[i] = f32(kept + 4 * (N * row + side)) if row < N and column + side < N else NOTHING
+            S[i] = f32(kept + 4 * (N * row + side)) if WHOLE or (row < N and column + side < N) else NOTHING
         # Each round has a tile's tokens, and loads what the next one needs. The first one only loads.
         for start in range(begin - TILE, end, TILE):
             count = min(TILE, end - start) if start >= begin else 0
@@ -91,7 +94,7 @@ def wkv6(N: int, TURNS: int) -> Kernel:
                 for j in range(CHANNELS):
                     i, c, token = turn * CHANNELS + j, j * 32 + lane, turn * WARPS + warp
                     at = token * NP + c
-                    if token < count and c < N:
+                    if token < count and (FULL or c < N):
                         receptance[at], decay[at], key[at], value[at] = raw_r[i], raw_w[i], raw_k[i], raw_v[i]
                         totals[turn] += raw_r[i] * f32(u + 4 * (h * N + c)) * raw_k[i]
                     elif token < count and c < NP:
@@ -104,7 +107,7 @@ def wkv6(N: int, TURNS: int) -> Kernel:
             cuda.syncthreads()
             # No load waits for another: what is beyond the end is read again, and nothing is made of it.
             for i in range(RAW):
-                channel = h * N + min(i % CHANNELS * 32 + lane, np.int64(N - 1))
+                channel = h * N + (i % CHANNELS * 32 + lane if FULL else min(i % CHANNELS * 32 + lane, np.int64(N - 1)))
                 now = start + i // CHANNELS * WARPS + warp
                 t = min(now + TILE, end - 1)
                 at = 4 * (D * t + channel)
@@ -112,7 +115,9 @@ def wkv6(N: int, TURNS: int) -> Kernel:
                 raw_w[i], gates[i] = f32(w + 4 * (w_stride * t + channel)), np.float32(1)
             if gate != 0:
                 for i in range(RAW):
-                    channel = h * N + min(i % CHANNELS * 32 + lane, np.int64(N - 1))
+                    channel = h * N + (
+                        i % CHANNELS * 32 + lane if FULL else min(i % CHANNELS * 32 + lane, np.int64(N - 1))
+                    )
                     now = start + i // CHANNELS * WARPS + warp
                     gates[i] = f32(gate + 4 * (D * min(max(now, begin), end - 1) + channel))
             for step in range(count):
@@ -145,7 +150,7 @@ def wkv6(N: int, TURNS: int) -> Kernel:
                     mean, totals[turn] = totals[turn] / SIZE, NOTHING
                     for j in range(CHANNELS):
                         i = turn * CHANNELS + j
-                        if j * 32 + lane < N:
+                        if FULL or j * 32 + lane < N:
                             out[i] -= mean
                             totals[turn] += out[i] * out[i]
                 warp_sums(totals, TURNS)
@@ -156,7 +161,7 @@ def wkv6(N: int, TURNS: int) -> Kernel:
                         for j in range(CHANNELS):
                             i, c = turn * CHANNELS + j, j * 32 + lane
                             channel = h * N + c
-                            if inside and c < N:
+                            if inside and (FULL or c < N):
                                 out[i] = out[i] * scale * f32(weight + 4 * channel) + f32(bias + 4 * channel)
                                 out[i] *= gates[i]
                                 put_f32(y + 4 * (D * t + channel), out[i])
@@ -166,7 +171,7 @@ def wkv6(N: int, TURNS: int) -> Kernel:
                 cuda.syncthreads()
         for i in range(STATE):
             row, side = i // (ROWS * PAIR) * SPAN + first + i // PAIR % ROWS, i % PAIR
-            if row < N and column + side < N:
+            if WHOLE or (row < N and column + side < N):
                 put_f32(kept + 4 * (N * row + side), S[i])
 
     return wkv6

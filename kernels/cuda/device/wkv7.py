@@ -23,18 +23,21 @@ from rwkv_cli.kernels.cuda.device.compile import (
     wait_for_previous,
     warp_sums,
 )
-from rwkv_cli.kernels.cuda.device.heads import LANES, PAIR, ROWS, SPAN, sizes_of, threads
+from rwkv_cli.kernels.cuda.device.heads import LANES, PAIR, ROWS, SPAN, Form, sizes_of, threads
 from rwkv_cli.kernels.cuda.device.levels import TOKENS, levels_at, put_group
 from rwkv_cli.numbers import GROUP
 
 
 @functools.cache
-def wkv7(N: int, TURNS: int) -> Kernel:
-    """The kernel for heads of size N."""
+def wkv7(N: int, form: Form) -> Kernel:
+    """The kernel for heads of size N, in one of its forms."""
+    TURNS, BLOCKS = form
     NP, WARPS, ROUNDS, STATE, CHANNELS, TILE = sizes_of(N, TURNS)
     RAW, ALL, SIZE, NOTHING = TURNS * CHANNELS, TILE * NP, np.float32(N), np.float32(0)
+    # Known when it is compiled: nothing is beyond a head of whole chunks, or of whole warps.
+    WHOLE, FULL = N == NP, N % 32 == 0
 
-    @kernel(threads(N), 2 if TURNS > 1 else 4, name=f"wkv7 N={N} ×{TURNS}")
+    @kernel(threads(N), BLOCKS, name=f"wkv7 N={N} ×{TURNS}")
     def wkv7(
         r: Address,
         w: Address,
@@ -90,7 +93,7 @@ def wkv7(N: int, TURNS: int) -> Kernel:
         kept = i64(state) + offset + 4 * N * N * (b * (D // N) + h) + 4 * column
         for i in range(STATE):
             row, side = i // (ROWS * PAIR) * SPAN + first + i // PAIR % ROWS, i % PAIR
-            S[i] = f32(kept + 4 * (N * row + side)) if row < N and column + side < N else NOTHING
+            S[i] = f32(kept + 4 * (N * row + side)) if WHOLE or (row < N and column + side < N) else NOTHING
         for i in range(RAW):
             firsts[i] = mixes[i] = NOTHING
         # Each round has a tile's tokens, and loads what the next one needs. The first one only loads.
@@ -102,7 +105,7 @@ def wkv7(N: int, TURNS: int) -> Kernel:
                     for j in range(CHANNELS):
                         i, c = turn * CHANNELS + j, j * 32 + lane
                         out[i] = NOTHING
-                        if c < N:
+                        if FULL or c < N:
                             channel = 4 * (h * N + c)
                             out[i] = raw_k[i] * f32(k_k + channel)
                             raw_k[i] *= np.float32(1) + (raw_a[i] - np.float32(1)) * f32(k_a + channel)
@@ -118,7 +121,7 @@ def wkv7(N: int, TURNS: int) -> Kernel:
                         bonus[token] = totals[turn]
                     for j in range(CHANNELS):
                         i, at = turn * CHANNELS + j, token * NP + j * 32 + lane
-                        if j * 32 + lane < N:
+                        if FULL or j * 32 + lane < N:
                             receptance[at], decay[at], key[at], value[at] = raw_r[i], raw_w[i], raw_k[i], raw_v[i]
                             kappa[at], removal[at] = out[i] * inverse, -(out[i] * inverse * raw_a[i])
                             if v_first != 0:
@@ -128,7 +131,7 @@ def wkv7(N: int, TURNS: int) -> Kernel:
             cuda.syncthreads()
             # No load waits for another: what is beyond the end is read again, and nothing is made of it.
             for i in range(RAW):
-                channel = h * N + min(i % CHANNELS * 32 + lane, np.int64(N - 1))
+                channel = h * N + (i % CHANNELS * 32 + lane if FULL else min(i % CHANNELS * 32 + lane, np.int64(N - 1)))
                 now = start + i // CHANNELS * WARPS + warp
                 at = 4 * (D * min(now + TILE, end - 1) + channel)
                 raw_r[i], raw_w[i], raw_k[i] = f32(r + at), f32(w + at), f32(k + at)
@@ -136,7 +139,9 @@ def wkv7(N: int, TURNS: int) -> Kernel:
                 gates[i] = f32(g + 4 * (D * min(max(now, begin), end - 1) + channel))
             if v_first != 0:
                 for i in range(RAW):
-                    channel = h * N + min(i % CHANNELS * 32 + lane, np.int64(N - 1))
+                    channel = h * N + (
+                        i % CHANNELS * 32 + lane if FULL else min(i % CHANNELS * 32 + lane, np.int64(N - 1))
+                    )
                     at = 4 * (D * min(start + i // CHANNELS * WARPS + warp + TILE, end - 1) + channel)
                     firsts[i], mixes[i] = f32(v_first + at), f32(v_gate + at)
             for step in range(count):
@@ -170,14 +175,14 @@ def wkv7(N: int, TURNS: int) -> Kernel:
                     totals[turn] = NOTHING
                     for j in range(CHANNELS):
                         i, c, token = turn * CHANNELS + j, j * 32 + lane, turn * WARPS + warp
-                        out[i] = sums[token * NP + c] if token < count and c < N else NOTHING
+                        out[i] = sums[token * NP + c] if token < count and (FULL or c < N) else NOTHING
                         totals[turn] += out[i]
                 warp_sums(totals, TURNS)
                 for turn in range(TURNS):
                     mean, totals[turn] = totals[turn] / SIZE, NOTHING
                     for j in range(CHANNELS):
                         i = turn * CHANNELS + j
-                        if j * 32 + lane < N:
+                        if FULL or j * 32 + lane < N:
                             out[i] -= mean
                             totals[turn] += out[i] * out[i]
                 warp_sums(totals, TURNS)
@@ -189,7 +194,7 @@ def wkv7(N: int, TURNS: int) -> Kernel:
                         for j in range(CHANNELS):
                             i, c = turn * CHANNELS + j, j * 32 + lane
                             channel = h * N + c
-                            if inside and c < N:
+                            if inside and (FULL or c < N):
                                 out[i] = out[i] * scale * f32(weight + 4 * channel) + f32(bias + 4 * channel)
                                 out[i] = (out[i] + bonus[token] * value[token * NP + c]) * gates[i]
                                 put_f32(y + 4 * (D * t + channel), out[i])
@@ -199,7 +204,7 @@ def wkv7(N: int, TURNS: int) -> Kernel:
                 cuda.syncthreads()
         for i in range(STATE):
             row, side = i // (ROWS * PAIR) * SPAN + first + i // PAIR % ROWS, i % PAIR
-            if row < N and column + side < N:
+            if WHOLE or (row < N and column + side < N):
                 put_f32(kept + 4 * (N * row + side), S[i])
 
     return wkv7
