@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rwkv_cli.commands.options import TEMPLATE_NAMES
+from rwkv_cli.errors import pasted
 from rwkv_cli.terminal.output import columns, note, one_line
 
 if TYPE_CHECKING:
@@ -113,7 +114,12 @@ def command(
                 f"Nothing tells the alpha of {one_line(adapter.path)}: RWKV-PEFT's default, {adapter.alpha:g}, was "
                 "taken. If it was trained with another, give alpha / rank with --adapter-scale."
             )
-    note(f"Dry run: {one_line(dst)} was not written." if dry_run else f"Wrote {one_line(dst)}")
+    if dry_run:
+        note(f"Dry run: {one_line(dst)} was not written.")
+        return
+    note(f"Wrote {one_line(dst)}")
+    if metadata["tokenizer"] != "none":
+        note(f"To chat with it: {one_line(pasted('rwkv', 'chat', '-m', dst))}")
 
 
 def _report(conversion: Conversion, done: list[Written]) -> str:

@@ -307,4 +307,6 @@ def test_messages_have_no_numbers_of_errors_and_commands_can_be_pasted(
         assert "Errno" not in result.stderr
     monkeypatch.chdir(tmp_path)
     shutil.copy(byte_model.with_suffix(".pth"), "m.pth")
-    assert rwkv("convert", "m.pth").stderr.splitlines()[-1] == "Wrote m.int8.safetensors"
+    *_, wrote, next_one = rwkv("convert", "m.pth").stderr.splitlines()
+    assert wrote == "Wrote m.int8.safetensors"
+    assert shlex.split(next_one.partition(": ")[2]) == ["rwkv", "chat", "-m", "m.int8.safetensors"]

@@ -62,7 +62,7 @@ def test_it_writes_beside_the_source(rwkv: Run, tmp_path: Path, source: Path, mo
     result = accepted(rwkv, source)
     os.umask(old)
     assert result.stdout.startswith("architecture     RWKV-7\n")
-    assert result.stderr.endswith(f"Wrote {tmp_path}/RWKV-x070-g1.0.int8.safetensors\n")
+    assert f"Wrote {tmp_path}/RWKV-x070-g1.0.int8.safetensors\n" in result.stderr
     assert (tmp_path / "RWKV-x070-g1.0.int8.safetensors").stat().st_mode & 0o777 == 0o640
     accepted(rwkv, source, "--quant", "none")
     cache = tmp_path / "cache" / "snapshot"

@@ -246,7 +246,7 @@ def test_shards_make_one_model(rwkv: Run, tmp_path: Path, pattern: str) -> None:
     files = sorted(shards(tmp_path, pattern))
     result = rwkv("convert", tmp_path / "model")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr.endswith(f"Wrote {tmp_path / 'model.int8.safetensors'}\n")
+    assert f"Wrote {tmp_path / 'model.int8.safetensors'}\n" in result.stderr
     whole = tiny.write_pth(tmp_path / "whole.pth", SMALL, "F32")
     assert rwkv("convert", whole).exit_code == 0
     digests = {Checkpoint(tmp_path / f"{name}.int8.safetensors").digest for name in ("model", "whole")}

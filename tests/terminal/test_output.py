@@ -41,9 +41,9 @@ def clean(result: Result, lines: int | None = None) -> None:
 
 def test_names_of_files_steer_nothing(rwkv: Run, evil: Path, tmp_path: Path) -> None:
     model, source, out = f"{evil}.safetensors", f"{evil}.pth", tmp_path / f"{EVIL}.out"
-    # a note on the chat template, and the line with the name
+    # a note on the chat template, and the lines with the name
     clean(rwkv("convert", source, out, "--dry-run"), 2)
-    clean(rwkv("convert", source, out), 2)
+    clean(rwkv("convert", source, out), 3)
     clean(rwkv("convert", source, out), 1)  # it exists
     clean(rwkv("info", model))
     clean(rwkv("info", out, "--tensors"))
