@@ -214,7 +214,7 @@ class _Factor:
 
 
 def _change(adapter: Adapter, matrix: str, parts: list[_Factor], shape: Shape) -> Change:
-    """What the factors of a matrix of this shape do to its rows."""
+    """The change that the factors of a matrix of this shape make to its rows."""
     names, shapes = [part.name for part in parts], [part.tensor.shape for part in parts]
     out, inputs = shape
     match [name.rpartition(".")[2].removeprefix("init_") for name in names], shapes:

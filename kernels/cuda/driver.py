@@ -53,7 +53,7 @@ def stream() -> Any:
 
 
 class _Thread(threading.local):
-    """What a thread knows of the GPU: the stream as the driver's calls want it, once it has used the GPU."""
+    """A thread's own knowledge of the GPU: the stream as the driver's calls want it, once it has used it."""
 
     handle: int | None = None
 
@@ -135,7 +135,7 @@ def multiprocessors() -> int:
 
 
 class _Lent:
-    """What an array on memory of the host stands on, as long as the array or a view of it is there."""
+    """The owner of an array on memory of the host. It lives as long as the array or a view of it."""
 
     def __init__(self, values: NDArray[Any]) -> None:
         self.__array_interface__ = values.__array_interface__

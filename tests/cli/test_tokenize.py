@@ -56,7 +56,7 @@ def test_the_pieces_make_up_the_text(rwkv: Run, kind: str, request: pytest.Fixtu
 def test_a_long_text_is_split_as_a_short_one(
     rwkv: Run, request: pytest.FixtureRequest, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is split a part at a time, and the parts are not in the result."""
+    """A long text is split a part at a time, and the parts are not in the result."""
     monkeypatch.setattr("rwkv_cli.commands.tokenize._BLOCK", 7)
     model = request.getfixturevalue(kind)
     text = TEXT * 50

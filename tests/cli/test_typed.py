@@ -1,4 +1,4 @@
-"""What the pages tell to type, typed in a fresh folder beside what a clone has: commands, and README's Python."""
+"""All that the pages tell to type, typed in a fresh folder beside what a clone has: commands, and README's Python."""
 
 import importlib.util
 import os

@@ -143,7 +143,7 @@ def test_long_texts_are_split_as_by_the_reference(shared: Path, reference: Any) 
     heads=st.lists(st.integers(0, 29), max_size=20),
 )  # fmt: skip
 def test_any_vocabulary_splits_alike(table: list[bytes], data: bytes, heads: list[int]) -> None:
-    """Of two equal tokens, one counts. What cannot be spelled is named at the same place."""
+    """One of two equal tokens counts. What cannot be spelled is named at the same place."""
     tokenizer = WorldTokenizer([b"", *table])
     text = b"".join(table[i % len(table)] for i in heads) + data
     found = []

@@ -122,7 +122,7 @@ def _capability() -> tuple[int, int]:
 
 
 def _tells(text: str) -> Callable[[Any], Any]:
-    """What emits an instruction of Hopper and later that tells the GPU of the launches before and after."""
+    """An emitter of an instruction, of Hopper and later, that tells the GPU of the launches before and after."""
 
     def emit(b: Any) -> Any:
         if _capability() >= (9, 0):
