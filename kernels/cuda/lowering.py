@@ -69,7 +69,7 @@ class Lowering:
         self.launches.add(kernel, Blocks((-(-like.columns // threads), Tiles(like.rows)), threads), **arguments)
 
 
-class Form(NamedTuple):
+class ProductForm(NamedTuple):
     """A kernel for products with several tokens, and the shape of its blocks."""
 
     kernel: Kernel
@@ -80,14 +80,17 @@ class Form(NamedTuple):
     shares: bool
 
 
-def forms_of(rows: p.Count) -> Iterator[tuple[Form, Between]]:
+def forms_of(rows: p.Count) -> Iterator[tuple[ProductForm, Between]]:
     """The forms of `matmul` for up to so many rows, and the numbers of rows that each serves. `matvec` serves one."""
     first = 2
     for shape in matmul.SHAPES:
         last = min(shape.tokens, rows.most)
-        yield Form(matmul.matmul(shape), shape.strips, shape.tokens, shape.warps, True), Between(rows, first, last)
+        yield (
+            ProductForm(matmul.matmul(shape), shape.strips, shape.tokens, shape.warps, True),
+            Between(rows, first, last),
+        )
         if last == rows.most:
             return
         first = last + 1
-    wide = Form(matmul.matmul_wide, matmul.WIDE_STRIPS, matmul.WIDE_TOKENS, matmul.WIDE_THREADS // 32, False)
+    wide = ProductForm(matmul.matmul_wide, matmul.WIDE_STRIPS, matmul.WIDE_TOKENS, matmul.WIDE_THREADS // 32, False)
     yield wide, Between(rows, first, rows.most)

@@ -5,8 +5,9 @@ Rows are those of B sequences, and `starts` is int64 [B + 1]. The states begin `
 a tile of them at a time: what needs no state is done for all tokens of the tile at once, a warp a token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from rwkv_cli.kernels.cuda.device.compile import Int, function
 from rwkv_cli.numbers import GROUP
 
 ROWS, PAIR, LANES = 4, 2, 4
@@ -33,7 +34,7 @@ def puts_levels(N: int) -> bool:
 
 
 class Sizes(NamedTuple):
-    """What a kernel for heads of size N is made of."""
+    """The numbers that a kernel for heads of one size is made of."""
 
     padded: int
     warps: int
@@ -51,6 +52,12 @@ def sizes_of(N: int, turns: int) -> Sizes:
     whole, warps = padded(N), threads(N) // 32
     rounds = whole // SPAN
     return Sizes(whole, warps, rounds, rounds * ROWS * PAIR, -(-whole // 32), min(turns * warps, _SHARED // whole))
+
+
+@function
+def place_of(i: Int, first: Int) -> Any:
+    """The row and the side of the pair of columns that number `i` of a thread's state has. `first` is its first row."""
+    return i // (ROWS * PAIR) * SPAN + first + i // PAIR % ROWS, i % PAIR
 
 
 class Form(NamedTuple):

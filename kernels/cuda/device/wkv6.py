@@ -23,7 +23,7 @@ from rwkv_cli.kernels.cuda.device.compile import (
     wait_for_previous,
     warp_sums,
 )
-from rwkv_cli.kernels.cuda.device.heads import LANES, PAIR, ROWS, SPAN, Form, sizes_of, threads
+from rwkv_cli.kernels.cuda.device.heads import LANES, PAIR, ROWS, SPAN, Form, place_of, sizes_of, threads
 from rwkv_cli.kernels.cuda.device.levels import TOKENS, levels_at, put_group
 from rwkv_cli.numbers import GROUP
 
@@ -84,7 +84,7 @@ def wkv6(N: int, form: Form) -> Kernel:
             return
         kept = i64(state) + offset + 4 * N * N * (b * (D // N) + h) + 4 * column
         for i in range(STATE):
-            row, side = i // (ROWS * PAIR) * SPAN + first + i // PAIR % ROWS, i % PAIR
+            row, side = place_of(i, first)
             S[i] = f32(kept + 4 * (N * row + side)) if WHOLE or (row < N and column + side < N) else NOTHING
         # Each round has a tile's tokens, and loads what the next one needs. The first one only loads.
         for start in range(begin - TILE, end, TILE):
@@ -170,7 +170,7 @@ def wkv6(N: int, form: Form) -> Kernel:
                                 put_group(out[i], levels_at(levels, factors, block), t % TOKENS, inside)
                 cuda.syncthreads()
         for i in range(STATE):
-            row, side = i // (ROWS * PAIR) * SPAN + first + i // PAIR % ROWS, i % PAIR
+            row, side = place_of(i, first)
             if WHOLE or (row < N and column + side < N):
                 put_f32(kept + 4 * (N * row + side), S[i])
 
