@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 RWKV = [sys.executable, "-P", "-m", "rwkv_cli"]
 
@@ -78,7 +79,14 @@ def loop(path: Path, depths: list[int]) -> None:
 
     model = rwkv_cli.load(path)
     rng = np.random.default_rng(0)
-    logits = [rng.standard_normal(model.config.vocab, np.float32) * 6 for _ in range(64)]
+    vocab = model.config.vocab
+    twice = np.tile(rng.standard_normal(vocab).astype(np.float32) * 6, 2)
+
+    def logits(made: int) -> NDArray[np.float32]:
+        """A turn of the same numbers, so that the likeliest token is another each time."""
+        start = made * 7919 % vocab
+        return twice[start : start + vocab]
+
     request = Request([1], max(depths) + 1000, ("\n\nUser:", "never there"), ignore_eos=True)
     # The likeliest is taken, since the time of a wider choice depends on the logits. Penalties change it.
     completion = Completion(
@@ -88,11 +96,11 @@ def loop(path: Path, depths: list[int]) -> None:
     next(steps)
     for target in depths:
         while made < target:
-            steps.send(logits[made % 64])
+            steps.send(logits(made))
             made += 1
         start = time.perf_counter()
         for _ in range(500):
-            steps.send(logits[made % 64])
+            steps.send(logits(made))
             made += 1
         figures.append((time.perf_counter() - start) / 500 * 1e6)
         different = len(completion.sampler.counts)
