@@ -43,8 +43,9 @@ _PASSES = 8
 Ids = Sequence[int] | NDArray[Any]
 Floats32 = NDArray[np.float32]
 
-Head = Literal["last", "every", "losses"]
-"""The end of a pass: logits after each sequence's last row, logits after every row, or cross entropies."""
+Head = Literal["last", "every", "losses", "outputs"]
+"""The end of a pass: logits after each sequence's last row or after every row, cross entropies, or the rows that the
+head would read."""
 
 
 def chunks(tokens: int, most: int) -> Iterator[slice]:
@@ -181,6 +182,13 @@ class Model:
             raise ValueError(f"{len(goals)} targets for {len(ids)} ids")
         return np.concatenate(self._run_one(ids, state, "losses", goals, watch))[:, 0]
 
+    def outputs(self, ids: Ids, state: State, watch: Callable[[int], object] | None = None) -> Floats32:
+        """What the head would read after each of `ids`: the last layer's normed outputs, [T, D]. Changes `state`.
+
+        `watch` is that of `advance`. Raises ValueError as `forward`.
+        """
+        return _joined(self._run_one(ids, state, "outputs", watch=watch))
+
     def _run_one(
         self,
         ids: Ids,
@@ -205,14 +213,17 @@ class Model:
             raise
 
     def advance_batch(self, ids: Sequence[Ids], state: State) -> Floats32:
-        """`advance` for several sequences together: the logits after each one's last id, [B, V].
+        """`advance` for several sequences together: the logits after the last id of each that has ids, [B, V].
 
         `state` is a batch (`State.stack`) and is changed in place. Each sequence has ids of its own, as many as it
-        likes but not none. On the CPU, it gets the bits beside the others that it would get alone.
+        likes. One without ids stays as it is and has no logits, but not all may be so. On the CPU, a sequence gets the
+        bits beside the others that it would get alone.
         """
-        tokens = [self._checked(part) for part in ids]
+        tokens = [self._checked(part) if len(part) else np.zeros(0, np.int64) for part in ids]
         if not tokens:
             raise ValueError("a batch needs at least one sequence")
+        if not any(map(len, tokens)):
+            raise ValueError("a batch needs at least one sequence with ids")
         self._check_state(state, (len(tokens),))
         self._take_in(state)
         return _joined(self._run(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), state, "last"))
@@ -232,7 +243,8 @@ class Model:
             for part in chunks(len(tokens), self.backend.chunk):
                 rows = part.stop - part.start
                 inside = np.clip(starts - part.start, 0, rows)
-                over = inside[1:][(part.start < starts[1:]) & (starts[1:] <= part.stop)]
+                ended = (part.start < starts[1:]) & (starts[1:] <= part.stop) & (starts[:-1] < starts[1:])
+                over = inside[1:][ended]
                 arrays = {"ids": tokens[part], "starts": inside, **state.arrays()}
                 if head == "last":
                     arrays["ends"] = over - 1
@@ -285,7 +297,7 @@ class Model:
         wkv = Input("wkv", (c.layers, B, *self._arch.wkv_state(c).shape))
         ends = Input("ends", (Count(min(count.most, B)),), "I64")
         targets = Input("targets", (count,), "I64")
-        at_the_end = {"last": (ends,), "every": (), "losses": (targets,)}[kind.head]
+        at_the_end = {"last": (ends,), "losses": (targets,)}.get(kind.head, ())
         ops = Program(ids, starts, att_shift, ffn_shift, wkv, *at_the_end)
 
         def embed() -> Value:
@@ -310,6 +322,8 @@ class Model:
         x = ops.add(
             LayerNorm(x, norm_of(top, "ln_out", c.norm_eps if c.output_norm_eps is None else c.output_norm_eps))
         )
+        if kind.head == "outputs":
+            return WrittenPass(ops, ops.keep(x))
         (output,) = ops.linear(Product(x, top["head.weight"]))
         if kind.head == "losses":
             output = ops.add(CrossEntropy(output, targets))

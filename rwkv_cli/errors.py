@@ -49,3 +49,7 @@ class JobError(RwkvError):
 
 class MessagesError(RwkvError):
     """A file of messages or of tools cannot be used."""
+
+
+class BusyError(RwkvError):
+    """There is too much to do already, or nothing new is taken on."""

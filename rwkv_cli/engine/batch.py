@@ -1,5 +1,6 @@
 """Several completions that share a model's forward passes."""
 
+import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,14 +9,18 @@ from rwkv_cli.engine.completion import Completion, Steps
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.models import State
 
+_SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+"""Numbers of rows that a batch may have. A program is made for each, and rows without a member cost next to nothing."""
+
 
 @dataclass
 class _Member:
-    """A completion in a batch, and the ids that its state has to read next."""
+    """A completion in a batch, its row, and the ids that its state has to read next."""
 
     completion: Completion
     steps: Steps
     ids: Sequence[int]
+    row: int = -1
 
 
 class Batch:
@@ -25,7 +30,8 @@ class Batch:
         self.model = model
         self._members: list[_Member] = []
         self._state: State | None = None
-        """The states of all members, in their order. None when the members have changed."""
+        """The states of all members, each in its row. None when members have come."""
+        self._rows = 0
 
     def __len__(self) -> int:
         return len(self._members)
@@ -36,29 +42,52 @@ class Batch:
         self._members.append(_Member(completion, steps, next(steps)))
         self._state = None
 
-    def step(self) -> list[Completion]:
-        """Make one pass: each member reads up to a chunk of its prompt or its last token. Returns those that ended."""
-        if self._state is None:
-            self._state = State.stack([member.completion.state for member in self._members])
-        logits = self.model.advance_batch([member.ids for member in self._members], self._state)
+    def step(self, most: int | None = None) -> list[Completion]:
+        """Make one pass: each member reads on in its prompt, or reads its last token. Returns those that ended.
+
+        Where `most` is given, members that have more than a token to read share so many rows evenly, and the others
+        wait no longer than these take.
+        """
+        if self._state is None or 2 * len(self) <= self._rows:
+            self._gather()
+        assert self._state is not None, "it was gathered"
+        longer = sum(len(member.ids) > 1 for member in self._members)
+        share = max(1, most // longer) if most is not None and longer else None
+        ids: list[Sequence[int]] = [()] * self._rows
+        for member in self._members:
+            ids[member.row] = member.ids[:share]
+        logits = self.model.advance_batch(ids, self._state)
         # The rows are taken after the pass: the device may have taken the state in, and left earlier rows behind.
-        for b, member in enumerate(self._members):
-            member.completion.state = self._state.row(b)
+        for member in self._members:
+            member.completion.state = self._state.row(member.row)
         running, ended = [], []
-        for member, row in zip(self._members, logits, strict=True):
+        for member, row in zip(self._members, logits, strict=True):  # they are in the order of their rows
+            member.ids = member.ids[len(ids[member.row]) :]
             try:
-                member.ids = member.steps.send(row)
+                if not len(member.ids):
+                    member.ids = member.steps.send(row)
                 running.append(member)
             except StopIteration:
                 ended.append(member.completion)
         self._members = running
-        if ended:
-            self._state = None
         return ended
+
+    def remove(self, completion: Completion) -> None:
+        """Give up a member before its end."""
+        self._members = [member for member in self._members if member.completion is not completion]
 
     def running(self) -> list[Completion]:
         """The completions that have not ended."""
         return [member.completion for member in self._members]
+
+    def _gather(self) -> None:
+        """Give each member a row of a new state. Rows that are left over hold anything."""
+        states = [member.completion.state for member in self._members]
+        size = bisect.bisect_left(_SIZES, len(states))
+        self._rows = max(len(states), _SIZES[size] if size < len(_SIZES) else 0)
+        self._state = State.stack([*states, *states[:1] * (self._rows - len(states))])
+        for row, member in enumerate(self._members):
+            member.row = row
 
 
 def complete_together(

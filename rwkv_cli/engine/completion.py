@@ -28,11 +28,19 @@ def new_sampler(model: LanguageModel, settings: Sampling, seed: int | None) -> S
 
     A seed of None is replaced by a random one.
     """
-    tokenizer, blank = model.text_tokenizer, " \t0123456789"
+    return Sampler(settings, random_seed() if seed is None else seed, uncounted(model.text_tokenizer))
+
+
+def random_seed() -> int:
+    """Return a seed that nobody has chosen."""
+    return int(np.random.default_rng().integers(1 << 31))
+
+
+def uncounted(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that are blanks and digits, whose occurrences samplers do not count."""
+    blank = " \t0123456789"
     single = [_spelled(tokenizer, blank[a:b]) for a in range(len(blank)) for b in range(a + 1, len(blank) + 1)]
-    if seed is None:
-        seed = int(np.random.default_rng().integers(1 << 31))
-    return Sampler(settings, seed, frozenset(ids[0] for ids in single if len(ids) == 1))
+    return frozenset(ids[0] for ids in single if len(ids) == 1)
 
 
 def _spelled(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -68,6 +76,10 @@ class Result:
     """The ids of `unread` as they were sampled, or encoded anew where a stop text has cut a token apart."""
     tokens: int = 0
     """Number of tokens sampled, the one that ended the text included."""
+    ids: list[int] = field(default_factory=list)
+    """The tokens sampled, without an end token."""
+    read: int = 0
+    """How many of `ids` the state has read."""
     seconds: float = 0.0
     prompt_tokens: int = 0
     """Number of prompt tokens read."""
@@ -176,24 +188,29 @@ class Completion:
         """Sample tokens until the text ends, from the logits after the prompt."""
         request, result = self.request, self.result
         stream = self.model.text_tokenizer.stream(request.prompt)
+        # Tokens that the state has not read yet, since those after them are certain without logits.
+        unread = list[int]()
+        ahead = list[int]()
         # This is the state before the first token that may belong to a stop text or to an unfinished character.
         clean: State | None = None
         # The text and the ids after that state. No stop text can begin before them, or it would have ended the text.
         made, ids = "", list[int]()
         certain, end = 0, None
         while True:
-            if clean is None:
-                made, certain = "", 0
-                ids.clear()
-            before, read, torn = len(made), len(ids), stream.unfinished  # as far as the state has read
+            if not unread:
+                if clean is None:
+                    made, certain = "", 0
+                    ids.clear()
+                before, read, torn = len(made), len(ids), stream.unfinished  # as far as the state has read
             if self.cancelled:
                 break
-            token = self._sample(logits)
+            token = ahead.pop(0) if ahead else self._sample(logits)
             result.tokens += 1
             if token in self.model.ends and not request.ignore_eos:
                 result.stop = "eos"
                 break
             ids.append(token)
+            result.ids.append(token)
             made += stream.push(token)
             end = first_stop(made, request.stops)
             if end is not None:
@@ -202,15 +219,19 @@ class Completion:
             if result.tokens == request.max_tokens:
                 result.stop = "length"
                 break
+            ahead = ahead or self.sampler.ahead()
             held = held_back(made, request.stops)
-            if not held and not stream.unfinished:
+            if held or stream.unfinished:
+                clean = clean or self.state.clone()
+            elif not ahead:
                 clean = None
-            elif clean is None:
-                clean = self.state.clone()
             if len(made) - held > certain:
                 result.pieces.append(made[certain : len(made) - held])
                 certain = len(made) - held
-            logits = yield [token]
+            unread.append(token)
+            if not ahead:
+                logits = yield unread
+                unread = []
         if end is None:
             made += stream.flush()
             end = len(made)
@@ -218,6 +239,7 @@ class Completion:
             self.state, before, read = clean, 0, 0
         if end > certain:
             result.pieces.append(made[certain:end])
+        result.read = len(result.ids) - len(ids) + read
         result.unread = made[before:end]
         cut = result.stop == "stop"
         result.unread_ids = _spelled(self.model.text_tokenizer, result.unread) if cut else ids[read:]

@@ -77,10 +77,18 @@ class Sampler:
             upto = np.cumsum(p)
             # Rounding may leave upto[-1] short of 1. A number below it never meets a token of probability 0.
             token = int(kept[np.searchsorted(upto, self._random.random() * upto[-1], side="right")])
-        if s.presence_penalty or s.frequency_penalty:
-            self._make_room(len(scores))
-            self._remember(token)
+        self._count(token, len(scores))
         return token
+
+    def _count(self, token: int, vocab: int) -> None:
+        """Remember a token of a vocabulary, where there are penalties."""
+        if self.settings.presence_penalty or self.settings.frequency_penalty:
+            self._make_room(vocab)
+            self._remember(token)
+
+    def ahead(self) -> list[int]:
+        """Tokens that follow for certain, whatever the logits are. Here there are none."""
+        return []
 
     def _make_room(self, vocab: int) -> None:
         """Give every token of the vocabulary a count. All of them cost the same with each token, early and late."""

@@ -83,12 +83,13 @@ def test_a_sequence_in_a_batch_is_as_if_alone(
     rng = np.random.default_rng(4)
     # cut by a chunk of 8 inside a sequence, between two, and more than once in one
     rounds = [
-        [rng.integers(0, 300, n) for n in lengths] for lengths in ((1, 19, 4, 8, 1, 3), (1,) * 6, (2, 1, 5, 8, 8, 1))
+        [rng.integers(0, 300, n) for n in lengths]
+        for lengths in ((1, 19, 4, 8, 1, 3), (1,) * 6, (2, 1, 5, 8, 8, 1), (0, 1, 0, 9, 8, 0), (0, 0, 1, 0, 0, 0))
     ]
     alone = [model.forward(IDS[:n])[1] if n else model.new_state() for n in (3, 0, 5, 0, 1, 2)]
     together = State.stack(alone)
     for parts in rounds:
-        want = [model.advance(ids, state) for ids, state in zip(parts, alone, strict=True)]
+        want = [model.advance(ids, state) for ids, state in zip(parts, alone, strict=True) if len(ids)]
         with monkeypatch.context() as patch:
             patch.setattr("rwkv_cli.kernels.cpu.backend.chunk", chunk)
             got = model.advance_batch(parts, together)
@@ -101,6 +102,14 @@ def test_a_sequence_in_a_batch_is_as_if_alone(
     np.testing.assert_array_equal(together.row(2).clone().wkv, together.wkv[:, 2])
 
 
+def test_outputs_are_what_the_head_reads(converted: Convert) -> None:
+    model = rwkv_cli.load(converted("7", "none"))
+    states = model.new_state(), model.new_state()
+    outputs, logits = model.outputs(IDS, states[0]), model.advance(IDS, states[1], all_logits=True)
+    assert error_ratio(outputs @ tiny.weights("7")["head.weight"].T, logits) < 1e-5
+    np.testing.assert_array_equal(states[0].wkv, states[1].wkv)
+
+
 def test_a_batch_is_checked(converted: Convert) -> None:
     model = rwkv_cli.load(converted("7"))
     one = model.new_state()
@@ -109,7 +118,7 @@ def test_a_batch_is_checked(converted: Convert) -> None:
             State.stack(states)
     batch = State.stack([one, one])
     kept = batch.clone()
-    for ids, says in [([], "at least one sequence"), ([[1], []], "non-empty"), ([[1], [300]], "vocabulary of 300")]:
+    for ids, says in [([], "one sequence"), ([[], []], "one sequence with ids"), ([[1], [300]], "vocabulary of 300")]:
         with pytest.raises(ValueError, match=says):
             model.advance_batch(ids, batch)
     for state in (one, State.stack([one] * 3)):
