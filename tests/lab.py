@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -208,11 +207,11 @@ def guarded_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         blocks.append(whole)
 
     monkeypatch.setattr(driver.Block, "__init__", make)
-    interval = sys.getswitchinterval()
     if not REAL_GPU:
-        sys.setswitchinterval(5e-4)  # the simulator's threads wait for each other
+        from simulator import use_greenlets
+
+        use_greenlets(monkeypatch)
     yield
-    sys.setswitchinterval(interval)
     for whole in blocks:
         held = read_block(whole)
         assert (held[:BAND] == _PATTERN).all()

@@ -127,7 +127,8 @@ def test_gates_and_ranges_of_columns() -> None:
 
 
 def test_threads_that_come_at_once_share_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the simulator each thread of a block asks for shared memory. Here all ask before the first one has it."""
+    """In numba's simulator each thread of a block asks for shared memory. Here all ask before the first one has it."""
+    monkeypatch.undo()  # greenlets come one by one
     make = np.empty
     monkeypatch.setattr(np, "empty", lambda *args, **named: (time.sleep(2e-3), make(*args, **named))[1])
     x, lab = normal(2, 64), Lab("cuda")
