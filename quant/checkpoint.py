@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.errors import FormatError, pasted
+from rwkv_cli.errors import FormatError, NotConvertedError, pasted
 from rwkv_cli.quant.dtypes import BITS
 from rwkv_cli.quant.formats import Floats, StoredTensor, format_of
 from rwkv_cli.quant.formats.contract import Shape, Spec, StoredArray
@@ -26,7 +26,7 @@ class Checkpoint:
     """A read-only view of a converted file (docs/format.md). Tensors are views of one memory map.
 
     A folder stands for the one converted file in it. Raises FormatError where the file is not a whole, consistent
-    converted model of a version this program knows.
+    converted model of a version this program knows; NotConvertedError for a checkpoint that may be converted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,9 @@ class Checkpoint:
             file = SourceFile(path)
             self.stored, self._text = read_header(file)
         if self._text.get("format") != "rwkv":
-            raise FormatError(f"{path}: not a converted model; convert it first: {pasted('rwkv', 'convert', path)}")
+            raise NotConvertedError(
+                f"{path}: not a converted model; convert it first: {pasted('rwkv', 'convert', path)}"
+            )
         version = self._text.get("format_version", "")
         if not re.fullmatch("[1-9][0-9]{0,8}", version):
             raise FormatError(f"{path}: no format version in the file; convert the model again")

@@ -23,6 +23,14 @@ class FormatError(RwkvError):
     """A file, or a tensor in it, is not what it has to be."""
 
 
+class NotConvertedError(FormatError):
+    """A checkpoint has to be converted before it runs."""
+
+
+class ModelNameError(RwkvError):
+    """A word stands for no model, or for several."""
+
+
 class UnsupportedModelError(RwkvError):
     """A checkpoint has another architecture, or its tensors are missing, added or of the wrong shape."""
 

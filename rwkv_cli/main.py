@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "Talk with a model.",
     "prompt": "Show what a model reads of a chat.",
     "tokenize": "Show the tokens of a text.",
+    "models": "List the models that have a name, and remove some.",
     "sessions": "List, show and remove kept chats.",
     "ppl": "Measure perplexity on text files.",
     "info": "Show what a converted file holds.",
@@ -28,6 +29,7 @@ COMMANDS = {
 
 _ELSEWHERE = {
     "run": "chat",
+    "list": "models",
     "show": "info",
     "create": "convert",
     "quantize": "convert",

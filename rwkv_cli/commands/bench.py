@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def command(
     *,
-    model: Path | None,
+    model: str | None,
     threads: int | None,
     device: str,
     prompt: int,

@@ -10,6 +10,7 @@ import click
 from rwkv_cli.commands.options import (
     check_there,
     complete_session,
+    is_given,
     make_ready,
     model_options,
     open_model,
@@ -46,7 +47,7 @@ from rwkv_cli.terminal.settings import MAX_TOKENS
 def command(
     *,
     question: tuple[str, ...],
-    model: Path | None,
+    model: str | None,
     threads: int | None,
     device: str,
     template: str | None,
@@ -72,7 +73,7 @@ def command(
     rwkv chat --session diary
     rwkv chat "What is this letter about?" < letter.txt
     """
-    from rwkv_cli.engine import sessions
+    from rwkv_cli.engine import library, sessions
     from rwkv_cli.engine.conversation import Conversation
     from rwkv_cli.engine.sessions import Session
     from rwkv_cli.models.tuned import read_tuned_state
@@ -93,9 +94,9 @@ def command(
         text = read_text(question or ["-"], needed=True).decode("utf-8", "replace")
         if not text.strip():
             raise click.UsageError("the question is empty; give some text to answer")
-    if resumed and model is None:
-        known = Path(sessions.read(resumed)["model"]["path"])
-        model = known if known.exists() else None
+    if resumed and not is_given("model"):
+        known = library.again(Path(sessions.read(resumed)["model"]["path"]))
+        model = str(known) if known is not None else model
     check_there(state)
     lm = open_model(model, device, threads)
     if resumed:

@@ -92,7 +92,7 @@ if TYPE_CHECKING:
 def command(
     *,
     prompt: tuple[str, ...],
-    model: Path | None,
+    model: str | None,
     threads: int | None,
     device: str,
     max_tokens: int,

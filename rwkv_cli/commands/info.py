@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import click
 
-from rwkv_cli.commands.options import named_model, plot_option
+from rwkv_cli.commands.options import ModelWord, is_given, named_model, plot_option
 from rwkv_cli.terminal.output import columns
 from rwkv_cli.terminal.plot import plot_errors
 
 
 @click.command("info")
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=ModelWord(), envvar="RWKV_MODEL", required=False)
 @click.option("--devices", is_flag=True, help="List what models can run on here instead: the CPU and each GPU.")
 @click.option("--tensors", is_flag=True, help="List every tensor: name, layout, shape, bytes, error.")
 @plot_option("the relative error that quantizing cost each tensor")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def command(model: Path | None, devices: bool, tensors: bool, plot: Path | None, as_json: bool) -> None:
+def command(model: str | None, devices: bool, tensors: bool, plot: Path | None, as_json: bool) -> None:
     """Show what a converted file holds; default: $RWKV_MODEL, else the bundled storyteller. Nothing but its header is
     read.
 
@@ -30,13 +29,14 @@ def command(model: Path | None, devices: bool, tensors: bool, plot: Path | None,
     rwkv info --devices
     """
     if devices:
-        if model is not None or tensors or plot is not None:
+        if is_given("model") or tensors or plot is not None:
             raise click.UsageError("--devices is about this machine: give it no model, --tensors or --plot")
         _devices(as_json)
         return
+    from rwkv_cli.engine.facts import describe
     from rwkv_cli.quant import Checkpoint
 
-    facts = describe(Checkpoint(named_model(model)))
+    facts = describe(Checkpoint(named_model(model, None)))
     if plot is not None:
         _plot(plot, facts)
     if as_json:
@@ -73,44 +73,6 @@ def _devices(as_json: bool) -> None:
         capability = "{}.{}".format(*gpu.capability)
         rows.append(("cuda", f"{gpu.name}, {gpu.memory / 1e9:.1f} GB, compute capability {capability}"))
     click.echo(columns(rows if gpus else [*rows, ("cuda", f"none: {reason}")]))
-
-
-def describe(checkpoint: Any) -> dict[str, Any]:
-    """Collect everything that a converted file tells without its weights."""
-    rows = []
-    for name in checkpoint.names():
-        entry = checkpoint.layout(name)
-        row = {"name": name, "layout": entry["layout"], "shape": entry["shape"]}
-        size = checkpoint.stored_bytes(name)  # and with it a check that every array is there
-        row |= {"dtype": checkpoint.stored[name].dtype, "bytes": size}
-        rows.append(row | {"error": checkpoint.error(name)})
-    parameters = sum(prod(row["shape"]) for row in rows)
-    return {
-        "path": str(checkpoint.path),
-        "bytes": checkpoint.path.stat().st_size,
-        "parameters": parameters,
-        "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / max(parameters, 1),
-        "config": checkpoint.metadata("config", dict),
-        **{key: checkpoint.metadata(key, str) for key in ("quantization", "tokenizer")},
-        **_template(checkpoint),
-        "source": checkpoint.metadata("source", str),
-        "adapters": checkpoint.metadata("adapters", list, []),
-        "digest": checkpoint.digest,
-        "tensors": rows,
-    }
-
-
-def _template(checkpoint: Any) -> dict[str, Any]:
-    """Tell the chat template, and what can be chosen with it."""
-    from rwkv_cli.engine.stored import StoredTemplate
-    from rwkv_cli.errors import ConversationError
-
-    stored = StoredTemplate.of(checkpoint)
-    try:
-        form = stored.template()
-    except ConversationError:  # a newer version knows it
-        return {"template": stored.name, "styles": [], "think": []}
-    return {"template": stored.name, "styles": form.styles, "think": list(form.modes) if form.thinks else []}
 
 
 def _plot(plot: Path, facts: dict[str, Any]) -> None:

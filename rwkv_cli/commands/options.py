@@ -1,14 +1,17 @@
 """Options that commands share, and the opening of the model that they name."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
+from rwkv_cli.errors import ModelNameError, reason
 from rwkv_cli.terminal.compiling import announce_trouble, load_kernels
-from rwkv_cli.terminal.output import loading_bar, note
+from rwkv_cli.terminal.converting import converting_bar
+from rwkv_cli.terminal.output import loading_bar, note, one_line
 from rwkv_cli.terminal.plot import SUFFIXES
 from rwkv_cli.terminal.settings import SAMPLING, Whole
 
@@ -19,11 +22,39 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 
 
+class ModelWord(click.ParamType[str]):
+    """A path, a name or the unique beginning of a name, for `engine.named.model_file`."""
+
+    name = "model"
+
+    def shell_complete(
+        self,
+        ctx: click.Context,
+        param: click.Parameter,
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Complete a name in the shell, or else a path."""
+        names = complete_model(ctx, param, incomplete)
+        return [*map(CompletionItem, names), CompletionItem(incomplete, type="file")]
+
+
+def model_option(command: Command) -> Command:
+    """Add -m. The command gets `model: str | None` for `named_model`."""
+    return click.option(
+        "-m",
+        "--model",
+        type=ModelWord(),
+        envvar="RWKV_MODEL",
+        metavar="MODEL",
+        help="A path, a name that rwkv models lists, or the beginning of one; default: $RWKV_MODEL, else the "
+        "bundled storyteller.",
+    )(command)
+
+
 def model_options(command: Command) -> Command:
-    """Add -m, --threads and --device. The command gets `model: Path | None`, `threads` and `device`."""
+    """Add -m, --threads and --device. The command gets `model: str | None`, `threads` and `device`."""
     options = [
-        click.option("-m", "--model", type=click.Path(path_type=Path), metavar="MODEL",
-                     help="Converted model (.safetensors); default: $RWKV_MODEL, else the bundled storyteller."),
+        model_option,
         click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads; default: one a core."),
         click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True,
                      help="Where to run."),
@@ -92,33 +123,40 @@ def _drawable(_ctx: click.Context, _param: click.Parameter, path: Path | None) -
     return path
 
 
-def named_model(path: Path | None) -> Path:
-    """Return the model that is named here or by $RWKV_MODEL. Otherwise it is the bundled one, with a note on stderr."""
-    from rwkv_cli.terminal.converting import converting_bar
+def named_model(word: str | None, quantization: str | None = "int8") -> Path:
+    """Return the converted file that a word stands for. A checkpoint is converted first, or refused with None.
 
-    named = os.environ.get("RWKV_MODEL")
-    if path is not None:
-        return path
-    if named:
-        if not Path(named).exists():
-            raise click.ClickException(
-                f"{named}: there is no such model; $RWKV_MODEL names it, or give another with -m"
-            )
-        return Path(named)
-    from rwkv_cli.engine.storyteller import storyteller
+    No word stands for the bundled model, with a note on stderr.
+    """
+    from rwkv_cli.engine import library
+    from rwkv_cli.engine.named import model_file
 
-    announce_trouble()
-    found = storyteller(converting_bar, load_kernels)
-    note("No model named (-m or $RWKV_MODEL): this is the bundled storyteller.")
+    if word is None:
+        from rwkv_cli.engine.storyteller import storyteller
+
+        announce_trouble()
+        found = storyteller(converting_bar, load_kernels)
+        note("No model named (-m or $RWKV_MODEL): this is the bundled storyteller.")
+        return found
+    try:
+        found = model_file(word, converting_bar, load_kernels, quantization)
+    except (ModelNameError, OSError) as error:
+        context = click.get_current_context()
+        if context.get_parameter_source("model") is not ParameterSource.ENVIRONMENT:
+            raise
+        why = reason(error) if isinstance(error, OSError) else error
+        raise click.ClickException(f"{why}; $RWKV_MODEL names it") from None
+    if Path(word).exists() and not found.samefile(word):
+        note(f"{one_line(word)} was converted: this is the model {one_line(library.name_of(found))}.")
     return found
 
 
-def open_model(path: Path | None, device: str, threads: int | None) -> "LanguageModel":
-    """Load `named_model(path)`. A model without a tokenizer is refused."""
+def open_model(word: str | None, device: str, threads: int | None) -> "LanguageModel":
+    """Load `named_model(word)`. A model without a tokenizer is refused."""
     from rwkv_cli.engine.model import LanguageModel
     from rwkv_cli.terminal.vanished import say_if_it_vanishes
 
-    path = named_model(path)
+    path = named_model(word)
     say_if_it_vanishes(path)
     with loading_bar(path) as show:
         model = LanguageModel.load(path, device, threads, show)
@@ -129,6 +167,11 @@ def open_model(path: Path | None, device: str, threads: int | None) -> "Language
             f"{path}: has no tokenizer, so it cannot read text; convert it again with --tokenizer PATH"
         )
     return model
+
+
+def is_given(name: str) -> bool:
+    """Return whether a parameter of the running command stands on its command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def check_there(*paths: Path | None) -> None:
@@ -146,6 +189,13 @@ def make_ready(model: "LanguageModel", *heads: "Head", text_bytes: int = 0) -> N
     """
     load_kernels([*model.text_tokenizer.kernels(text_bytes), *model.kernels(*heads)])
     model.prepare(*heads)
+
+
+def complete_model(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the name of a model in the shell."""
+    from rwkv_cli.engine import library
+
+    return [name for name in library.names() if name.startswith(incomplete)]
 
 
 def complete_session(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:

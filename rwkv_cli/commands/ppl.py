@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_cli.commands.options import check_there, make_ready, model_options, open_model, plot_option
+from rwkv_cli.commands.options import (
+    ModelWord,
+    check_there,
+    make_ready,
+    model_options,
+    open_model,
+    plot_option,
+)
 from rwkv_cli.terminal.output import columns, note, one_line, progress_bar
 from rwkv_cli.terminal.plot import plot_nll
 from rwkv_cli.terminal.settings import Whole
@@ -32,7 +39,7 @@ def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> in
 @model_options
 @click.option(
     "--compare",
-    type=click.Path(path_type=Path),
+    type=ModelWord(),
     metavar="OTHER",
     help="Score this model too, on the same tokens, and say how far MODEL is from it.",
 )
@@ -61,10 +68,10 @@ def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> in
 def command(
     *,
     files: tuple[Path, ...],
-    model: Path | None,
+    model: str | None,
     threads: int | None,
     device: str,
-    compare: Path | None,
+    compare: str | None,
     context: int | None,
     start_token: int | None,
     limit: int | None,
@@ -176,7 +183,7 @@ def _error(stderr: float, digits: int) -> str:
     return "" if math.isnan(stderr) else f" ± {stderr:.{digits}f}"
 
 
-def report(file: Path, s: Score, compare: Path | None) -> str:
+def report(file: Path, s: Score, compare: str | None) -> str:
     """Write a score as a table."""
     start = "none" if s.start_token is None else s.start_token
     context = "whole file" if s.context is None else f"{s.context} tokens"

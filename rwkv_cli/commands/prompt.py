@@ -7,20 +7,14 @@ from pathlib import Path
 
 import click
 
-from rwkv_cli.commands.options import named_model, template_options
+from rwkv_cli.commands.options import model_option, named_model, template_options
 from rwkv_cli.commands.texts import read_input
 from rwkv_cli.terminal.output import note, write
 
 
 @click.command("prompt")
 @click.argument("messages", type=click.Path(path_type=Path), metavar="MESSAGES.json")
-@click.option(
-    "-m",
-    "--model",
-    type=click.Path(path_type=Path),
-    metavar="MODEL",
-    help="Converted model (.safetensors); default: $RWKV_MODEL, else the bundled storyteller.",
-)
+@model_option
 @template_options
 @click.option(
     "--tools", type=click.Path(path_type=Path), metavar="FILE", help="Tools that the model may call, as JSON."
@@ -29,7 +23,7 @@ from rwkv_cli.terminal.output import note, write
 def command(
     *,
     messages: Path,
-    model: Path | None,
+    model: str | None,
     template: str | None,
     style: str | None,
     think: str | None,

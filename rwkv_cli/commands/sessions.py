@@ -28,7 +28,7 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a session.")
 def list_(as_json: bool) -> None:
     """List the kept chats, the last used first."""
-    from rwkv_cli.engine import sessions
+    from rwkv_cli.engine import library, sessions
 
     rows = []
     for name in sessions.names():
@@ -42,7 +42,7 @@ def list_(as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(row))
     if not as_json and rows:
-        table = [(r["name"], r["turns"], _local(r["saved"]), Path(r["model"]).name) for r in rows]
+        table = [(r["name"], r["turns"], _local(r["saved"]), library.name_of(Path(r["model"]))) for r in rows]
         click.echo(columns([("name", "turns", "saved", "model"), *table], right=[1]))
     elif not rows:
         note("No sessions; rwkv chat --session NAME begins one.")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_cli.commands.options import named_model
+from rwkv_cli.commands.options import model_option, named_model
 from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.terminal.compiling import load_kernels
@@ -25,15 +24,9 @@ _BLOCK = 1 << 16
 
 @click.command("tokenize")
 @click.argument("text", nargs=-1, metavar="[TEXT]")
-@click.option(
-    "-m",
-    "--model",
-    type=click.Path(path_type=Path),
-    metavar="MODEL",
-    help="Converted model (.safetensors); default: $RWKV_MODEL, else the bundled storyteller.",
-)
+@model_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: ids, pieces and count.")
-def command(*, text: tuple[str, ...], model: Path | None, as_json: bool) -> None:
+def command(*, text: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Show the tokens of TEXT and of what comes on standard input. No model runs.
 
     Each token has a line: its id, and the part of the text that it stands for. Bytes that are no character are shown as

@@ -40,7 +40,9 @@ def test_every_command_explains_itself(rwkv: Run, command: str, option: str) -> 
     assert "None]" not in result.stdout
 
 
-@pytest.mark.parametrize("command", [*main.COMMANDS, "sessions list", "sessions show", "sessions rm", ""])
+@pytest.mark.parametrize(
+    "command", [*main.COMMANDS, "models path", "models rm", "sessions list", "sessions show", "sessions rm", ""]
+)
 def test_help_fits_a_terminal(rwkv: Run, command: str) -> None:
     text = rwkv(*command.split(), "--help").stdout
     assert max(map(len, text.splitlines())) <= 80
@@ -108,15 +110,15 @@ def test_help_loads_no_heavy_library() -> None:
 def test_expected_errors_are_a_sentence(
     rwkv: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
 ) -> None:
-    monkeypatch.setattr("rwkv_cli.quant.Checkpoint", lambda _: (_ for _ in ()).throw(error))
-    result = rwkv("info", "m")
+    monkeypatch.setattr("rwkv_cli.quant.Checkpoint.__init__", lambda *_: (_ for _ in ()).throw(error))
+    result = rwkv("info", __file__)
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"Error: {says}\n")
 
 
 def test_a_bug_keeps_its_traceback(rwkv: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rwkv_cli.quant.Checkpoint", lambda _: (_ for _ in ()).throw(ValueError("a bug")))
+    monkeypatch.setattr("rwkv_cli.quant.Checkpoint.__init__", lambda *_: (_ for _ in ()).throw(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
-        rwkv("info", "m")
+        rwkv("info", __file__)
 
 
 def test_bytes_and_terminals_of_other_encodings_stop_nothing(byte_model: Path) -> None:
@@ -255,7 +257,8 @@ def test_a_wrong_model_in_the_environment_is_named(rwkv: Run, monkeypatch: pytes
     for command in (["generate", "a"], ["info"], ["chat"]):
         result = rwkv(*command)
         assert result.exit_code == 1
-        assert "gone.safetensors: there is no such model; $RWKV_MODEL names it" in result.stderr
+        assert "gone.safetensors: No such file or directory, and no model has this name" in result.stderr
+        assert result.stderr.endswith("; $RWKV_MODEL names it\n")
 
 
 @pytest.mark.parametrize("megabytes", [60, 200, 390])

@@ -168,7 +168,6 @@ def test_the_model_may_come_from_the_environment(rwkv: Run, byte_model: Path, mo
         (("hi", "-m", "{none}"), 1, "{none}: has no tokenizer, so it cannot read text; convert it again with"),
         (("hi", "-m", "missing.st"), 1, "missing.st: No such file or directory"),
         (("hi", "-m", "{empty}"), 1, "{empty}"),
-        (("hi", "-m", "{pth}"), 1, "convert it first: rwkv convert {pth}"),
         (("hi", "-m", "{byte}", "--stop", ""), 2, "--stop: an empty text"),
         (("hi", "-m", "{byte}", "-n", "0"), 2, "'--max-tokens'"),
         (("hi", "-m", "{byte}", "--temperature", "-1"), 2, "'--temperature'"),

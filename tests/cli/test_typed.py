@@ -111,6 +111,7 @@ def shell(models: Path, tmp_path: Path) -> Callable[[str], None]:
         (bin_ / name).chmod(0o755)
     home = {f"XDG_{name}_HOME": str(tmp_path / name) for name in ("DATA", "STATE")}
     env = {**os.environ, **home, "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
+    env["RWKV_MODELS"] = str(tmp_path / "models")
     env.pop("RWKV_MODEL", None)
 
     def run(line: str) -> None:
@@ -185,7 +186,7 @@ def test_what_is_not_typed_is_there(page: str) -> None:
     """Every command, script and target that a page names exists, with its options, whether it can be typed or not."""
     cli, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/cli.md", "Makefile"))
     for line in (line for block in code(page) for line in block):
-        if found := re.match(r"rwkv ([a-z]+(?: (?:list|show|rm)\b)?)(.*)", line):
+        if found := re.match(r"rwkv ([a-z]+(?: (?:list|show|rm|path)\b)?)(.*)", line):
             known = re.search(rf"^## rwkv {found[1]}\n(.*?)(\n## |\Z)", cli, re.DOTALL | re.MULTILINE)
         elif found := re.match(r"python ((?:benchmarks|tools)/\S+\.py)(.*)", line):
             assert (ROOT / found[1]).exists(), line

@@ -220,8 +220,8 @@ CONFIG = {"version": "7", "layers": 2, "width": 16, "vocab": 256, "heads": 2, "h
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": None}, "not a converted model; convert it first: rwkv convert"),
-        ({"format": "pt"}, "not a converted model; convert it first: rwkv convert"),
+        ({"format": None}, "save it again as F32, F16 or BF16; if the model is quantized, convert the original"),
+        ({"format": "pt"}, "save it again as F32, F16 or BF16; if the model is quantized, convert the original"),
         *(({key: bad}, f"{key}.*; convert the model again") for bad in (None, "", "[", "7", "[" * 100_000)
           for key in ("config", "tensors", "tokenizer", "template")),
         ({"tokenizer": '"tape"'}, "has a tokenizer of unknown kind 'tape'; upgrade rwkv-cli"),
@@ -297,12 +297,9 @@ def test_a_float_matrix_of_integers_is_named(rwkv: Run, converted: Convert, tmp_
 
 
 @pytest.mark.parametrize("write", [tiny.write_pth, tiny.write_safetensors])
-def test_a_source_given_as_a_model_says_how_to_convert_it(
-    rwkv: Run, tmp_path: Path, write: Callable[..., Path]
-) -> None:
+def test_a_source_given_to_info_says_how_to_convert_it(rwkv: Run, tmp_path: Path, write: Callable[..., Path]) -> None:
     path = write(tmp_path / "a.pth", tiny.weights("7", layers=1))
-    for arguments in (("info", path), ("generate", "hi", "-m", path), ("ppl", path, "-m", path)):
-        refused(rwkv(*arguments), f"{path}: not a converted model; convert it first: rwkv convert {path}")
+    refused(rwkv("info", path), f"{path}: not a converted model; convert it first: rwkv convert {path}")
     missing = tmp_path / "b"
     refused(rwkv("info", missing), f"{missing}: No such file or directory")
 

@@ -1,0 +1,43 @@
+"""What a converted file tells without its weights."""
+
+from math import prod
+from typing import Any
+
+from rwkv_cli.engine.stored import StoredTemplate
+from rwkv_cli.errors import ConversationError
+from rwkv_cli.quant import Checkpoint
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Collect everything that a converted file tells without its weights."""
+    rows = []
+    for name in checkpoint.names():
+        entry = checkpoint.layout(name)
+        row: dict[str, Any] = {"name": name, "layout": entry["layout"], "shape": entry["shape"]}
+        size = checkpoint.stored_bytes(name)  # and with it a check that every array is there
+        row |= {"dtype": checkpoint.stored[name].dtype, "bytes": size}
+        rows.append(row | {"error": checkpoint.error(name)})
+    parameters = sum(prod(row["shape"]) for row in rows)
+    return {
+        "path": str(checkpoint.path),
+        "bytes": checkpoint.path.stat().st_size,
+        "parameters": parameters,
+        "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / max(parameters, 1),
+        "config": checkpoint.metadata("config", dict),
+        **{key: checkpoint.metadata(key, str) for key in ("quantization", "tokenizer")},
+        **_template(checkpoint),
+        "source": checkpoint.metadata("source", str),
+        "adapters": checkpoint.metadata("adapters", list, []),
+        "digest": checkpoint.digest,
+        "tensors": rows,
+    }
+
+
+def _template(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Tell the chat template, and what can be chosen with it."""
+    stored = StoredTemplate.of(checkpoint)
+    try:
+        form = stored.template()
+    except ConversationError:  # a newer version knows it
+        return {"template": stored.name, "styles": [], "think": []}
+    return {"template": stored.name, "styles": form.styles, "think": list(form.modes) if form.thinks else []}
