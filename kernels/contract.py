@@ -82,6 +82,9 @@ class Backend(Protocol):
 
     name: str
 
+    keeps_states: bool
+    """True if a program can keep the states between its rows (`LayerState.kept`)."""
+
     chunk: int
     """Rows that a program takes at most. More tokens of a text are several runs."""
 

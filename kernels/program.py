@@ -81,10 +81,15 @@ class Input:
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """The part of a state that belongs to one layer: `array[layer]`, where `array` is [L, B, …]."""
+    """The part of a state that belongs to one layer: `array[layer]`, where `array` is [L, B, …].
+
+    kept[t, layer] gets the part after row t, but for the last row of a sequence; kept is [T, L, …], or None to keep
+    nothing. Only devices that say so can keep (`contract.Backend.keeps_states`).
+    """
 
     array: Input
     layer: int
+    kept: Input | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,40 +259,38 @@ class RowProducts(Operation[Value]):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Wkv4(Operation[Value]):
-    """r ∘ RWKV-4's weighted average (arXiv 2305.13048). decay, bonus [D]; state [B, 3, D]."""
+class _Recurrence(Operation[Value]):
+    """What advances the state of a recurrence row by row. All values are [T, D]."""
 
     receptance: Value
     key: Value
     value: Value
-    decay: Array
-    bonus: Array
-    starts: Input
-    state: LayerState
-
-    def _result(self) -> Value:
-        return Value(self.key.rows, self.key.columns)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Wkv6(Operation[Value]):
-    """The recurrence of RWKV-5 and 6 (arXiv 2404.05892), normed by head, ∘ gate if there is one.
-
-    decay is a Value, or a vector [1, D] for all rows; bonus [H, N]; state [B, H, N, N].
-    """
-
-    receptance: Value
-    key: Value
-    value: Value
-    decay: Value | Array
-    bonus: Array
-    norm: Norm
-    gate: Value | None
     starts: Input
     state: LayerState
 
     def _result(self) -> Value:
         return Value(self.receptance.rows, self.receptance.columns)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Wkv4(_Recurrence):
+    """r ∘ RWKV-4's weighted average (arXiv 2305.13048). decay, bonus [D]; state [B, 3, D]."""
+
+    decay: Array
+    bonus: Array
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Wkv6(_Recurrence):
+    """The recurrence of RWKV-5 and 6 (arXiv 2404.05892), normed by head, ∘ gate if there is one.
+
+    decay is a Value, or a vector [1, D] for all rows; bonus [H, N]; state [B, H, N, N].
+    """
+
+    decay: Value | Array
+    bonus: Array
+    norm: Norm
+    gate: Value | None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -299,7 +302,7 @@ class ValueResidual:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Wkv7(Operation[Value]):
+class Wkv7(_Recurrence):
     """RWKV-7's time mixing between its matrices (arXiv 2503.14456, section 4).
 
     All values are [T, D]; decay is w and rate is a. key_scale (k_k), key_rate (k_a) [D]; bonus (r_k) [H, N];
@@ -309,10 +312,7 @@ class Wkv7(Operation[Value]):
         out = (norm(r·S) + (Σ r∘k∘r_k) · v) ∘ gate
     """
 
-    receptance: Value
     decay: Value
-    key: Value
-    value: Value
     rate: Value
     gate: Value
     residual: ValueResidual | None
@@ -320,11 +320,6 @@ class Wkv7(Operation[Value]):
     key_rate: Array
     bonus: Array
     norm: Norm
-    starts: Input
-    state: LayerState
-
-    def _result(self) -> Value:
-        return Value(self.receptance.rows, self.receptance.columns)
 
 
 @dataclass(frozen=True, eq=False)

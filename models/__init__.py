@@ -2,6 +2,6 @@
 
 from rwkv_cli.models.base import Model
 from rwkv_cli.models.config import Config
-from rwkv_cli.models.state import State
+from rwkv_cli.models.state import Snapshots, State
 
-__all__ = ["Config", "Model", "State"]
+__all__ = ["Config", "Model", "Snapshots", "State"]

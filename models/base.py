@@ -5,7 +5,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +33,7 @@ from rwkv_cli.kernels.program import (
 from rwkv_cli.models.config import Config
 from rwkv_cli.models.layers import Carry, ChannelMixing, TimeMixing, norm_of
 from rwkv_cli.models.registry import MODULES, tensors
-from rwkv_cli.models.state import State
+from rwkv_cli.models.state import Snapshots, State
 from rwkv_cli.quant import Checkpoint
 from rwkv_cli.quant.formats import takes
 
@@ -43,9 +43,9 @@ _PASSES = 8
 Ids = Sequence[int] | NDArray[Any]
 Floats32 = NDArray[np.float32]
 
-Head = Literal["last", "every", "losses", "outputs"]
-"""The end of a pass: logits after each sequence's last row or after every row, cross entropies, or the rows that the
-head would read."""
+Head = Literal["last", "every", "ahead", "losses", "outputs"]
+"""The end of a pass: logits after each sequence's last row or after every row, the same with the states between the
+rows kept, cross entropies, or the rows that the head would read."""
 
 
 def chunks(tokens: int, most: int) -> Iterator[slice]:
@@ -150,6 +150,14 @@ class Model:
         shift = np.zeros((c.layers, c.width), np.float32)
         return State(c.version, *map(self.backend.device_array, (shift, shift.copy(), wkv)), digest=self.digest)
 
+    def new_snapshots(self, rows: int) -> Snapshots:
+        """Room for the states between so many rows. Raises DeviceError where the device cannot keep them."""
+        if not self.backend.keeps_states:
+            raise DeviceError(
+                f"device {self.backend.name} cannot read ahead; use --device cpu, or leave out --draft and --lookup"
+            )
+        return Snapshots(self.new_state(), rows)
+
     def forward(self, ids: Ids, state: State | None = None, all_logits: bool = False) -> tuple[Floats32, State]:
         """Logits after the last of `ids` ([V]), or after each of them ([T, V]), float32, and the state then.
 
@@ -180,7 +188,18 @@ class Model:
         goals = self._checked(targets)
         if len(goals) != len(ids):
             raise ValueError(f"{len(goals)} targets for {len(ids)} ids")
-        return np.concatenate(self._run_one(ids, state, "losses", goals, watch))[:, 0]
+        return np.concatenate(self._run_one(ids, state, "losses", {"targets": goals}, watch))[:, 0]
+
+    def read_ahead(self, ids: Ids, state: State, snapshots: Snapshots) -> Floats32:
+        """Logits after each of `ids`, [T, V]; changes `state` in place and keeps the states between the ids.
+
+        Logits and states have the bits that they would have if each id were read alone. Raises ValueError as
+        `forward`, or for more ids than `snapshots` has room for.
+        """
+        if len(ids) > snapshots.rows:
+            raise ValueError(f"there is room for {snapshots.rows} ids, not for {len(ids)}")
+        kept = {_kept(name): array[: len(ids)] for name, array in snapshots.arrays.items()}
+        return _joined(self._run_one(ids, state, "ahead", kept))
 
     def outputs(self, ids: Ids, state: State, watch: Callable[[int], object] | None = None) -> Floats32:
         """What the head would read after each of `ids`: the last layer's normed outputs, [T, D]. Changes `state`.
@@ -194,19 +213,20 @@ class Model:
         ids: Ids,
         state: State,
         head: Head,
-        targets: NDArray[np.int64] | None = None,
+        by_row: Mapping[str, NDArray[Any]] | None = None,
         watch: Callable[[int], object] | None = None,
     ) -> list[Any]:
+        """Run the rows of one sequence. `by_row` has what an end needs beside ids, a part for each row."""
         tokens = self._checked(ids)
         self._check_state(state)
         self._take_in(state)
         arrays = state.arrays().values()
         starts, batch = np.array([0, len(tokens)]), State(state.version, *(array[:, None] for array in arrays))
         if watch is None:
-            return self._run(tokens, starts, batch, head, targets)
+            return self._run(tokens, starts, batch, head, by_row)
         before = [array.copy() for array in arrays]
         try:
-            return self._run(tokens, starts, batch, head, targets, watch)
+            return self._run(tokens, starts, batch, head, by_row, watch)
         except BaseException:
             for array, kept in zip(arrays, before, strict=True):
                 array[:] = kept
@@ -234,7 +254,7 @@ class Model:
         starts: NDArray[np.int64],
         state: State,
         head: Head,
-        targets: NDArray[np.int64] | None = None,
+        by_row: Mapping[str, NDArray[Any]] | None = None,
         watch: Callable[[int], object] | None = None,
     ) -> list[Any]:
         """Run the rows chunk by chunk, and return what `head` makes of each chunk."""
@@ -248,8 +268,7 @@ class Model:
                 arrays = {"ids": tokens[part], "starts": inside, **state.arrays()}
                 if head == "last":
                     arrays["ends"] = over - 1
-                if targets is not None:
-                    arrays["targets"] = targets[part]
+                arrays |= {name: array[part] for name, array in (by_row or {}).items()}
                 executable, output = self._compiled(PassKind(head, rows == 1, len(starts) - 1))
                 executable.run(arrays, watch and _part_of(watch, part))
                 if watch is not None:
@@ -280,25 +299,29 @@ class Model:
         for kind in _kinds(heads):
             if runs:
                 ids = [0] if kind.single else [0, 0]
-                targets = self._checked(ids) if kind.head == "losses" else None
+                targets = {"targets": self._checked(ids)} if kind.head == "losses" else None
                 self._run_one(ids, self.new_state(), kind.head, targets)
             else:
                 self._compiled(kind)
 
     def write_pass(self, kind: PassKind) -> WrittenPass:
-        """A pass of some tokens through the model, as a program over ids, starts, a state's arrays and ends or targets.
+        """A pass of some tokens, as a program over ids, starts, a state's arrays and what its end needs.
 
         Whoever measures a pass reads the program; `_compiled` runs it.
         """
         c, top, B = self.config, self._top, kind.sequences
         count = Count(1 if kind.single else self.backend.chunk)
         ids, starts = Input("ids", (count,), "I64"), Input("starts", (B + 1,), "I64")
-        att_shift, ffn_shift = (Input(name, (c.layers, B, c.width)) for name in ("att_shift", "ffn_shift"))
-        wkv = Input("wkv", (c.layers, B, *self._arch.wkv_state(c).shape))
+        parts = {"att_shift": (c.width,), "ffn_shift": (c.width,), "wkv": self._arch.wkv_state(c).shape}
+        state = {name: Input(name, (c.layers, B, *part)) for name, part in parts.items()}
         ends = Input("ends", (Count(min(count.most, B)),), "I64")
         targets = Input("targets", (count,), "I64")
-        at_the_end = {"last": (ends,), "losses": (targets,)}.get(kind.head, ())
-        ops = Program(ids, starts, att_shift, ffn_shift, wkv, *at_the_end)
+        kept = {name: Input(_kept(name), (count, c.layers, *part)) for name, part in parts.items()}
+        at_the_end = {"last": (ends,), "ahead": kept.values(), "losses": (targets,)}.get(kind.head, ())
+        ops = Program(ids, starts, *state.values(), *at_the_end)
+
+        def of_layer(name: str, i: int) -> LayerState:
+            return LayerState(state[name], i, kept[name] if kind.head == "ahead" else None)
 
         def embed() -> Value:
             x = ops.add(Embed(ids, top["emb.weight"]))
@@ -311,10 +334,10 @@ class Model:
         carry: Carry = {}
         for i, p in enumerate(self._layers):
             a = ops.add(LayerNorm(x, norm_of(p, "ln1", c.norm_eps)))
-            delta = ops.add(TokenShift(a, starts, LayerState(att_shift, i)))
-            self._arch.time_mix(TimeMixing(ops, c, p, x, a, delta, starts, LayerState(wkv, i), carry))
+            delta = ops.add(TokenShift(a, starts, of_layer("att_shift", i)))
+            self._arch.time_mix(TimeMixing(ops, c, p, x, a, delta, starts, of_layer("wkv", i), carry))
             f = ops.add(LayerNorm(x, norm_of(p, "ln2", c.norm_eps)))
-            delta = ops.add(TokenShift(f, starts, LayerState(ffn_shift, i)))
+            delta = ops.add(TokenShift(f, starts, of_layer("ffn_shift", i)))
             self._arch.channel_mix(ChannelMixing(ops, c, p, x, f, delta, ids, embed, carry))
 
         if kind.head == "last":
@@ -358,6 +381,11 @@ class Model:
 
 def _kinds(heads: Iterable[Head]) -> list[PassKind]:
     return [PassKind(head, single, 1) for head in heads for single in (True, False)]
+
+
+def _kept(name: str) -> str:
+    """The input for the states between rows, of a state's array."""
+    return f"kept_{name}"
 
 
 def _part_of(watch: Callable[[int], object], part: slice) -> Watch:

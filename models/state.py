@@ -58,6 +58,11 @@ class State:
         """A view of sequence `b` of a batch, which changes with the batch. `clone` it to keep it or to run it alone."""
         return State(self.version, *(array[:, b] for array in self.arrays().values()), digest=self.digest)
 
+    def take(self, other: "State") -> None:
+        """Become a copy of another state of the same model, in this one's own memory."""
+        for array, values in zip(self.arrays().values(), other.arrays().values(), strict=True):
+            array[:] = values
+
     def save(self, path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
         """Write a safetensors file. An older file of that name stays until the new one is whole and on disk.
 
@@ -98,6 +103,21 @@ class State:
         if digest and like.digest and digest != like.digest:
             raise FormatError(f"{path}: a state of another model of the same size; load it with the one that made it")
         return cls(version, **arrays, digest=like.digest)
+
+
+class Snapshots:
+    """Room for the states between the rows of a pass. Each pass takes it anew."""
+
+    def __init__(self, like: State, rows: int) -> None:
+        """`like` is a state of the model, and `rows` is the most rows that a pass may have."""
+        self.rows, self._like = rows, like
+        # written now, since memory that a pass is the first to write makes it slow
+        self.arrays = {name: np.full((rows, *array.shape), np.nan, np.float32) for name, array in like.arrays().items()}
+        """The numbers by name, [rows, L, …]."""
+
+    def after(self, row: int) -> State:
+        """A view of the state after a row that was not the last. The next pass changes it."""
+        return State(self._like.version, *(array[row] for array in self.arrays.values()), digest=self._like.digest)
 
 
 def _opened(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:

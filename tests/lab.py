@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -85,6 +86,20 @@ class Lab:
         layers[1] = states
         node = Input(f"state{len(self.inputs)}", layers.shape)
         return LayerState(self._given(node, self.backend.device_array(layers)), 1)
+
+    def keeping(self, state: LayerState, rows: int) -> LayerState:
+        """The same part of a state, kept between so many rows. What is not kept stays NaN."""
+        layers, _, *shape = state.array.shape
+        kept = np.full((rows, layers, *shape), np.nan, np.float32)
+        node = Input(f"kept{len(self.inputs)}", (self.rows(rows), layers, *shape))
+        return replace(state, kept=self._given(node, kept))
+
+    def kept(self, state: LayerState) -> Any:
+        """What a run has kept of a state, by row."""
+        assert state.kept is not None
+        layers = self.arrays[state.kept.name]
+        assert np.isnan(layers[:, [0, 2]]).all()
+        return layers[:, 1]
 
     def state_after(self, state: LayerState) -> Any:
         """The state as a run has left it."""

@@ -12,6 +12,7 @@ from rwkv_cli.kernels.cpu.weights import weight as weight
 from rwkv_cli.kernels.program import Array
 
 name = "cpu"
+keeps_states = True
 chunk = 252  # a multiple of 4 and of 6, the blocks of tokens that matrix products take
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "describe",
     "device_array",
     "int8_peak",
+    "keeps_states",
     "kernels",
     "limit_kernels",
     "name",

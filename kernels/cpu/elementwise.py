@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_cli.kernels.cpu.args import F32, F32_1, F32_2, I8_2, I64_1, U16_2, U32_2, Int, unpack
+from rwkv_cli.kernels.cpu.args import F32, F32_1, F32_2, F32_3, I8_2, I64_1, U16_2, U32_2, Int, unpack
 from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.llvm.bits import bits_of, float_of
 from rwkv_cli.numbers import GROUP
@@ -261,19 +261,21 @@ def take_columns(args: int, part: int, parts: int) -> None:
 
 
 class ShiftArgs(NamedTuple):
-    """x, delta [T, D]; starts [B + 1]; last [B, D]."""
+    """x, delta [T, D]; starts [B + 1]; last [B, D]; kept [T, L, D] from this layer on, or none."""
 
     x: F32_2
     starts: I64_1
     last: F32_2
     delta: F32_2
+    kept: F32_3
 
 
 @kernel(ShiftArgs)
 def shift(args: int, part: int, parts: int) -> None:
     """delta[t] = x[t − 1] − x[t]. Before sequence b's first row stands last[b], which then becomes its last row.
 
-    A part is a range of columns, so that nobody reads a last row that another has set.
+    kept[t] gets x[t], but for a sequence's last row. A part is a range of columns, so that nobody reads a last row that
+    another has set.
     """
     a = unpack(args, ShiftArgs)
     x, last, delta = a.x, a.last, a.delta
@@ -284,6 +286,10 @@ def shift(args: int, part: int, parts: int) -> None:
             here, out = x[t, begin:end], delta[t, begin:end]
             for d in range(end - begin):
                 out[d] = before[d] - here[d]
+            if len(a.kept) and t + 1 < a.starts[b + 1]:
+                kept = a.kept[t, 0, begin:end]
+                for d in range(end - begin):
+                    kept[d] = here[d]
             before = here
         for d in range(end - begin):
             last[b, begin + d] = before[d]

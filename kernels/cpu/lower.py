@@ -87,7 +87,7 @@ def _take_rows(low: Lowering, op: p.TakeRows) -> None:
 
 def _token_shift(low: Lowering, op: p.TokenShift) -> None:
     delta, columns = low.place(op.out), op.x.columns
-    arguments = elementwise.ShiftArgs(low.view(op.x), low.view(op.starts), low.view(op.last), delta)
+    arguments = elementwise.ShiftArgs(low.view(op.x), low.view(op.starts), low.view(op.last), delta, low.kept(op.last))
     parts = min(columns // 64 + 1, PARTS_A_THREAD * low.threads)
     low.steps.add(elementwise.shift, arguments, Share(op.x.rows, columns, parts, parts))
 
@@ -117,6 +117,7 @@ def _wkv4(low: Lowering, op: p.Wkv4) -> None:
         bonus=op.bonus,
         starts=low.view(op.starts),
         state=state,
+        kept=low.kept(op.state),
         y=low.place(op.out),
     )
     low.steps.add(wkv.wkv4, arguments, Share.fixed(-(-op.key.columns // wkv.CHANNELS) * state.shape[0]))
@@ -137,6 +138,7 @@ def _wkv6(low: Lowering, op: p.Wkv6) -> None:
         gate=low.view(op.gate),
         starts=low.view(op.starts),
         state=state,
+        kept=low.kept(op.state),
         y=low.place(op.out),
     )
     low.steps.add(wkv.wkv6, arguments, Share.fixed(len(op.bonus) * state.shape[0]))
@@ -161,6 +163,7 @@ def _wkv7(low: Lowering, op: p.Wkv7) -> None:
         eps=norm.eps,
         starts=low.view(op.starts),
         state=state,
+        kept=low.kept(op.state),
         y=low.place(op.out),
     )
     low.steps.add(wkv.wkv7, arguments, Share.fixed(len(op.bonus) * state.shape[0]))

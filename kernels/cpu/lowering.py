@@ -1,5 +1,6 @@
 """The state of lowering a program: the steps so far, and the place of each value."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,13 @@ class Lowering:
             size = int(np.prod([n for n in shape if isinstance(n, int)])) * 4
             return View(x.array, shape, np.dtype(np.float32), x.layer * size)
         return self._views[x] if isinstance(x, p.Value) else x
+
+    def kept(self, state: p.LayerState) -> View | None:
+        """The place of a state's part after each row, from its layer on, or None where nothing is kept."""
+        if state.kept is None:
+            return None
+        array = self.view(state.kept)
+        return array._replace(offset=state.layer * math.prod(array.shape[2:]) * 4)  # type: ignore[no-any-return]
 
     def place(self, value: p.Value) -> View:
         """Memory for a value that the next steps compute."""

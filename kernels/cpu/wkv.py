@@ -5,6 +5,9 @@ The tokens are those of B sequences: starts[b] to starts[b + 1] − 1 are b's ro
 head (or some channels in v4) of one sequence; time runs inside. Everything is float32, as the state and its decay must
 be (RWKV-LM README). Matrix states are [key, value] (see `recurrence`).
 
+`kept` [T, L, …], if there is one, begins with this layer's part: kept[t, 0] gets the state after row t, but for the
+last row of a sequence.
+
 Inner loops run over slices from 0. numba lets an index count from the end where it is negative. Where it cannot tell
 that none is, as in y[t, o + j], LLVM leaves the loop scalar.
 """
@@ -13,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_cli.kernels.cpu.args import F32, F32_1, F32_2, F32_3, F32_4, I64_1, Int, unpack
+from rwkv_cli.kernels.cpu.args import F32, F32_1, F32_2, F32_3, F32_4, F32_5, I64_1, Int, unpack
 from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.elementwise import address_of, exp, normalize
 from rwkv_cli.kernels.cpu.llvm.recurrence import DeltaStep, LinearStep, delta_step, linear_step
@@ -22,8 +25,17 @@ CHANNELS = 32
 """Channels of RWKV-4 in a part."""
 
 
+@function()
+def _copy(x, out):
+    """out = x for matrices, row by row."""
+    for i in range(len(x)):
+        xi, oi = x[i], out[i]
+        for j in range(len(xi)):
+            oi[j] = xi[j]
+
+
 class Wkv4Args(NamedTuple):
-    """r, k, v, y [T, D]; decay −exp(time_decay) and bonus [D]; starts [B + 1]; state [B, 3, D]."""
+    """r, k, v, y [T, D]; decay −exp(time_decay) and bonus [D]; starts [B + 1]; state [B, 3, D]; kept [T, L, 3, D]."""
 
     r: F32_2
     k: F32_2
@@ -32,6 +44,7 @@ class Wkv4Args(NamedTuple):
     bonus: F32_1
     starts: I64_1
     state: F32_3
+    kept: F32_4
     y: F32_2
 
 
@@ -61,6 +74,8 @@ def wkv4(args: int, part: int, parts: int) -> None:  # noqa: ARG001
             a[d] = old * a[d] + new * vt[d]
             b[d] = old * b[d] + new
             p[d] = top
+        if len(args_.kept) and t + 1 < starts[s + 1]:
+            _copy(state[s, :, here], args_.kept[t, 0, :, here])
 
 
 _delta64, _delta8, _delta1 = delta_step(64), delta_step(8), delta_step(1)
@@ -100,7 +115,7 @@ def _linear(c):
 class Wkv6Args(NamedTuple):
     """r, k, v, y [T, D]; decay [T, D] or [1, D]; bonus [H, N]; weight, bias [D] and eps of the norm by head.
 
-    gate [T, D] or none; starts [B + 1]; state [B, H, N, N].
+    gate [T, D] or none; starts [B + 1]; state [B, H, N, N]; kept [T, L, H, N, N].
     """
 
     r: F32_2
@@ -115,6 +130,7 @@ class Wkv6Args(NamedTuple):
     gate: F32_2
     starts: I64_1
     state: F32_4
+    kept: F32_5
     y: F32_2
 
 
@@ -145,6 +161,8 @@ def wkv6(args: int, part: int, parts: int) -> None:  # noqa: ARG001
                 size=N,
             )
         )
+        if len(a.kept) and t + 1 < a.starts[b + 1]:
+            _copy(S, a.kept[t, 0, h])
         yt = a.y[t, here]
         normalize(out, a.weight[here], a.bias[here], a.eps, yt)
         if len(a.gate):
@@ -175,7 +193,7 @@ class Wkv7Args(NamedTuple):
     """r, decay, k, v, rate, gate, y [T, D]; first and mix [T, D] of the value residual, or none.
 
     key_scale, key_rate [D], bonus [H, N]; weight, bias [D] and eps of the norm by head; starts [B + 1];
-    state [B, H, N, N].
+    state [B, H, N, N]; kept [T, L, H, N, N].
     """
 
     r: F32_2
@@ -194,6 +212,7 @@ class Wkv7Args(NamedTuple):
     eps: F32
     starts: I64_1
     state: F32_4
+    kept: F32_5
     y: F32_2
 
 
@@ -237,6 +256,8 @@ def wkv7(args: int, part: int, parts: int) -> None:  # noqa: ARG001
                 size=N,
             )
         )
+        if len(a.kept) and t + 1 < a.starts[b + 1]:
+            _copy(S, a.kept[t, 0, h])
         yt, gt = a.y[t, here], a.gate[t, here]
         normalize(out, a.weight[here], a.bias[here], a.eps, yt)
         extra = _dot3(rt, key, bonus)

@@ -18,6 +18,7 @@ from rwkv_cli.kernels.cuda.weights import weight as weight
 from rwkv_cli.kernels.program import Array, Program
 
 name = "cuda"
+keeps_states = False
 chunk = 512  # whole blocks of `matmul_wide`, and enough of them for every multiprocessor
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "describe",
     "device_array",
     "int8_peak",
+    "keeps_states",
     "kernels",
     "limit_kernels",
     "name",

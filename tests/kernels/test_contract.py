@@ -281,6 +281,45 @@ def test_a_zero_key_has_no_direction(device: str) -> None:
     np.testing.assert_array_equal(lab.state_after(state), S)
 
 
+def looking_back(lab: Lab, name: str, x: Any, starts: Any, state: Any) -> Any:
+    """An operation that looks back in time, over rows x [T, 6, 48]."""
+    r, k, v, *others = (lab.matrix(each) for each in x.transpose(1, 0, 2))
+    vector, bonus, norm = np.linspace(0.1, 1, 48), np.full((2, 24), 0.3), Norm(np.ones(48), np.zeros(48), 64e-5)
+    shared = {"starts": starts, "state": state}
+    if name == "shift":
+        return TokenShift(k, starts, state)
+    if name == "wkv4":
+        rkv = {"receptance": r, "key": k, "value": v}
+        return Wkv4(**rkv, decay=lab.vector(-vector), bonus=lab.vector(vector), **shared)
+    shared |= {"receptance": r, "key": k, "value": v, "bonus": lab.vector(bonus), "norm": on_device(lab, norm)}
+    w, a, g = others
+    if name == "wkv6":
+        return Wkv6(decay=w, gate=None, **shared)
+    scales = {"key_scale": lab.vector(vector), "key_rate": lab.vector(vector)}
+    return Wkv7(decay=w, rate=a, gate=g, residual=None, **scales, **shared)
+
+
+@cases("name, shape", [("shift", (48,)), ("wkv4", (3, 48)), ("wkv6", (2, 24, 24)), ("wkv7", (2, 24, 24))], [])
+def test_states_between_rows_are_kept(device: str, name: str, shape: tuple[int, ...]) -> None:
+    """They are the states that shorter sequences end with, bit for bit. Nothing is kept after a sequence's last row."""
+    lengths = (3, 0, 1, 5)
+    x, begin = RNG.random((9, 6, 48)).astype(np.float32), RNG.random((4, *shape)).astype(np.float32)
+
+    def run(rows: slice, lengths: tuple[int, ...], begin: Any) -> tuple[Any, Any]:
+        """The states after some rows and those kept between them."""
+        lab = Lab(device)
+        state = lab.keeping(lab.state(begin), sum(lengths))
+        lab.run(lab.ops.add(looking_back(lab, name, x[rows], lab.starts(lengths), state)))
+        return lab.state_after(state), lab.kept(state)
+
+    _, kept = run(slice(None), lengths, begin)
+    for b, rows in parts(lengths).items():
+        for t in range(rows.start, rows.stop - 1):
+            (after,), _ = run(slice(rows.start, t + 1), (t + 1 - rows.start,), begin[b : b + 1])
+            np.testing.assert_array_equal(kept[t], after)
+        assert np.isnan(kept[rows.stop - 1]).all()
+
+
 LAYOUTS = ("tile", "columns")
 
 

@@ -445,6 +445,24 @@ def test_a_token_gets_the_same_bits_wherever_a_prompt_is_cut(converted: Convert,
             np.testing.assert_array_equal(array, end.arrays()[name])
 
 
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize("quant", ["int8", "none"])
+def test_reading_ahead_gives_the_bits_of_reading_one_by_one(converted: Convert, version: str, quant: str) -> None:
+    model = rwkv_cli.load(converted(version, quant))
+    _, begin = model.forward([1, 2, 3])
+    snapshots = model.new_snapshots(8)
+    for count in (1, 2, 7, 8):
+        ids, state, alone = np.random.default_rng(count).integers(0, 300, count), begin.clone(), begin.clone()
+        logits = model.read_ahead(ids, state, snapshots)
+        for t, token in enumerate(ids):
+            np.testing.assert_array_equal(logits[t], model.advance([token], alone))
+            between = snapshots.after(t) if t < count - 1 else state
+            for name, array in between.arrays().items():
+                np.testing.assert_array_equal(array, alone.arrays()[name])
+    with pytest.raises(ValueError, match="room for 8 ids, not for 9"):
+        model.read_ahead([0] * 9, begin, snapshots)
+
+
 def facts(result: Result) -> dict[str, Any]:
     """Return the object that --json printed."""
     assert result.exit_code == 0, result.stderr
