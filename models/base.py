@@ -1,9 +1,6 @@
 """The model: one driver for every version, frozen after load."""
 
 import math
-import os
-import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +31,7 @@ from rwkv_cli.models.config import Config
 from rwkv_cli.models.layers import Carry, ChannelMixing, TimeMixing, norm_of
 from rwkv_cli.models.registry import MODULES, tensors
 from rwkv_cli.models.state import Snapshots, State
+from rwkv_cli.models.turn import Turn
 from rwkv_cli.quant import Checkpoint
 from rwkv_cli.quant.formats import takes
 
@@ -93,8 +91,7 @@ class Model:
         if threads is not None and not (type(threads) is int and 1 <= threads <= cores.logical):
             raise DeviceError(f"threads must be from 1 to {cores.logical} on this machine, not {threads}")
         self.threads = threads or cores.physical
-        self._turn = threading.Lock()
-        _MODELS.add(self)
+        self._turn = Turn()
         self._passes: OrderedDict[PassKind, _CompiledPass] = OrderedDict()
         self.backend: Backend = choose(device, checkpoint.path.stat().st_size)
         self.digest = checkpoint.digest
@@ -396,17 +393,3 @@ def _part_of(watch: Callable[[int], object], part: slice) -> Watch:
 def _joined(parts: list[Floats32]) -> Floats32:
     """The rows of all parts. One part is not copied: logits of a batch are many."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-_MODELS: weakref.WeakSet[Model] = weakref.WeakSet()
-"""Every model of this process."""
-
-
-def _new_turns() -> None:
-    """Give each model a new lock: in a forked child, nobody is left who could release the old one."""
-    for model in _MODELS:
-        model._turn = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_turns)
