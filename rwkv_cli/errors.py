@@ -43,6 +43,10 @@ class DeviceError(RwkvError):
     """This machine lacks the device, the memory or the number of threads that was asked for."""
 
 
+class DraftError(RwkvError):
+    """A model cannot guess the next tokens of another one's text."""
+
+
 class ConversationError(RwkvError):
     """A conversation cannot do what was asked for."""
 

@@ -8,12 +8,15 @@ from typing import Any
 import click
 
 from rwkv_cli.commands.options import (
+    check_draft,
     check_there,
     complete_session,
+    draft_options,
     is_given,
     make_ready,
     model_options,
     open_model,
+    open_speculation,
     sampling_options,
     state_option,
     template_options,
@@ -44,6 +47,7 @@ from rwkv_cli.terminal.settings import MAX_TOKENS
     help="End an answer after N tokens; default: 1024, with reasoning 4096.",
 )
 @sampling_options
+@draft_options
 def command(
     *,
     question: tuple[str, ...],
@@ -60,6 +64,8 @@ def command(
     state: Path | None,
     max_tokens: int | None,
     seed: int | None,
+    draft: str | None,
+    lookup: bool,
     **sampling: Any,
 ) -> None:
     """Talk with a model, turn by turn. It remembers the conversation; Ctrl-C ends an answer, /help lists commands.
@@ -98,6 +104,7 @@ def command(
         known = library.again(Path(sessions.read(resumed)["model"]["path"]))
         model = str(known) if known is not None else model
     check_there(state)
+    check_draft(draft, lookup)
     lm = open_model(model, device, threads)
     if resumed:
         kept, talk = Session.resume(resumed, lm)
@@ -121,6 +128,7 @@ def command(
             start=start,
         )
     make_ready(lm, "last", text_bytes=len(text.encode()))
+    talk.speculation = open_speculation(lm, draft, lookup, threads)
     repl = Repl(talk, kept)
     if text:
         repl.ask(text)

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_cli.commands.batch import answer_file, check_options
-from rwkv_cli.commands.options import check_there, make_ready, model_options, open_model, sampling_options, state_option
+from rwkv_cli.commands.options import (
+    check_draft,
+    check_there,
+    draft_options,
+    make_ready,
+    model_options,
+    open_model,
+    open_speculation,
+    sampling_options,
+    state_option,
+)
 from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.terminal.compiling import load_kernels
@@ -38,6 +48,7 @@ if TYPE_CHECKING:
     help="End after N tokens.",
 )
 @sampling_options
+@draft_options
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
 @click.option(
     "-e",
@@ -109,6 +120,8 @@ def command(
     output: Path | None,
     batch_size: int,
     seed: int | None,
+    draft: str | None,
+    lookup: bool,
     **sampling: Any,
 ) -> None:
     """Continue PROMPT and what comes on standard input (one line break at its end does not count).
@@ -134,6 +147,7 @@ def command(
     from rwkv_cli.engine.jobs import JobSettings
     from rwkv_cli.engine.sampling import Sampling
     from rwkv_cli.engine.saved import CACHE, STATE, PromptCache, check_target, save_end
+    from rwkv_cli.terminal.slash import drafts
 
     if state and load_state:
         raise click.UsageError("--state and --load-state exclude each other: a saved state had its beginning")
@@ -148,6 +162,7 @@ def command(
         raise click.BadParameter("an empty text would end at once", param_hint="--stop")
     settings = Sampling().changed(**sampling)
     check_there(state, load_state)
+    check_draft(draft, lookup)
     if batch is not None:
         answer_file(
             batch,
@@ -180,7 +195,11 @@ def command(
     cache = PromptCache(prompt_cache, lm, start.state, ids) if prompt_cache else None
     begun, cached = cache.find(warn=note) if cache else (start.state, 0)
     make_ready(lm, "last")
-    completion = Completion(lm, begun, sampler, Request(ids[cached:], max_tokens, stops, ignore_eos))
+    speculation = open_speculation(lm, draft, lookup, threads)
+    if speculation is not None:
+        speculation.drafter.read(ids[:cached])
+    request = Request(ids[cached:], max_tokens, stops, ignore_eos)
+    completion = Completion(lm, begun, sampler, request, speculation=speculation)
     show = answer_writer()
     with reading_bar(len(ids) - cached) as on_read:
         if cache and not cached:
@@ -202,9 +221,13 @@ def command(
             "prompt_tokens_per_second": result.prompt_tokens / result.prompt_seconds,
             "tokens_per_second": result.tokens / result.seconds,
         }
+        if speculation is not None:
+            facts |= {"drafted": result.drafted, "accepted": result.accepted}
         click.echo(json.dumps(facts))
     elif sys.stdout.isatty() and not result.text.endswith("\n"):
         click.echo()
+    if speculation is not None and not as_json:
+        note(f"{drafts(result)}; {result.tokens / result.seconds:.1f} tok/s.")
     if save_state:
         save_end(save_state, completion)
 

@@ -16,7 +16,9 @@ from rwkv_cli.terminal.plot import SUFFIXES
 from rwkv_cli.terminal.settings import SAMPLING, Whole
 
 if TYPE_CHECKING:
+    from rwkv_cli.engine.drafting import Drafter
     from rwkv_cli.engine.model import LanguageModel
+    from rwkv_cli.engine.speculation import Speculation
     from rwkv_cli.models.base import Head
 
 Command = Callable[..., Any]
@@ -142,7 +144,8 @@ def named_model(word: str | None, quantization: str | None = "int8") -> Path:
         found = model_file(word, converting_bar, load_kernels, quantization)
     except (ModelNameError, OSError) as error:
         context = click.get_current_context()
-        if context.get_parameter_source("model") is not ParameterSource.ENVIRONMENT:
+        named = context.get_parameter_source("model") is ParameterSource.ENVIRONMENT
+        if not named or word != context.params.get("model"):  # it may be another option's
             raise
         why = reason(error) if isinstance(error, OSError) else error
         raise click.ClickException(f"{why}; $RWKV_MODEL names it") from None
@@ -172,6 +175,44 @@ def open_model(word: str | None, device: str, threads: int | None) -> "LanguageM
 def is_given(name: str) -> bool:
     """Return whether a parameter of the running command stands on its command line."""
     return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def draft_options(command: Command) -> Command:
+    """Add --draft and --lookup. The command gets `draft: str | None` and `lookup: bool`, for `open_speculation`."""
+    options = [
+        click.option("--draft", type=ModelWord(), metavar="MODEL",
+                     help="Have a small model of the same vocabulary guess ahead: the same text, faster where it is "
+                          "right."),
+        click.option("--lookup", is_flag=True,
+                     help="Guess that words go on as they did before in the text: the same text, faster where it "
+                          "repeats itself."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def check_draft(draft: str | None, lookup: bool) -> None:
+    """Refuse both before anything is loaded."""
+    if draft is not None and lookup:
+        raise click.UsageError("--draft and --lookup exclude each other: one of them guesses")
+
+
+def open_speculation(
+    model: "LanguageModel", draft: str | None, lookup: bool, threads: int | None
+) -> "Speculation | None":
+    """Load what guesses ahead of the model's texts, and all kernels that this takes. None without such options."""
+    from rwkv_cli.engine.drafting import DraftModel, PromptLookup
+    from rwkv_cli.engine.speculation import Speculation
+
+    if draft is None and not lookup:
+        return None
+    drafter: Drafter = PromptLookup() if draft is None else DraftModel(open_model(draft, "cpu", threads), model)
+    speculation = Speculation(model, drafter)
+    make_ready(model, "ahead")
+    if isinstance(drafter, DraftModel):
+        make_ready(drafter.model, "last")
+    return speculation
 
 
 def check_there(*paths: Path | None) -> None:

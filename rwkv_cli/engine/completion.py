@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from rwkv_cli.engine.model import LanguageModel, check_finite
 from rwkv_cli.engine.sampling import Sampler, Sampling
+from rwkv_cli.engine.speculation import Speculation
 from rwkv_cli.engine.tokenizer import Tokenizer
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.models import State
@@ -84,6 +85,10 @@ class Result:
     prompt_tokens: int = 0
     """Number of prompt tokens read."""
     prompt_seconds: float = 0.0
+    drafted: int = 0
+    """Number of guesses at tokens that the model has read."""
+    accepted: int = 0
+    """Number of those that were right."""
     stop: str = "interrupted"
     """The reason for the end: eos, stop, length or interrupted."""
 
@@ -103,9 +108,18 @@ class Completion:
     Afterwards `state` has read the prompt and all of the text but its unread end. It has read nothing of a stop text.
     """
 
-    def __init__(self, model: LanguageModel, state: State, sampler: Sampler, request: Request) -> None:
-        """`state` is the state before the prompt. It is changed in place."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        state: State,
+        sampler: Sampler,
+        request: Request,
+        *,
+        speculation: Speculation | None = None,
+    ) -> None:
+        """`state` is the state before the prompt. It is changed in place. `speculation` is one of this model."""
         self.model, self.state, self.sampler, self.request = model, state, sampler, request
+        self._speculation = speculation
         self.result = Result()
         self.cancelled = False
         self._watch: Callable[[int], object] | None = None
@@ -134,17 +148,31 @@ class Completion:
     def _feed(self, steps: Generator[Sequence[int], Logits, object]) -> Iterator[None]:
         """Have the state read the ids that `steps` yields. Yields after each step."""
         ids = next(steps, None)
-        while ids is not None:
-            try:
+        try:
+            while ids is not None:
                 try:
-                    logits = self.model.advance(ids, self.state, watch=self._watch)
-                except _CancelledError as cancelled:
-                    ids = steps.throw(cancelled)
-                else:
-                    ids = steps.send(logits)
-            except StopIteration:
-                ids = None
-            yield
+                    try:
+                        logits = self._advance(ids)
+                    except _CancelledError as cancelled:
+                        ids = steps.throw(cancelled)
+                    else:
+                        ids = steps.send(logits)
+                except StopIteration:
+                    ids = None
+                yield
+        finally:
+            if self._speculation is not None:
+                self.state = self._speculation.settled(self.state)
+                count = self._speculation.count()
+                self.result.drafted += count.read
+                self.result.accepted += count.right
+
+    def _advance(self, ids: Sequence[int]) -> Logits:
+        """Have the state read some ids."""
+        if self._speculation is None:
+            return self.model.advance(ids, self.state, watch=self._watch)
+        logits, self.state = self._speculation.advance(ids, self.state, self.sampler, self._watch)
+        return logits
 
     def steps(self, on_read: OnRead | None = None) -> Steps:
         """Make the text for a caller that advances the state. After each step the result holds the certain text."""

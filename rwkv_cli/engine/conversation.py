@@ -12,6 +12,7 @@ from rwkv_cli.engine.forms import Template
 from rwkv_cli.engine.messages import Chat
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampling
+from rwkv_cli.engine.speculation import Speculation
 from rwkv_cli.engine.templates import parts
 from rwkv_cli.errors import ConversationError
 from rwkv_cli.kernels.cpu.cores import memory_bytes
@@ -43,6 +44,8 @@ class Snapshot:
     read: str = ""
     """The text that the state has read, where the template writes each prompt from the beginning."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
+    draft: State | None = None
+    """The state that the drafter goes on from, if it knows this place."""
 
 
 @dataclass
@@ -79,6 +82,8 @@ class Conversation:
     think: str = "off"
     start: State | None = None
     """The state before the first word, where it is not the model's own."""
+    speculation: Speculation | None = None
+    """The passes of all answers, if they read guesses ahead."""
 
     def __post_init__(self) -> None:
         self.template.mode(self.think)
@@ -118,6 +123,8 @@ class Conversation:
         if not prompt:
             raise ConversationError("the tokenizer makes nothing of this turn; say it in other words")
         request = Request(prompt, self.limit, self.template.stops)
+        if self.speculation is not None:
+            self.speculation.drafter.go_back(before.draft if state is before.state else None)
         return Reply(
             conversation=self,
             user=text,
@@ -125,7 +132,7 @@ class Conversation:
             again=again,
             start=self.template.begun(written, self.think),
             whole=read + written,
-            completion=Completion(self.model, state.clone(), self.sampler, request),
+            completion=Completion(self.model, state.clone(), self.sampler, request, speculation=self.speculation),
         )
 
     def _written(self, text: str, before: Snapshot, turns: Sequence[Turn]) -> tuple[str, str, State]:
@@ -222,7 +229,8 @@ class Conversation:
         self.turns.append(Turn(reply.user, (reply.start + result.text).strip(), reply.before))
         whole = reply.whole + result.text
         read = "" if self.template.turn_by_turn else whole[: len(whole) - len(result.unread)]
-        self.now = Snapshot(state, self.template.close(result.unread), self.sampler.random, read)
+        draft = self.speculation.drafter.mark() if self.speculation is not None else None
+        self.now = Snapshot(state, self.template.close(result.unread), self.sampler.random, read, draft=draft)
         size = sum(array.nbytes for array in state.arrays().values())
         for old in self.turns[: -min(max(_SNAPSHOT_BYTES // size, 1), _SNAPSHOTS)]:
             old.before = None

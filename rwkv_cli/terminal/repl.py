@@ -149,6 +149,8 @@ class Repl:
         self.total.prompt_seconds += result.prompt_seconds
         self.total.tokens += result.tokens
         self.total.seconds += result.seconds
+        self.total.drafted += result.drafted
+        self.total.accepted += result.accepted
         if self.terminal:
             ended = {"length": " · cut short: /set max_tokens N allows more", "interrupted": f" · interrupted{outcome}"}
             note(f"{figures(result)}{ended.get(result.stop, '')}\n", faint=True)
@@ -331,7 +333,9 @@ class Repl:
         """Go on with a session."""
         if self.session is None and self.talk.turns:
             raise ConversationError("this conversation is not kept yet: /save NAME it, or /reset it first")
+        speculation = self.talk.speculation
         self.session, self.talk = Session.resume(rest, self.talk.model)
+        self.talk.speculation = speculation
         self.left = None
         if self.terminal and self.talk.turns:
             self._resumed()

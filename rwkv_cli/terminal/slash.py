@@ -61,4 +61,9 @@ def figures(r: Result) -> str:
     made = counted(r.tokens, "token") + (f", {r.tokens / r.seconds:.1f} tok/s" if r.seconds else "")
     read = f"prompt {counted(r.prompt_tokens, 'token')}"
     read += f", {r.prompt_tokens / r.prompt_seconds:.0f} tok/s" if r.prompt_seconds else ""
-    return f"{made} · {read}"
+    return f"{made} · {read}" + (f" · {drafts(r)}" if r.drafted else "")
+
+
+def drafts(r: Result) -> str:
+    """Say how many of the tokens that were read ahead were right."""
+    return f"{r.accepted} of {counted(r.drafted, 'drafted token')} right"

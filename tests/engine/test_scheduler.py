@@ -73,9 +73,7 @@ def run(scheduler: Scheduler, watched: Watched) -> None:
     watched.wait()
 
 
-def test_answers_are_those_made_alone_with_and_without_known_states(
-    model: LanguageModel, scheduler: Scheduler
-) -> None:
+def test_answers_are_those_made_alone_with_and_without_known_states(model: LanguageModel, scheduler: Scheduler) -> None:
     prompts = [STORY[:n] for n in (200, 1, 17, 130, 200, 64, 270)]
     for known in (False, True):
         watched = Watched()
