@@ -1,7 +1,8 @@
-"""Compile every CUDA kernel without a GPU, and print a JSON object by kernel: compile_cuda.py MAJOR.MINOR
+"""Compile every CUDA kernel without a GPU, and print a JSON object by capability and kernel: compile_cuda.py 7.5 8.0
 
 numba-cuda compiles to PTX, then nvJitLink to machine code, and tells registers, shared memory and spills. This is a
-process of its own, since numba decides at import whether it simulates.
+process of its own, since numba decides at import whether it simulates. PTX takes most of the time. All GPUs of one call
+get that of the first, except where it has instructions for tensor cores.
 """
 
 import json
@@ -10,14 +11,15 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+Capability = tuple[int, int]
 
-def main(capability: tuple[int, int]) -> None:
-    from cuda.bindings import nvjitlink
+
+def main(capabilities: list[Capability]) -> None:
     from numba import cuda
     from numba.cuda import dispatcher
 
     # numba compiles device functions for this GPU
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capabilities[0])
     from rwkv_cli.kernels.cuda import backend  # noqa: F401 - with every module that has kernels
     from rwkv_cli.kernels.cuda.device import elementwise as cuda_elementwise
     from rwkv_cli.kernels.cuda.device import heads, wkv6, wkv7
@@ -30,15 +32,23 @@ def main(capability: tuple[int, int]) -> None:
         cuda_elementwise.layer_norm(width)
         cuda_elementwise.norm_shift(width)
     for size in (64, 24):
-        for form in heads.forms(capability):
+        for form in heads.forms(capabilities[0]):
             wkv6.wkv6(size, form)
             wkv7.wkv7(size, form)
-    print(json.dumps({kernel.name: facts(cuda, nvjitlink, kernel, capability) for kernel in KERNELS}))
+    found: dict[str, Any] = {}
+    for kernel in KERNELS:
+        ptx = ""
+        for capability in capabilities:
+            if not ptx or "mma" in ptx:
+                ptx, _ = cuda.compile_ptx(kernel.body, kernel.signature, cc=capability, launch_bounds=kernel.bounds)
+            found.setdefault("{}.{}".format(*capability), {})[kernel.name] = facts(kernel, ptx, capability)
+    print(json.dumps(found))
 
 
-def facts(cuda: Any, nvjitlink: Any, kernel: Any, capability: tuple[int, int]) -> dict[str, Any]:
+def facts(kernel: Any, ptx: str, capability: Capability) -> dict[str, Any]:
     """The compilers' facts on one kernel."""
-    ptx, _ = cuda.compile_ptx(kernel.body, kernel.signature, cc=capability, launch_bounds=kernel.bounds)
+    from cuda.bindings import nvjitlink
+
     data = ptx.encode()
     linker = nvjitlink.create(2, ["-arch=sm_{}{}".format(*capability), "-verbose"])
     nvjitlink.add_data(linker, nvjitlink.InputType.PTX, data, len(data), "kernel")
@@ -59,5 +69,4 @@ def facts(cuda: Any, nvjitlink: Any, kernel: Any, capability: tuple[int, int]) -
 
 
 if __name__ == "__main__":
-    major, minor = sys.argv[1].split(".")
-    main((int(major), int(minor)))
+    main([(int(major), int(minor)) for major, minor in (each.split(".") for each in sys.argv[1:])])
