@@ -31,6 +31,10 @@ class ModelNameError(RwkvError):
     """A word stands for no model, or for several."""
 
 
+class PreferencesError(RwkvError):
+    """The user's config.toml cannot be read, or holds what no option takes."""
+
+
 class UnsupportedModelError(RwkvError):
     """A checkpoint has another architecture, or its tensors are missing, added or of the wrong shape."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from rwkv_cli import __version__
+from rwkv_cli.commands.configured import read_defaults, worded
 from rwkv_cli.errors import RwkvError
 from rwkv_cli.terminal.output import one_line
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "models": "List the models that have a name, and remove some.",
     "sessions": "List, show and remove kept chats.",
     "ppl": "Measure perplexity on text files.",
+    "config": "Show what options are in force, and where they come from.",
     "info": "Show what a converted file holds.",
     "bench": "Measure speed.",
 }
@@ -76,6 +78,8 @@ class _Commands(click.Group):
         except click.exceptions.NoArgsIsHelpError:  # its message is a help text of many lines
             raise
         except click.UsageError as error:
+            if (sentence := worded(error)) is not None:
+                raise click.ClickException(_short(sentence)) from None
             raise click.UsageError(_short(error.format_message()), error.ctx) from None
         except click.ClickException as error:
             raise click.ClickException(_short(error.message)) from None
@@ -130,7 +134,8 @@ def _short_of_memory(error: Exception) -> bool:
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="rwkv")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Run RWKV language models on this machine, quantized to int8. A small storyteller is bundled to try with.
 
     \b
@@ -138,6 +143,7 @@ def cli() -> None:
     rwkv convert RWKV-x070-World-0.1B.pth       once: .pth to .safetensors
     rwkv chat -m RWKV-x070-World-0.1B.int8.safetensors
     """
+    ctx.default_map = read_defaults(ctx)
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
-os.environ["RWKV_MODELS"] = os.devnull  # no test sees the models of the user who runs it
+# no test sees the models and the settings of the user who runs it
+os.environ["RWKV_MODELS"] = os.environ["RWKV_CONFIG"] = os.devnull
 
 SHARED = Path(os.environ.get("RWKV_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 

@@ -34,7 +34,7 @@ def check_options(ctx: click.Context) -> None:
     together = ctx.params["batch"] is not None
     for param in ctx.command.params:
         name = param.name or ""
-        if ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
+        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         if together and name not in _OWN | _SHARED:
             raise click.UsageError(f"{param.get_error_hint(ctx)} does not go with --batch")

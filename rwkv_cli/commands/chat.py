@@ -92,7 +92,7 @@ def command(
     name = sessions.LAST if last else session
     kept = Session(name) if name is not None else None
     resumed = name if name is not None and sessions.exists(name) else None
-    if resumed and (template or style or state or system is not None):
+    if resumed and any(map(is_given, ("template", "style", "state", "system"))):
         what = "the last chat" if last else f"session {name}"
         raise click.UsageError(f"{what} has begun: --template, --style, --system and --state are for a new one")
     text = ""
@@ -108,10 +108,12 @@ def command(
     lm = open_model(model, device, threads)
     if resumed:
         kept, talk = Session.resume(resumed, lm)
-        if think is not None:
+        if think is not None and is_given("think"):
             talk.set_think(think)
-        talk.settings, talk.max_tokens = talk.settings.changed(**sampling), max_tokens or talk.max_tokens
-        if seed is not None:
+        talk.settings = talk.settings.changed(**{name: value for name, value in sampling.items() if is_given(name)})
+        if is_given("max_tokens"):
+            talk.max_tokens = max_tokens
+        if seed is not None and is_given("seed"):
             talk.set_seed(seed)
     else:
         form = lm.template.template(template, style)

@@ -36,7 +36,7 @@ def command(model: str | None, devices: bool, tensors: bool, plot: Path | None, 
     from rwkv_cli.engine.facts import describe
     from rwkv_cli.quant import Checkpoint
 
-    facts = describe(Checkpoint(named_model(model, None)))
+    facts = describe(Checkpoint(named_model(model, convert=False)))
     if plot is not None:
         _plot(plot, facts)
     if as_json:

@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from rwkv_cli.commands.configured import apply_preset, origin, parsed
 from rwkv_cli.errors import ModelNameError, reason
 from rwkv_cli.terminal.compiling import announce_trouble, load_kernels
 from rwkv_cli.terminal.converting import converting_bar
@@ -47,10 +48,24 @@ def model_option(command: Command) -> Command:
         "--model",
         type=ModelWord(),
         envvar="RWKV_MODEL",
+        is_eager=True,
+        callback=_bring_presets,
         metavar="MODEL",
         help="A path, a name that rwkv models lists, or the beginning of one; default: $RWKV_MODEL, else the "
         "bundled storyteller.",
     )(command)
+
+
+def _bring_presets(ctx: click.Context, _param: click.Parameter, word: str | None) -> str | None:
+    """Have the other options take what config.toml says for this model. They are read after this one."""
+    from rwkv_cli.engine import library
+
+    try:
+        name = library.find(word).name if word is not None else "storyteller"
+    except (ModelNameError, OSError):  # said when the model is opened
+        name = Path(str(word)).name
+    apply_preset(ctx, name)
+    return word
 
 
 def model_options(command: Command) -> Command:
@@ -125,12 +140,12 @@ def _drawable(_ctx: click.Context, _param: click.Parameter, path: Path | None) -
     return path
 
 
-def named_model(word: str | None, quantization: str | None = "int8") -> Path:
-    """Return the converted file that a word stands for. A checkpoint is converted first, or refused with None.
+def named_model(word: str | None, convert: bool = True) -> Path:
+    """Return the converted file that a word stands for. A checkpoint is converted first, or else refused.
 
     No word stands for the bundled model, with a note on stderr.
     """
-    from rwkv_cli.engine import library
+    from rwkv_cli.engine import library, preferences
     from rwkv_cli.engine.named import model_file
 
     if word is None:
@@ -141,17 +156,28 @@ def named_model(word: str | None, quantization: str | None = "int8") -> Path:
         note("No model named (-m or $RWKV_MODEL): this is the bundled storyteller.")
         return found
     try:
-        found = model_file(word, converting_bar, load_kernels, quantization)
+        found = model_file(word, converting_bar, load_kernels, _quantization() if convert else None)
     except (ModelNameError, OSError) as error:
-        context = click.get_current_context()
-        named = context.get_parameter_source("model") is ParameterSource.ENVIRONMENT
-        if not named or word != context.params.get("model"):  # it may be another option's
+        ctx = click.get_current_context()
+        source, by = origin(ctx, next(param for param in ctx.command.params if param.name == "model"))
+        if source not in ("environment", "file") or word != ctx.params.get("model"):  # it may be another option's
             raise
         why = reason(error) if isinstance(error, OSError) else error
-        raise click.ClickException(f"{why}; $RWKV_MODEL names it") from None
+        where = f"{by} in {preferences.file()}" if source == "file" else by
+        raise click.ClickException(f"{why}; {where} names it") from None
     if Path(word).exists() and not found.samefile(word):
         note(f"{one_line(word)} was converted: this is the model {one_line(library.name_of(found))}.")
     return found
+
+
+def _quantization() -> str:
+    """Return what a checkpoint is converted to by default: the --quant of `rwkv convert`, as config.toml may set it."""
+    root = click.get_current_context().find_root()
+    assert isinstance(root.command, click.Group)
+    convert = root.command.get_command(root, "convert")
+    assert convert is not None
+    quant: str = parsed(convert, "convert", root).params["quant"]
+    return quant
 
 
 def open_model(word: str | None, device: str, threads: int | None) -> "LanguageModel":

@@ -1,0 +1,200 @@
+"""The settings of config.toml as defaults of options, and where each value of a command comes from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from rwkv_cli.engine import preferences
+from rwkv_cli.errors import PreferencesError
+
+_PRESETS = "presets"
+"""The table of settings that a model brings along."""
+
+
+class Defaults(dict[str, Any]):
+    """What Click takes for the options of a command that are not given, by the names of their parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys_in_file: dict[str, str] = {}
+        """The key in the file that each value is from."""
+        self.presets: dict[str, dict[str, Any]] = {}
+        """The presets of models. The defaults of `rwkv` itself have them."""
+
+    def take(self, param: click.Parameter, key: str, value: Any) -> None:
+        """Have the value that the file has under this key. Raises PreferencesError for one of a wrong kind."""
+        name = param.name or ""
+        self[name], self.keys_in_file[name] = _value(param, key, value), key
+
+
+def read_defaults(ctx: click.Context) -> Defaults:
+    """Read the file as defaults of all commands. Raises PreferencesError for a key that no option has."""
+    data = preferences.read()
+    if not data:
+        return Defaults()
+    presets = data.pop(_PRESETS, {})
+    shared = {key: value for key, value in data.items() if not isinstance(value, dict)}
+    tables = {key: value for key, value in data.items() if isinstance(value, dict)}
+    known = {option for command in _all_commands(ctx.command, ctx) for option in options(command)}
+    for key in shared:
+        _check_known(key, key, list(known))
+    found = _defaults(ctx.command, ctx, shared, tables, "")
+    if not isinstance(presets, dict) or not all(isinstance(preset, dict) for preset in presets.values()):
+        raise _wrong(_PRESETS, f'holds tables only, each with the beginning of a name: [{_PRESETS}."rwkv7-g1a"]')
+    for name, preset in presets.items():
+        for key, value in preset.items():
+            if isinstance(value, dict):
+                raise _wrong(f"{_PRESETS}.{name}.{key}", "is a table; a name with a dot stands in quotes")
+            _check_known(key, f"{_PRESETS}.{name}.{key}", list(known))
+    found.presets = presets
+    return found
+
+
+def apply_preset(ctx: click.Context, name: str) -> None:
+    """Have the options of this command take what the presets of a model say, if they are not given."""
+    root = ctx.find_root().default_map
+    if not isinstance(root, Defaults) or not root.presets:
+        return
+    own = Defaults()
+    if isinstance(ctx.default_map, Defaults):
+        own.update(ctx.default_map)
+        own.keys_in_file.update(ctx.default_map.keys_in_file)
+    known = options(ctx.command)
+    for key, (preset, value) in preferences.presets_for(root.presets, name).items():
+        if _spelt(key) in known:
+            own.take(known[_spelt(key)], f"{_PRESETS}.{preset}.{key}", value)
+    ctx.default_map = own
+
+
+def options(command: click.Command) -> dict[str, click.Parameter]:
+    """List what the file can set for a command, by its long name without dashes: its options, and its model."""
+    found = [param for param in command.params if isinstance(param, click.Option) or param.name == "model"]
+    return {max(param.opts, key=len).lstrip("-"): param for param in found if param.expose_value}
+
+
+def parsed(command: click.Command, name: str, parent: click.Context, args: Sequence[str] = ()) -> click.Context:
+    """Parse a command line as the command would, but for its arguments. It is not run."""
+    bare = click.Command(
+        name, {"allow_extra_args": True}, params=list(options(command).values()), add_help_option=False
+    )
+    return bare.make_context(name, list(args), parent)
+
+
+def leaves(ctx: click.Context) -> Iterator[tuple[str, click.Command, click.Context]]:
+    """Yield every command that is no group, with its name and the context of the group that it is in."""
+    for name, child in _children(ctx.command, ctx).items():
+        if isinstance(child, click.Group):
+            yield from leaves(click.Context(child, ctx, name))
+        else:
+            yield name, child, ctx
+
+
+def origin(ctx: click.Context, param: click.Parameter) -> tuple[str, str]:
+    """Say where the value of a parameter comes from, and what names it there."""
+    name = param.name or ""
+    source = ctx.get_parameter_source(name)
+    if source is ParameterSource.COMMANDLINE:
+        return "command line", ""
+    if source is ParameterSource.ENVIRONMENT:
+        return "environment", f"${param.envvar}"
+    if source is ParameterSource.DEFAULT_MAP and isinstance(ctx.default_map, Defaults):
+        return "file", ctx.default_map.keys_in_file[name]
+    return "default", ""
+
+
+def worded(error: click.UsageError) -> str | None:
+    """Return the sentence for a value that the file has and that the option refuses, or None for another error."""
+    if not isinstance(error, click.BadParameter) or error.ctx is None or error.param is None:
+        return None
+    source, key = origin(error.ctx, error.param)
+    return str(_wrong(key, error.message)) if source == "file" else None
+
+
+def _defaults(
+    command: click.Command, ctx: click.Context, shared: Mapping[str, Any], table: Mapping[str, Any], where: str
+) -> Defaults:
+    """Collect the defaults of a command: those that all share, and those of its own table. So do the commands in it."""
+    found, known, children = Defaults(), options(command), _children(command, ctx)
+    for key, value in shared.items():
+        if _spelt(key) in known:
+            found.take(known[_spelt(key)], key, value)
+    for key, value in table.items():
+        if key in children and isinstance(value, dict):
+            continue
+        if isinstance(value, dict) and not where:
+            raise _wrong(key, f"is no command{_near(key, [*children, _PRESETS])}")
+        _check_known(key, f"{where}{key}", [*known])
+        found.take(known[_spelt(key)], f"{where}{key}", value)
+    for name, child in children.items():
+        found[name] = _defaults(child, ctx, shared, table.get(name, {}), f"{where}{name}.")
+    return found
+
+
+def _children(command: click.Command, ctx: click.Context) -> dict[str, click.Command]:
+    """Find the commands of a group by their names."""
+    if not isinstance(command, click.Group):
+        return {}
+    found = {name: command.get_command(ctx, name) for name in command.list_commands(ctx)}
+    return {name: child for name, child in found.items() if child is not None}
+
+
+def _all_commands(command: click.Command, ctx: click.Context) -> Iterator[click.Command]:
+    """Yield a command and all in it."""
+    yield command
+    for child in _children(command, ctx).values():
+        yield from _all_commands(child, ctx)
+
+
+def _spelt(key: str) -> str:
+    """Return a key as options are spelt: the file may have max_tokens, too."""
+    return key.replace("_", "-")
+
+
+def _check_known(key: str, where: str, known: Sequence[str]) -> None:
+    """Refuse a key that is none of the known ones."""
+    if _spelt(key) not in known:
+        raise _wrong(where, f"is no option here{_near(key, known)}")
+
+
+def _near(key: str, known: Sequence[str]) -> str:
+    """Name the nearest of the known keys."""
+    near = difflib.get_close_matches(_spelt(key), known, 1)
+    return f"; did you mean {near[0]}?" if near else "; rwkv COMMAND --help lists them"
+
+
+def _wrong(key: str, why: str) -> PreferencesError:
+    """Make the error for a key of the file."""
+    return PreferencesError(f"{preferences.file()}: {key}: {why}")
+
+
+def _value(param: click.Parameter, key: str, value: Any) -> Any:
+    """Return a value of the file as the option takes it. It has to be of the kind that the option's value is of."""
+    if param.multiple:
+        return [_one(param, key, each) for each in (value if isinstance(value, list) else [value])]
+    return _one(param, key, value)
+
+
+def _one(param: click.Parameter, key: str, value: Any) -> Any:
+    """Check one value."""
+    kinds: tuple[type, ...] = (str,)
+    wanted = 'text in quotes: "…"'
+    if isinstance(param, click.Option) and param.is_flag:
+        kinds, wanted = (bool,), "true or false"
+    elif isinstance(param.type, click.types.IntParamType):
+        kinds, wanted = (int,), "a whole number"
+    elif isinstance(param.type, click.types.FloatParamType):
+        kinds, wanted = (int, float), "a number"
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise _wrong(key, f"has to be {wanted}")
+    if isinstance(value, str):
+        if "\0" in value:
+            raise _wrong(key, "holds a NUL character; leave it out")
+        if value.startswith("~") and (isinstance(param.type, click.Path) or param.name in ("model", "compare")):
+            return str(Path(value).expanduser())
+    return value
