@@ -1,4 +1,4 @@
-# make test    set up .venv and run the tests
+# make test    set up .venv and run the tests, WORKERS (default 2) at a time
 # make demo    set up .venv, convert the bundled storyteller (or CHECKPOINT=…), measure it on a text, let it write,
 #              chat if there is a terminal
 # make pictures  the terminal pictures of README (needs tmux)
@@ -10,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
+WORKERS ?= 2
 TEXT ?= docs/story.txt
 CHECKPOINT ?= rwkv_cli/storyteller.pth
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ $(VENV)/installed-$(EXTRAS): pyproject.toml
 	touch $@
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 coverage: setup
 	$(BIN)/coverage run $(BIN)/pytest

@@ -60,7 +60,8 @@ def test_int8_is_near_the_oracle_on_the_weights_it_stores(converted: Convert, ve
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1000])
 def test_any_cut_gives_the_same(converted: Convert, version: str, quant: str, chunk: int) -> None:
     model = rwkv_cli.load(converted(version, quant))
-    ids = np.random.default_rng(2).integers(0, 300, 530)
+    length = 290 if chunk < 7 else 530  # a pass has at most 252 rows; small steps need not go beyond two
+    ids = np.random.default_rng(2).integers(0, 300, length)
     whole, end = model.forward(ids, all_logits=True)
     state, parts = model.new_state(), []
     for at in range(0, len(ids), chunk):

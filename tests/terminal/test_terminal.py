@@ -139,7 +139,7 @@ def test_keys_that_are_no_text(chat: Callable[..., Any]) -> None:
 
 
 def test_typing_ahead_does_not_show(chat: Callable[..., Any]) -> None:
-    child = chat(n=3000)
+    child = chat(n=1000)
     child.send("Hi\r")
     child.expect_exact("�")
     child.send("/undo\r")
