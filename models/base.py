@@ -229,12 +229,15 @@ class Model:
                 array[:] = kept
             raise
 
-    def advance_batch(self, ids: Sequence[Ids], state: State) -> Floats32:
+    def advance_batch(
+        self, ids: Sequence[Ids], state: State, all_logits: bool = False, watch: Callable[[int], object] | None = None
+    ) -> Floats32:
         """`advance` for several sequences together: the logits after the last id of each that has ids, [B, V].
 
-        `state` is a batch (`State.stack`) and is changed in place. Each sequence has ids of its own, as many as it
-        likes. One without ids stays as it is and has no logits, but not all may be so. On the CPU, a sequence gets the
-        bits beside the others that it would get alone.
+        With `all_logits` they are those after each id, one sequence after the other. `state` is a batch (`State.stack`)
+        and is changed in place. Each sequence has ids of its own, as many as it likes. One without ids stays as it is
+        and has no logits, but not all may be so. On the CPU, a sequence gets the bits beside the others that it would
+        get alone. After what `watch` raises, the state is of no more use.
         """
         tokens = [self._checked(part) if len(part) else np.zeros(0, np.int64) for part in ids]
         if not tokens:
@@ -243,7 +246,9 @@ class Model:
             raise ValueError("a batch needs at least one sequence with ids")
         self._check_state(state, (len(tokens),))
         self._take_in(state)
-        return _joined(self._run(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), state, "last"))
+        starts = np.cumsum([0, *map(len, tokens)])
+        head: Head = "every" if all_logits else "last"
+        return _joined(self._run(np.concatenate(tokens), starts, state, head, watch=watch))
 
     def _run(
         self,
