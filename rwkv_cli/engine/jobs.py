@@ -8,7 +8,7 @@ from typing import Any
 
 from rwkv_cli.engine.batch import complete_together
 from rwkv_cli.engine.completion import Completion, Request, new_sampler
-from rwkv_cli.engine.encodings import as_utf8
+from rwkv_cli.engine.json_lines import json_lines
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.errors import JobError, TokenizerError
@@ -67,18 +67,10 @@ class Pass:
 def read_jobs(name: str, data: bytes, default: JobSettings) -> list[Job]:
     """Read the jobs in a file's bytes. Raises JobError, which names the line, for a line that is wrong."""
     jobs: dict[str | int, Job] = {}
-    try:
-        data = as_utf8(data)
-    except TokenizerError as error:
-        raise JobError(f"{name}: {error}") from None
-    for number, line in enumerate(data.splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, value in json_lines(name, data, JobError):
         try:
-            job = _job(json.loads(line, parse_int=_whole_number), number, default)
-        except json.JSONDecodeError as error:
-            raise JobError(f"{name} line {number}: not JSON ({error.msg}, column {error.colno})") from None
-        except (ValueError, RecursionError) as error:
+            job = _job(value, number, default)
+        except ValueError as error:
             raise JobError(f"{name} line {number}: {error}") from None
         if job.id in jobs:
             raise JobError(f"{name} line {number}: its id {job.id!r} is that of line {jobs[job.id].line}")
@@ -86,14 +78,6 @@ def read_jobs(name: str, data: bytes, default: JobSettings) -> list[Job]:
     if not jobs:
         raise JobError(f"{name}: holds no prompts")
     return list(jobs.values())
-
-
-def _whole_number(digits: str) -> int:
-    """Read a number in JSON. Raises ValueError for a number that Python refuses to read."""
-    try:
-        return int(digits)
-    except ValueError:
-        raise ValueError(f"a number in it has {len(digits)} digits, which is too long") from None
 
 
 def _job(value: Any, number: int, default: JobSettings) -> Job:
