@@ -178,8 +178,11 @@ def test_the_version_is_one() -> None:
 
 def test_dependencies_are_what_is_imported() -> None:
     project = PROJECT["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["plot"]]
-    declared = {line.split(">")[0].split("=")[0].strip() for line in lines}
+    lines = [
+        *project["dependencies"],
+        *(line for x in ("lm-eval", "plot") for line in project["optional-dependencies"][x]),
+    ]
+    declared = {line.split(">")[0].split("=")[0].strip().replace("-", "_") for line in lines}
     used = {name.split(".")[0] for path in SOURCES for name in imports(path)} - set(sys.stdlib_module_names)
     # llvmlite comes with numba, cuda.bindings with numba-cuda, which is numba.cuda; rwkv is read as data
     assert used - {"rwkv_cli", "llvmlite", "cuda"} == declared - {"rwkv"}
