@@ -69,3 +69,7 @@ class MessagesError(RwkvError):
 
 class BusyError(RwkvError):
     """There is too much to do already, or nothing new is taken on."""
+
+
+class TaskError(RwkvError):
+    """A task cannot be used to measure what a model can do."""

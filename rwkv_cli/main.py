@@ -23,6 +23,7 @@ COMMANDS = {
     "models": "List the models that have a name, and remove some.",
     "sessions": "List, show and remove kept chats.",
     "ppl": "Measure perplexity on text files.",
+    "eval": "Measure what a model can do.",
     "config": "Show what options are in force, and where they come from.",
     "info": "Show what a converted file holds.",
     "bench": "Measure speed.",
@@ -37,6 +38,7 @@ _ELSEWHERE = {
     "quantize": "convert",
     "completion": "generate",
     "perplexity": "ppl",
+    "evaluate": "eval",
 }
 """What other programs call these commands."""
 

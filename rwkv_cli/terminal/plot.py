@@ -1,4 +1,4 @@
-"""Pictures of the figures of `rwkv ppl` and `rwkv info`, drawn by matplotlib without a display."""
+"""Pictures of the figures of `rwkv ppl`, `rwkv eval` and `rwkv info`, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from rwkv_cli.engine.evaluating import Part
     from rwkv_cli.engine.scoring import Score
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -47,7 +48,6 @@ def plot_nll(path: Path, scores: Sequence[tuple[Path, Score]], models: Sequence[
     that all lines share.
     """
     import numpy as np
-    from matplotlib.ticker import LogLocator
 
     texts, names = _names([text for text, _ in scores]), _names(models)
     facts, lines = [], []
@@ -65,13 +65,9 @@ def plot_nll(path: Path, scores: Sequence[tuple[Path, Score]], models: Sequence[
                 lines += axes.plot(x, y, color=colour, linestyle=("-", "--")[k], marker=("o", "")[k], markersize=3.5)
                 context = "whole text" if score.context is None else f"context {score.context:,}"
                 facts.append((texts[i], names[k], f"{score.tokens:,} tokens", context, f"perplexity {ppl:.4g}"))
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=14))
-        axes.xaxis.set_major_formatter(lambda position, _: f"{position:,.0f}")
-        axes.minorticks_off()
+        _by_tokens(axes)
         axes.set_xlabel("token position since the context began")
         axes.set_ylabel("NLL in nats per token, ± standard error")
-        axes.grid(color="#e5e5e5", linewidth=0.7)
         shared = [len(set(column)) == 1 for column in zip(*facts, strict=True)]
         _title(axes, "NLL by position in the context", [f for f, same in zip(facts[0], shared, strict=True) if same])
         if len(lines) > 1:
@@ -80,6 +76,52 @@ def plot_nll(path: Path, scores: Sequence[tuple[Path, Score]], models: Sequence[
                 text.set_parse_math(False)
                 text.set_text(_joined([fact for fact, same in zip(row, shared, strict=True) if not same]))
             figure.set_figheight(4.4 + 0.2 * sum(1 + text.get_text().count("\n") for text in legend.get_texts()))
+
+
+def plot_recall(path: Path, parts: Sequence[Part], models: Sequence[Path]) -> None:
+    """Draw accuracy and NLL of recall by distance into `path`, a line for each of the one or two `models`.
+
+    The last word of a part's name is "tokens" after a distance. A dashed line is what texts reach that lack the word.
+    """
+    import numpy as np
+
+    from rwkv_cli.engine.significance import mean_of
+
+    names, lines = _names(models), []
+    with _figure((7.5, 5.6), path) as figure:
+        both = list(figure.subplots(2, sharex=True))
+        for axes, key, label in zip(both, ("accuracy", "nll"), ("accuracy in %", "NLL in nats"), strict=True):
+            scale = 100 if key == "accuracy" else 1
+            for m, name in enumerate(names):
+                means = [(part, mean_of([answer.figures[m][key] for answer in part.answers])) for part in parts]
+                told = [(int(part.name.split()[0]), mean) for part, mean in means if part.name.endswith(" tokens")]
+                x, y = [at for at, _ in told], scale * np.array([mean.mean for _, mean in told])
+                error = scale * np.array([mean.stderr for _, mean in told])
+                axes.fill_between(x, y - error, y + error, color=_COLOURS[m], alpha=0.2, linewidth=0)
+                lines += axes.plot(x, y, color=_COLOURS[m], marker="o", markersize=3.5, label=_plain(name))
+                for mean in [mean for part, mean in means if not part.name.endswith(" tokens")]:
+                    axes.axhline(scale * mean.mean, color=_COLOURS[m], linestyle="--", linewidth=0.9)
+            axes.set_ylabel(f"{label}, ± standard error")
+            _by_tokens(axes)
+        both[0].set_ylim(-4, 104)
+        both[-1].set_xlabel("tokens between the word and the question")
+        if len(names) > 1:
+            legend = figure.legend(handles=lines[:2], loc="outside lower left", frameon=False)
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+        facts = [f"{max((len(part.answers) for part in parts), default=0)} texts a distance", "dashed: never told"]
+        _title(both[0], "Recall of a word by distance", [*names[: len(names) == 1], *facts])
+
+
+def _by_tokens(axes: Axes) -> None:
+    """Give the picture an axis of token counts in powers of two, and a grid."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=14))
+    axes.xaxis.set_major_formatter(lambda position, _: f"{position:,.0f}")
+    axes.minorticks_off()
+    axes.grid(color="#e5e5e5", linewidth=0.7)
 
 
 def plot_errors(path: Path, errors: Mapping[str, float], facts: Sequence[str]) -> None:
