@@ -64,7 +64,7 @@ class PromptLookup:
         """Nothing: what was taken back may be said again."""
 
     def go_back(self, mark: State | None) -> None:
-        pass
+        """Nothing, for the same reason."""
 
 
 class DraftModel:
@@ -74,7 +74,7 @@ class DraftModel:
     same tokens where both models expect the same.
     """
 
-    patience = 16
+    patience = 32
 
     def __init__(self, model: LanguageModel, of: LanguageModel) -> None:
         """`of` is the model whose text is guessed. Raises DraftError if the vocabularies differ."""

@@ -22,8 +22,11 @@ Logits = NDArray[np.float32]
 
 _GUESSES = (0, 1, 3, 7)
 """The numbers of guesses that a pass may read. Each has a speed of its own, which is measured."""
-_NEW, _FADING = 1 / 4, 0.997
-"""What a new measurement counts for, and what is left of a pass's time with each other pass: it is tried again then."""
+_SLOWER, _FADING = 1.1, 0.999
+"""What a pass may at most take longer than the last one of its kind, since what is more comes from other programs; and
+what is left of its time with each other pass, so that it is tried again one day."""
+_GAIN = 1.1
+"""How many times as fast guesses have to be to be worth it: what is measured is never exact."""
 _LAST = 1 / 16
 """What the last guess counts for in the share of guesses that are right."""
 
@@ -32,22 +35,23 @@ class Pace:
     """What passes and guesses take, and how many guesses are worth it."""
 
     def __init__(self) -> None:
-        self._passes: dict[int, float] = {}
+        self.passes: dict[int, float] = {}
         """Seconds of a pass, by its number of guesses."""
-        self._guess = 0.0
+        self.guess = 0.0
         """Seconds of a guess."""
         self.right = 0.5
         """The share of guesses that were right, of late."""
 
     def passed(self, guesses: int, seconds: float) -> None:
         """Learn what a pass took."""
-        self._passes = {n: old * _FADING for n, old in self._passes.items()}
-        old = self._passes.get(guesses, seconds)
-        self._passes[guesses] = old + (seconds - old) * _NEW
+        self.passes = {n: old * _FADING for n, old in self.passes.items()}
+        alone = self.passes.get(0, seconds)  # a row never takes longer than a pass of its own
+        self.passes[guesses] = min(seconds, self.passes.get(guesses, alone * (guesses + 1)) * _SLOWER)
 
     def guessed(self, guesses: int, seconds: float) -> None:
         """Learn what some guesses took together."""
-        self._guess += (seconds / guesses - self._guess) * _NEW
+        each = seconds / guesses
+        self.guess = min(each, (self.guess or each) * _SLOWER)
 
     def came(self, right: bool) -> None:
         """Learn whether a guess was right. Guesses after a wrong one tell nothing."""
@@ -55,12 +59,13 @@ class Pace:
 
     def best(self) -> int:
         """The number of guesses with the most tokens a second. What was never tried is taken to cost nothing."""
-        if 0 not in self._passes:
+        if 0 not in self.passes:
             return 0
 
         def speed(guesses: int) -> float:
             tokens = sum(self.right**n for n in range(guesses + 1))
-            return tokens / (self._passes.get(guesses, self._passes[0]) + guesses * self._guess)
+            speed = tokens / (self.passes.get(guesses, self.passes[0]) + guesses * self.guess)
+            return speed if guesses else speed * _GAIN
 
         return max(_GUESSES, key=speed)
 
