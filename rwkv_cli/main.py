@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "Convert a released checkpoint to a quantized file.",
     "generate": "Continue a text.",
     "chat": "Talk with a model.",
+    "serve": "Serve models to other programs (OpenAI's interface).",
     "prompt": "Show what a model reads of a chat.",
     "tokenize": "Show the tokens of a text.",
     "models": "List the models that have a name, and remove some.",
@@ -33,6 +34,7 @@ COMMANDS = {
 _ELSEWHERE = {
     "run": "chat",
     "list": "models",
+    "server": "serve",
     "show": "info",
     "create": "convert",
     "quantize": "convert",

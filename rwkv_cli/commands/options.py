@@ -1,5 +1,6 @@
 """Options that commands share, and the opening of the model that they name."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ class ModelWord(click.ParamType[str]):
     """A path, a name or the unique beginning of a name, for `engine.named.model_file`."""
 
     name = "model"
+    envvar_list_splitter = os.pathsep
+    """What stands between several in the environment."""
 
     def shell_complete(
         self,
@@ -239,6 +242,20 @@ def open_speculation(
     if isinstance(drafter, DraftModel):
         make_ready(drafter.model, "last")
     return speculation
+
+
+def load_server_model(path: Path, device: str, threads: int | None) -> "LanguageModel":
+    """Load a model for a server, with the kernels of its passes. A model without a tokenizer is refused."""
+    from rwkv_cli.engine.model import LanguageModel
+    from rwkv_cli.errors import FormatError
+    from rwkv_cli.terminal.vanished import say_if_it_vanishes
+
+    say_if_it_vanishes(path)
+    model = LanguageModel.load(path, device, threads)
+    if model.tokenizer is None:
+        raise FormatError(f"{path}: has no tokenizer, so it cannot read text; convert it again with --tokenizer PATH")
+    make_ready(model, "last", "every", "outputs")
+    return model
 
 
 def check_there(*paths: Path | None) -> None:

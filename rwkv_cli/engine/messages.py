@@ -37,12 +37,17 @@ def read_chat(messages: bytes, name: str, tools: tuple[bytes, str] | None = None
     if tools is not None:
         tools_name = tools[1]
         offered = _parsed(*tools)
-    if not isinstance(found, list) or not found:
+    return checked_chat(found, offered, name, tools_name)
+
+
+def checked_chat(messages: Any, tools: Any, name: str, tools_name: str) -> Chat:
+    """Check messages and tools that were read from JSON. Raises MessagesError, which calls them by these names."""
+    if not isinstance(messages, list) or not messages:
         raise MessagesError(f'{name}: holds no messages; give a list of {{"role": …, "content": …}}')
-    checked = [_message(message, f"{name}: message {number}") for number, message in enumerate(found, 1)]
-    if not isinstance(offered, list) or any(_function(tool) is None for tool in offered):
+    checked = [_message(message, f"{name}: message {number}") for number, message in enumerate(messages, 1)]
+    if not isinstance(tools, list) or any(_function(tool) is None for tool in tools):
         raise MessagesError(f'{tools_name}: tools are a list of {{"type": "function", "function": {{"name": …}}}}')
-    return Chat(checked, offered)
+    return Chat(checked, tools)
 
 
 def normalized(text: str, role: str) -> str:

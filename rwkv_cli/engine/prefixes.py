@@ -230,6 +230,11 @@ class Prefixes:
             path.unlink(missing_ok=True)
 
 
+def states_folder() -> Path:
+    """Return the folder of states on disk, in the user's cache."""
+    return cache_folder().parent / "states"
+
+
 class ModelPrefixes:
     """The states of one model among those of all."""
 

@@ -213,7 +213,6 @@ class Scheduler:
                     del lane.together[completion]
                     lane.batch.remove(completion)
         for work in gone:
-            self.counts.cancelled += 1
             self._end(work)
 
     def _attempt(self, works: list[Work], do: Callable[[], object]) -> None:
@@ -240,5 +239,6 @@ class Scheduler:
 
     def _end(self, work: Work) -> None:
         """Tell that a piece of work has ended."""
+        self.counts.cancelled += work.cancelled and work.error is None
         work.done = True
         work.on_change()

@@ -76,42 +76,60 @@ def recognize(name: str, tokenizer: str | None, vocab: int) -> Recognized:
     return Recognized("qa" if 50254 <= vocab <= 50432 else "plain", "pile" in name)
 
 
-def parts(pieces: Iterable[str]) -> Iterator[tuple[bool, str]]:
-    """Yield an answer's pieces, each with whether it is reasoning. Tags and the blanks around them are left out.
+class Splitter:
+    """The split of an answer into reasoning and text. It takes the answer in pieces.
 
     Reasoning stands between <think> and </think> at the beginning of an answer. A tag anywhere else is text.
+    Tags and the blanks around them are left out.
     """
-    opening, closing = "<think>", "</think>"
-    thinking, held, first = False, "", True
-    started = False  # true once the part at hand has shown more than blanks
-    for piece in pieces:
-        held += piece
-        if first:
-            held = held.lstrip()
-            if opening.startswith(held[: len(opening)]) and len(held) < len(opening):
-                continue  # this may still become the tag
-            first = False
-            if held.startswith(opening):
-                thinking, held = True, held[len(opening) :]
-        if thinking:
-            shown, tag, rest = held.partition(closing)
+
+    def __init__(self) -> None:
+        self._thinking, self._held, self._first = False, "", True
+        self._started = False
+        """True once the part at hand has shown more than blanks."""
+
+    def push(self, piece: str) -> Iterator[tuple[bool, str]]:
+        """Take a piece, and yield what is certain now, each part with whether it is reasoning."""
+        opening, closing = "<think>", "</think>"
+        self._held += piece
+        if self._first:
+            self._held = self._held.lstrip()
+            if opening.startswith(self._held[: len(opening)]) and len(self._held) < len(opening):
+                return  # this may still become the tag
+            self._first = False
+            if self._held.startswith(opening):
+                self._thinking, self._held = True, self._held[len(opening) :]
+        if self._thinking:
+            shown, tag, rest = self._held.partition(closing)
             if tag:
                 shown = shown.rstrip()
             else:  # the beginning of a possible tag waits, and so do the blanks before it
                 keep = next((n for n in range(len(closing) - 1, 0, -1) if shown.endswith(closing[:n])), 0)
                 keep += len(shown[: len(shown) - keep]) - len(shown[: len(shown) - keep].rstrip())
                 shown, rest = shown[: len(shown) - keep], shown[len(shown) - keep :]
-            shown = shown if started else shown.lstrip()
+            shown = shown if self._started else shown.lstrip()
             if shown:
-                started = True
+                self._started = True
                 yield True, shown
-            held = rest
+            self._held = rest
             if not tag:
-                continue
-            thinking = started = False
-        shown, held = held if started else held.lstrip(), ""
+                return
+            self._thinking = self._started = False
+        shown, self._held = self._held if self._started else self._held.lstrip(), ""
         if shown:
-            started = True
+            self._started = True
             yield False, shown
-    if held:
-        yield thinking, held.rstrip() if thinking else held
+
+    def end(self) -> Iterator[tuple[bool, str]]:
+        """Yield what was held back when the answer ends."""
+        if self._held:
+            yield self._thinking, self._held.rstrip() if self._thinking else self._held
+            self._held = ""
+
+
+def parts(pieces: Iterable[str]) -> Iterator[tuple[bool, str]]:
+    """Yield an answer's pieces, each with whether it is reasoning (`Splitter`)."""
+    splitter = Splitter()
+    for piece in pieces:
+        yield from splitter.push(piece)
+    yield from splitter.end()

@@ -1,0 +1,145 @@
+"""The command `rwkv serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rwkv_cli.commands.options import ModelWord, load_server_model, named_model
+from rwkv_cli.terminal.output import note
+from rwkv_cli.terminal.settings import Whole
+
+if TYPE_CHECKING:
+    from rwkv_cli.engine.model import LanguageModel
+
+_MB = 1 << 20
+
+
+@click.command("serve")
+@click.option(
+    "-m",
+    "--model",
+    type=ModelWord(),
+    multiple=True,
+    envvar="RWKV_MODEL",
+    metavar="MODEL",
+    help="A path, a name that rwkv models lists, or the beginning of one; may be given again. Default: $RWKV_MODEL, "
+    "else the bundled storyteller.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen at.")
+@click.option("--port", type=Whole(min=0, max=65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads; default: one a core.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True, help="Where to run."
+)
+@click.option("--api-key", envvar="RWKV_API_KEY", metavar="KEY", help="Key that clients need; or set $RWKV_API_KEY.")
+@click.option("--no-auth", is_flag=True, help="Serve other machines without a key.")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Name by which clients may call this machine.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Web site whose pages may use the server.")
+@click.option(
+    "--max-requests", type=Whole(min=1), default=64, show_default=True, metavar="N",
+    help="Answers that may run or wait; more are refused.",
+)  # fmt: skip
+@click.option(
+    "--batch-size", type=Whole(min=1), default=16, show_default=True, metavar="N",
+    help="How many answers go through the model together.",
+)  # fmt: skip
+@click.option(
+    "-n", "--max-tokens", type=Whole(min=1), default=4096, show_default=True, metavar="N",
+    help="The most tokens of an answer.",
+)  # fmt: skip
+@click.option("--max-body", type=Whole(min=1), default=8, show_default=True, metavar="MB", help="The largest request.")
+@click.option(
+    "--cache", type=Whole(min=0), default=512, show_default=True, metavar="MB",
+    help="Memory for the states of texts that were read.",
+)  # fmt: skip
+@click.option(
+    "--cache-disk", type=Whole(min=0), default=1024, show_default=True, metavar="MB",
+    help="Disk for those that memory has no room for; 0 writes none.",
+)  # fmt: skip
+@click.option(
+    "--grace", type=Whole(min=1), default=30, show_default=True, metavar="SECONDS",
+    help="On SIGTERM, time for answers in the making.",
+)  # fmt: skip
+def command(
+    *,
+    model: tuple[str, ...],
+    host: str,
+    port: int,
+    threads: int | None,
+    device: str,
+    api_key: str | None,
+    no_auth: bool,
+    allow_host: tuple[str, ...],
+    cors: tuple[str, ...],
+    max_requests: int,
+    batch_size: int,
+    max_tokens: int,
+    max_body: int,
+    cache: int,
+    cache_disk: int,
+    grace: int,
+) -> None:
+    """Serve models to programs that speak OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/embeddings.
+
+    Clients take http://127.0.0.1:8000/v1 as their base URL and any key. Other machines are served only with --api-key.
+    What was read is remembered, so that a long conversation goes on at once. Ctrl-C stops.
+
+    \b
+    rwkv serve
+    rwkv serve -m stories.safetensors -m rwkv7-0.4B.safetensors --port 9000
+    """
+    if not _is_loopback(host) and not (api_key or no_auth):
+        raise click.UsageError(f"--host {host} serves other machines: give --api-key KEY, or --no-auth to let all in")
+    if api_key == "":
+        raise click.BadParameter("an empty key is none", param_hint="--api-key")
+    try:
+        from rwkv_cli.server.app import bind, serve
+        from rwkv_cli.server.hosting import Host, Hosted, Settings
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f'serve needs {error.name}; install it with: pip install "rwkv-cli[serve]"'
+        ) from None
+    from rwkv_cli.engine.library import name_of
+    from rwkv_cli.engine.prefixes import Bounds, Prefixes, states_folder
+    from rwkv_cli.engine.scheduler import Limits, Scheduler
+
+    def load(path: Path) -> LanguageModel:
+        return load_server_model(path, device, threads)
+
+    hosted: dict[str, Hosted] = {}
+    for path in map(named_model, model or (None,)):
+        name = name_of(path).removesuffix(".safetensors")
+        if name in hosted:
+            raise click.UsageError(f"two models are named {name}: {hosted[name].path} and {path}; rename one")
+        hosted[name] = Hosted(name, path, load)
+    listening = bind(host, port)
+    next(iter(hosted.values())).model()  # what is wrong with the first model is said now
+    folder = states_folder() if cache_disk and cache else None
+    prefixes = Prefixes(Bounds(memory=cache * _MB, disk=cache_disk * _MB, folder=folder)) if cache else None
+    inside = Host(
+        hosted,
+        Scheduler(Limits(running=batch_size, waiting=max_requests), prefixes),
+        Settings(
+            max_tokens=max_tokens,
+            body_bytes=max_body * _MB,
+            api_key=api_key,
+            hosts=frozenset(name.lower() for name in (host, *allow_host)),
+            origins=frozenset(origin.rstrip("/") for origin in cors),
+        ),
+        note,
+    )
+    at = f"[{host}]" if ":" in host else host
+    note(f"Serving {', '.join(hosted)} at http://{at}:{listening.getsockname()[1]}/v1 (Ctrl-C stops).")
+    serve(inside, listening, grace)
+
+
+def _is_loopback(host: str) -> bool:
+    """Return whether an address is this machine's alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

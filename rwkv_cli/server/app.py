@@ -1,0 +1,106 @@
+"""The application: every endpoint behind the door, and the server that runs it."""
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from rwkv_cli.server import small
+from rwkv_cli.server.chat import answer_chat
+from rwkv_cli.server.completions import complete
+from rwkv_cli.server.errors import ApiError, on_api_error, on_bug, on_http_error
+from rwkv_cli.server.guard import Guard
+from rwkv_cli.server.hosting import Host
+
+PAGE = Path(__file__).parent / "page"
+"""The files of the page at /."""
+
+
+def application(host: Host) -> ASGIApp:
+    """Make the application of a server."""
+    routes: list[BaseRoute] = [
+        Route("/v1/models", small.list_models, methods=["GET"]),
+        Route("/v1/models/{name:path}", small.show_model, methods=["GET"]),
+        Route("/v1/chat/completions", answer_chat, methods=["POST"]),
+        Route("/v1/completions", complete, methods=["POST"]),
+        Route("/v1/embeddings", small.embed, methods=["POST"]),
+        Route("/tokenize", small.tokenize, methods=["POST"]),
+        Route("/detokenize", small.detokenize, methods=["POST"]),
+        Route("/health", small.health, methods=["GET"]),
+        Route("/metrics", small.metrics, methods=["GET"]),
+    ]
+    if PAGE.is_dir():
+        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
+    app = Starlette(routes=routes)
+    app.state.host = host
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)
+    return Guard(app, host)
+
+
+def bind(address: str, port: int) -> socket.socket:
+    """Listen at an address. Raises OSError, which names it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family, backlog=512)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; choose another with --host or --port", f"{address}:{port}"
+        ) from None
+
+
+class _Server(uvicorn.Server):
+    """A server that ends at once on Ctrl-C, and on SIGTERM when what it has begun is done."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self.force_exit = self.force_exit or sig == signal.SIGINT
+
+
+def make_server(host: Host, grace: int) -> uvicorn.Server:
+    """Make the server of a host. After SIGTERM, what was begun has `grace` seconds to end."""
+    return _Server(
+        uvicorn.Config(
+            application(host),
+            log_config=None,
+            log_level="critical",  # `on_bug` says what goes wrong
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=grace,
+            ws="none",
+            http="h11",
+        )
+    )
+
+
+def serve(host: Host, listening: socket.socket, grace: int) -> None:
+    """Answer requests until a signal comes."""
+    with _signals_once():
+        make_server(host, grace).run(sockets=[listening])
+    host.scheduler.close(0)
+
+
+@contextlib.contextmanager
+def _signals_once() -> Iterator[None]:
+    """Have nothing happen where the library repeats a signal that has ended it."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, lambda *_: None)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
