@@ -89,7 +89,6 @@ def command(
     What was read is remembered, so that a long conversation goes on at once. Ctrl-C stops.
 
     \b
-    rwkv serve
     rwkv serve -m stories.safetensors -m rwkv7-0.4B.safetensors --port 9000
     """
     if not _is_loopback(host) and not (api_key or no_auth):

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,10 @@ SKIPPED = {
     "rwkv chat --last": "needs an earlier chat at a terminal",
 }
 """Parts of lines that are not typed, and why."""
+if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("llguidance") is None:
+    SKIPPED["rwkv serve"] = SKIPPED["curl"] = "needs starlette and llguidance, which are an extra"
+if shutil.which("curl") is None:
+    SKIPPED["curl"] = "needs curl"
 if importlib.util.find_spec("matplotlib") is None:
     SKIPPED["--plot"] = "needs matplotlib, which is an extra"
 
@@ -58,7 +63,11 @@ def code(page: str) -> Iterator[list[str]]:
 def is_typed(line: str) -> bool:
     """True if the line is a command with words of its own, not one with a NAME… for what a reader would write."""
     named = re.search(r"(?<!\S)(?!RWKV)[A-Z]+(?![\w-])|…", unquoted(line))
-    return bool(re.match(r"(rwkv|cat|echo|export) ", line)) and not named and not any(part in line for part in SKIPPED)
+    return (
+        bool(re.match(r"(rwkv|cat|echo|export|curl) ", line))
+        and not named
+        and not any(part in line for part in SKIPPED)
+    )
 
 
 def unquoted(line: str) -> str:
@@ -100,7 +109,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shell(models: Path, tmp_path: Path) -> Callable[[str], None]:
+def shell(models: Path, tmp_path: Path) -> Iterator[Callable[[str], None]]:
     """A function that types a line. The files that it names are there, as stand-ins if need be."""
     for name in ("docs", "rwkv_cli"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -113,6 +122,19 @@ def shell(models: Path, tmp_path: Path) -> Callable[[str], None]:
     env = {**os.environ, **home, "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
     env["RWKV_MODELS"] = str(tmp_path / "models")
     env.pop("RWKV_MODEL", None)
+    servers: list[subprocess.Popen[str]] = []
+    port = ""
+
+    def serve(line: str) -> None:
+        """Begin to serve at a port that is free."""
+        nonlocal port
+        line = f"exec {line.partition(' --port')[0]} --port 0"
+        servers.append(
+            subprocess.Popen(["/bin/sh", "-c", line], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+        )
+        said = next((line for line in servers[-1].stderr or () if line.startswith("Serving ")), "")
+        port = said.partition("/v1")[0].rpartition(":")[2]
+        assert port, line
 
     def run(line: str) -> None:
         if line.startswith("export "):
@@ -124,11 +146,20 @@ def shell(models: Path, tmp_path: Path) -> Callable[[str], None]:
         for word in re.split(r"[\s=]+", line):
             if not (line.startswith("rwkv convert") and word.endswith(".safetensors")):
                 stand_in(models, tmp_path / word)
+        if line.startswith("rwkv serve"):
+            serve(line)
+            return
+        if line.startswith("curl"):
+            line = line.replace(":8000", f":{port}").replace("curl", "curl --fail --max-time 60", 1)
         done = subprocess.run(["/bin/sh", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True,
                               stdin=subprocess.DEVNULL, check=False)  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
-    return run
+    yield run
+    for server in servers:
+        server.terminate()
+        server.communicate()
+        assert server.returncode == 0
 
 
 def stand_in(models: Path, path: Path) -> None:

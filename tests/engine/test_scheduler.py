@@ -47,7 +47,7 @@ class Watched:
             self._ended.set()
 
     def wait(self) -> None:
-        assert self._ended.wait(30), "it has not ended"
+        assert self._ended.wait(100), "it has not ended"
 
 
 def chooser(seed: int, top: int | None = None) -> Chooser:

@@ -26,7 +26,7 @@ def ask(
     port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
     """Send a request as it is, and return status, headers and body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=100)
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     given = {"Content-Type": "application/json", **(headers or {})}
     connection.request(method, path, data, {k: v for k, v in given.items() if v})
@@ -47,7 +47,7 @@ def stream(port: int, **changes: Any) -> Iterator[socket.socket]:
     body = json.dumps({**CHAT, "stream": True, **changes}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.socket() as connection:
-        connection.settimeout(20)
+        connection.settimeout(100)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", port))
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -214,7 +214,7 @@ def test_too_much_is_refused(start: Any) -> None:
     status, body = chat(served.port, user="x" * 2000)
     assert (status, body["error"]["type"]) == (413, "invalid_request_error")
     chunks = iter([b" " * 600, b" " * 600])
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=100)
     connection.request("POST", "/v1/completions", chunks, {"Content-Type": "application/json"}, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
