@@ -73,3 +73,7 @@ class BusyError(RwkvError):
 
 class TaskError(RwkvError):
     """A task cannot be used to measure what a model can do."""
+
+
+class WorkerError(RwkvError):
+    """Work cannot be spread over other machines, or a piece of it fails there."""

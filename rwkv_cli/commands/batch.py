@@ -54,8 +54,9 @@ def answer_file(
     state: Path | None,
 ) -> None:
     """Answer every prompt of the file `prompts` that has no answer in `output` yet, `size` of them at a time."""
-    from rwkv_cli.engine.answers import answer_line, open_answers
+    from rwkv_cli.engine.answers import Answers, answer_line
     from rwkv_cli.engine.jobs import Shared, answer, prepare, read_jobs
+    from rwkv_cli.engine.records import open_records
     from rwkv_cli.models.tuned import read_tuned_state
 
     name = "standard input" if str(prompts) == "-" else str(prompts)
@@ -68,9 +69,9 @@ def answer_file(
     tasks = prepare(model, name, jobs, shared)
     stdout = sys.stdout  # a progress bar puts another stream in its place
     hidden = output is None and stdout.isatty()  # the answers themselves show the progress
-    with nullcontext() if output is None else open_answers(output, tasks) as file:
+    with nullcontext() if output is None else open_records(output, Answers(tasks)) as file:
         make_ready(model, "last")
-        answered = set() if file is None else file.answered
+        answered = {} if file is None else file.found
         todo = [task for task in tasks if task.job.id not in answered]
         before = count = len(answered)
         tokens, began = 0, time.perf_counter()

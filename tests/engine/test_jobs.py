@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 import rwkv_cli
-from rwkv_cli.engine.answers import answer_line, open_answers
+from rwkv_cli.engine.answers import Answers, answer_line
 from rwkv_cli.engine.completion import Completion, Request, new_sampler
 from rwkv_cli.engine.jobs import JobSettings, Shared, Task, answer, prepare, read_jobs
+from rwkv_cli.engine.records import open_records
 from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.errors import JobError
 
@@ -62,21 +63,21 @@ def test_answers_come_with_their_tasks_and_are_those_of_each_alone(byte_model: P
 def test_a_file_of_answers_knows_what_it_has(byte_model: Path, tmp_path: Path) -> None:
     model, shared, tasks = ready(byte_model)
     path = tmp_path / "answers"
-    with open_answers(path, tasks) as file:
-        assert file.answered == set()
+    with open_records(path, Answers(tasks)) as file:
+        assert set(file.found) == set()
         for done in answer(model, tasks[:2], shared, 2):
             for task, completion in done.ended:
                 file.add(answer_line(task, completion))
     whole = path.read_bytes()
     assert {json.loads(line)["id"] for line in whole.splitlines()} == {1, "b"}
     path.write_bytes(whole + b'{"id": 4, "prom')
-    with open_answers(path, tasks) as file:
-        assert file.answered == {1, "b"}
+    with open_records(path, Answers(tasks)) as file:
+        assert set(file.found) == {1, "b"}
     assert path.read_bytes() == whole
     with (
         pytest.raises(
             JobError, match=r"answers line \d: answers another prompt with id .*; give --output another file"
         ),
-        open_answers(path, tasks[2:]),
+        open_records(path, Answers(tasks[2:])),
     ):
         pass
