@@ -29,7 +29,7 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
     part = path.with_name(f".rwkv-{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
-            _lock(file)  # as long as it is open, nobody takes it for one that was left behind
+            lock(file)  # as long as it is open, nobody takes it for one that was left behind
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -52,18 +52,20 @@ def _remove_left_behind(folder: Path) -> None:
     """Remove files of processes that were killed while they wrote into this folder."""
     for part in folder.glob(".rwkv-*.part"):
         with contextlib.suppress(OSError), part.open("rb") as file:
-            if time.time() - part.stat().st_mtime > _FRESH and _lock(file):
+            if time.time() - part.stat().st_mtime > _FRESH and lock(file):
                 part.unlink()
 
 
-def _lock(file: IO[bytes]) -> bool:
-    """Lock a file for this process. Returns False where another one has it, or where there are no locks."""
+def lock(file: IO[bytes]) -> bool | None:
+    """Lock a file for this process. Returns False where another one has it, and None where there are no locks."""
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # Windows, and some file systems
+    except BlockingIOError:
         return False
+    except (ImportError, OSError):  # Windows, and some file systems
+        return None
     return True
 
 

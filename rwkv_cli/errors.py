@@ -35,6 +35,10 @@ class PreferencesError(RwkvError):
     """The user's config.toml cannot be read, or holds what no option takes."""
 
 
+class PullError(RwkvError):
+    """A checkpoint cannot be downloaded."""
+
+
 class UnsupportedModelError(RwkvError):
     """A checkpoint has another architecture, or its tensors are missing, added or of the wrong shape."""
 

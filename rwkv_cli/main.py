@@ -16,6 +16,7 @@ from rwkv_cli.terminal.output import one_line
 
 COMMANDS = {
     "convert": "Convert a released checkpoint to a quantized file.",
+    "pull": "Download a checkpoint and convert it.",
     "generate": "Continue a text.",
     "chat": "Talk with a model.",
     "serve": "Serve models to other programs (OpenAI's interface).",
@@ -37,6 +38,7 @@ _ELSEWHERE = {
     "server": "serve",
     "show": "info",
     "create": "convert",
+    "download": "pull",
     "quantize": "convert",
     "completion": "generate",
     "perplexity": "ppl",

@@ -180,7 +180,10 @@ def test_the_version_is_one() -> None:
 def test_dependencies_are_what_is_imported() -> None:
     project = PROJECT["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *(line for extra in ("lm-eval", "plot", "serve") for line in extras[extra])]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in ("lm-eval", "plot", "pull", "serve") for line in extras[extra]),
+    ]
     declared = {line.split(">")[0].split("=")[0].strip().replace("-", "_") for line in lines}
     used = {name.split(".")[0] for path in SOURCES for name in imports(path)} - set(sys.stdlib_module_names)
     # llvmlite comes with numba, cuda.bindings with numba-cuda, which is numba.cuda; rwkv is read as data

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_cli.commands.options import TEMPLATE_NAMES
+from rwkv_cli.commands.options import TEMPLATE_NAMES, quant_option
 from rwkv_cli.errors import pasted
 from rwkv_cli.terminal.output import columns, note, one_line
 
@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 @click.command("convert")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--quant",
-    type=click.Choice(["int8", "none"]),
-    default="int8",
-    show_default=True,
-    help="int8: 8.5 bits a weight; none: the source's values.",
-)
+@quant_option
 @click.option(
     "--tokenizer",
     default="auto",

@@ -19,8 +19,8 @@ from rwkv_cli.terminal.output import columns, note, one_line
 def command(ctx: click.Context, as_json: bool) -> None:
     """List the models that -m knows by name: those in the models folder.
 
-    The folder is $RWKV_MODELS, or lies in your data folder. A checkpoint that -m names is converted into it, once. You
-    may move converted files there, too.
+    The folder is $RWKV_MODELS, or lies in your data folder. What rwkv pull gets is put there, and a checkpoint that -m
+    names is converted into it, once. You may move converted files there, too.
 
     \b
     rwkv models
@@ -44,7 +44,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
             columns([("name", "version", "MB", "bits", "template", "last used"), *map(_cells, rows)], right=[2, 3])
         )
     else:
-        note(f"No models in {one_line(library.folder())}; rwkv chat -m FILE.pth converts one into it.")
+        note(f"No models in {one_line(library.folder())}; rwkv pull gets one, and rwkv chat -m FILE.pth converts one.")
 
 
 def _row(name: str) -> dict[str, Any]:

@@ -111,6 +111,17 @@ def template_options(command: Command) -> Command:
     return command
 
 
+def quant_option(command: Command) -> Command:
+    """Add --quant, what weights become in a converted file."""
+    return click.option(
+        "--quant",
+        type=click.Choice(["int8", "none"]),
+        default="int8",
+        show_default=True,
+        help="int8: 8.5 bits a weight; none: the source's values.",
+    )(command)
+
+
 def state_option(command: Command) -> Command:
     """Add --state, a file for `models.tuned.read_tuned_state`. The command gets `state: Path | None`."""
     text = "Start from a tuned initial state (.pth or .safetensors)."

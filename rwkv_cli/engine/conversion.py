@@ -29,7 +29,7 @@ from rwkv_cli.quant import SourceTensor, check_regular, open_source, read_settin
 from rwkv_cli.quant.formats import FORMATS, layout_for
 from rwkv_cli.quant.writer import Contents, Planned, Written, write
 
-_ENDINGS = {".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".st", ".gguf", ".ggml"}
+ENDINGS = {".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".st", ".gguf", ".ggml"}
 """Endings of checkpoints' and adapters' names."""
 
 Bar = Callable[[int], AbstractContextManager[Callable[[int], object]]]
@@ -140,7 +140,7 @@ def default_destination(src: Path, quantization: str, adapters: Sequence[Path] =
 
 def _stem(path: Path) -> str:
     """The name of a file without the ending of a checkpoint. A name such as rwkv7-g1a-0.1b has none."""
-    return path.stem if path.suffix.lower() in _ENDINGS else path.name
+    return path.stem if path.suffix.lower() in ENDINGS else path.name
 
 
 def full_path(src: Path) -> Path:

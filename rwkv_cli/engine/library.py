@@ -104,7 +104,7 @@ def _hint(wanted: str) -> str:
     """Name the models that may be meant: the nearest ones, or all."""
     known = names()
     if not known:
-        return f"the models folder {folder()} is empty"
+        return f"the models folder {folder()} is empty; rwkv pull gets a model"
     near = difflib.get_close_matches(wanted, known, 3, 0.5)
     return f"{'nearest' if near else 'known'}: {_listed(near or known)}"
 

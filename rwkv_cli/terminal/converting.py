@@ -1,24 +1,34 @@
-"""The bar that a person sees while a checkpoint is converted."""
+"""The bars that a person sees while a checkpoint is downloaded and converted."""
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 from rwkv_cli.terminal.output import progress_bar
 
 
+def byte_bar(label: str) -> Callable[[int], AbstractContextManager[Callable[[int], object]]]:
+    """A progress bar for work with a label: a function of how many bytes there are to do."""
+    return partial(_bar, label)
+
+
 @contextmanager
-def converting_bar(size: int) -> Iterator[Callable[[int], object]]:
+def _bar(label: str, size: int) -> Iterator[Callable[[int], object]]:
     """A progress bar over `size` bytes of a source. Its block gets a function to call with the bytes just done.
 
     A signal that would end the process becomes an exception here, so that no half file stays behind.
     """
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    parts = "Converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    parts = label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with _signals_as_exceptions(), progress_bar(*parts) as progress:
         task = progress.add_task("", total=size)
         yield lambda done: progress.advance(task, done)
+
+
+converting_bar = byte_bar("Converting")
+"""The bar of a conversion."""
 
 
 @contextmanager

@@ -28,6 +28,7 @@ SKIPPED = {
     "python benchmarks/": "takes minutes; only the script and its options are looked up",
     "python tools/": "takes minutes; only the script and its options are looked up",
     "--device cuda": "needs a GPU",
+    "rwkv pull": "needs a download",
     "rwkv chat --last": "needs an earlier chat at a terminal",
 }
 """Parts of lines that are not typed, and why."""
