@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from lm_eval.__main__ import cli_evaluate
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from rwkv_cli.engine.batch import complete_together
 from rwkv_cli.engine.completion import Completion, Request
+from rwkv_cli.engine.library import find
 from rwkv_cli.engine.likelihood import BATCH, Question, answer_questions, obey, start_of_text
 from rwkv_cli.engine.messages import read_chat
 from rwkv_cli.engine.model import LanguageModel
@@ -47,13 +47,13 @@ class RwkvLM(TemplateLM):
         seed: int = 0,
         **_other: Any,
     ) -> None:
-        """Load a model. `batch_size` is how many texts go through it together. It changes no result.
+        """Load a model by path or name. `batch_size` is how many texts go through it together. It changes no result.
 
         Where nothing is said, the harness gives 1, which is taken for 16. It asks for cuda:0 then, which takes the GPU
         if there is one and the model fits there.
         """
         super().__init__()
-        self.model = LanguageModel.load(Path(path), "auto" if device.startswith("cuda:") else device, threads)
+        self.model = LanguageModel.load(find(path), "auto" if device.startswith("cuda:") else device, threads)
         self._size = int(batch_size) if str(batch_size).isdecimal() and int(batch_size) > 1 else BATCH
         self._seed = seed
         self.model.prepare("last", "every", "losses")
