@@ -1,4 +1,4 @@
-"""The benchmarks of accuracy, on tiny models."""
+"""The benchmarks of accuracy, of tasks and of depth, on tiny models and on none."""
 
 import importlib.util
 import json
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 from click.testing import Result
 
@@ -50,3 +51,48 @@ def test_the_gguf_file_for_llama_is_the_same_model(rwkv: Run, tmp_path: Path) ->
     assert rwkv("convert", tmp_path / "b.gguf", tmp_path / "b").exit_code == 0
     digests = {Checkpoint(tmp_path / name).digest for name in ("a", "b")}
     assert len(digests) == 1
+
+
+def test_the_tasks_of_a_text_are_right() -> None:
+    words = [f"w{i}" for i in range(700)]
+    made = dict(loaded("tasks").tasks_of(" ".join(words), 9))
+    last, endings = made["last word"].items, made["which of four endings"].items
+    assert (len(last), len(endings)) == (9, 9)
+    for n, (word, ending) in enumerate(zip(last, endings, strict=True)):
+        passage, following = words[68 * n : 68 * n + 60], words[68 * n + 60 : 68 * n + 68]
+        assert (word.context.split(), word.endings) == (passage[:-1], (f" {passage[-1]}",))
+        assert (ending.context.split(), ending.endings[ending.right].split()) == (passage, following)
+        assert len(set(ending.endings)) == 4
+
+
+class Reads:
+    """A model that remembers how it was read to. Only `grows` lets it go on without reading."""
+
+    def __init__(self, grows: bool) -> None:
+        self.depth, self.grows, self.steps = 0, grows, list[int]()
+
+    def read(self, tokens: int) -> None:
+        self.depth += tokens
+        self.steps.append(tokens)
+
+    def memory(self) -> int:
+        return 4 * self.depth
+
+    def grow(self, depth: int) -> bool:
+        self.depth = depth
+        return self.grows
+
+
+def test_what_is_not_read_has_no_time_of_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    depth = loaded("depth")
+    reader = Reads(grows=True)
+    rows = list(depth.measure(reader, 1e9, [0, 700]))
+    assert reader.steps == [1] * 40 + [512, 148] + [1] * 40
+    assert [(row["depth"], row["memory"]) for row in rows] == [(0, 160), (700, 2960)]
+    assert None not in [row["read"] for row in rows]
+    assert [row["read"] is None for row in depth.measure(Reads(grows=True), 0, [0, 700, 1000])] == [False, True, True]
+    assert [row["depth"] for row in depth.measure(Reads(grows=False), 0, [0, 700])] == [0]
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    loaded("constant").draw(tmp_path / "a.svg", {"Mamba, llama.cpp Q8_0": rows, "RWKV-7, rwkv int8": rows})
+    assert "Mamba, llama.cpp Q8_0" in (tmp_path / "a.svg").read_text()
