@@ -20,6 +20,8 @@ from rwkv_cli.commands.options import (
     model_options,
     open_model,
     open_speculation,
+    place_of,
+    ray_options,
     sampling_options,
     state_option,
 )
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="With --batch: how many prompts go through the model together.",
 )
+@ray_options
 def command(
     *,
     prompt: tuple[str, ...],
@@ -119,6 +122,8 @@ def command(
     batch: Path | None,
     output: Path | None,
     batch_size: int,
+    ray: str | None,
+    ray_workers: int | None,
     seed: int | None,
     draft: str | None,
     lookup: bool,
@@ -142,6 +147,7 @@ def command(
     rwkv generate --batch prompts.jsonl --output answers.jsonl --seed 1
     """
     check_options(click.get_current_context())
+    place = place_of(ray, ray_workers, threads, device)
     from rwkv_cli.engine.completion import Completion, Request, new_sampler
     from rwkv_cli.engine.encodings import unescaped
     from rwkv_cli.engine.jobs import JobSettings
@@ -168,11 +174,12 @@ def command(
             batch,
             output,
             size=batch_size,
-            load=functools.partial(open_model, model, device, threads),
+            load=functools.partial(open_model, model, *(("cpu", None) if place else (device, threads))),
             default=JobSettings(max_tokens=max_tokens, seed=seed, stops=stops),
             sampling=settings,
             ignore_eos=ignore_eos,
             state=state,
+            place=place,
         )
         return
     if save_state:

@@ -18,6 +18,7 @@ from rwkv_cli.terminal.plot import SUFFIXES
 from rwkv_cli.terminal.settings import SAMPLING, Whole
 
 if TYPE_CHECKING:
+    from rwkv_cli.engine.cluster import Place
     from rwkv_cli.engine.drafting import Drafter
     from rwkv_cli.engine.model import LanguageModel
     from rwkv_cli.engine.speculation import Speculation
@@ -120,6 +121,43 @@ def quant_option(command: Command) -> Command:
         show_default=True,
         help="int8: 8.5 bits a weight; none: the source's values.",
     )(command)
+
+
+def ray_options(command: Command) -> Command:
+    """Add --ray and --ray-workers. The command gets `ray: str | None` and `ray_workers: int | None`."""
+    options = [
+        click.option("--ray", is_flag=False, flag_value="local", callback=_address, metavar="[ADDRESS]",
+                     help="Spread the work over a Ray cluster: HOST:PORT of its head, auto, or local (the default), "
+                     "one that ends with the command."),
+        click.option("--ray-workers", type=Whole(min=1), metavar="N",
+                     help="With --ray: how many workers, each with its share of the cores; default: one a machine."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _address(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Check an address. One that a file's name was taken for is told how to be written."""
+    if value is None or value in ("local", "auto"):
+        return value
+    host, colon, port = value.rpartition(":")
+    if not (host and colon and port.isdecimal()) or "/" in value:
+        raise click.BadParameter(f"{value} is not local, auto or HOST:PORT; write --ray local, or put --ray at the end")
+    return value
+
+
+def place_of(ray: str | None, workers: int | None, threads: int | None, device: str) -> "Place | None":
+    """Return where --ray wants the work done, None for here. Refuses options that do not go together."""
+    if ray is None:
+        if workers is not None:
+            raise click.UsageError("--ray-workers goes with --ray only")
+        return None
+    if device == "auto":
+        raise click.UsageError("--device auto does not go with --ray: all workers must compute alike; name the device")
+    from rwkv_cli.engine.cluster import Place
+
+    return Place(ray, workers, threads, device)
 
 
 def state_option(command: Command) -> Command:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
+
+    from rwkv_cli.engine.spread import Step
 
 # A model or a file may hold any bytes, an escape sequence among them. Control characters that are not blanks are
 # replaced. A carriage return would overwrite the line. It is left out, as it comes with a line break anyway.
@@ -56,6 +58,12 @@ def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
 def counted(number: int, thing: str) -> str:
     """Say how many there are of something: "1 turn", "2 turns"."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def crew_text(step: "Step[Any]") -> str:
+    """Say behind a rate how many workers there are, and how many were lost."""
+    lost = f", {step.lost} lost" if step.lost else ""
+    return f"  {counted(step.workers, 'worker')}{lost}"
 
 
 def write(text: str, faint: bool = False) -> None:

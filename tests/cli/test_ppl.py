@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tokenizers
 from click.testing import Result
 from naive import log_softmax
+from tiny import refused
 
 import rwkv_cli
 from rwkv_cli.engine import scoring
@@ -320,3 +322,57 @@ def test_several_files_have_a_total(rwkv: Run, byte_model: Path, text: Path, tmp
     assert f"{math.exp(nll):.4f}" in shown
     assert f"{len(TEXT) + 50} ({len(TEXT) + 50} bytes)" in shown
     assert "total" not in rwkv("ppl", text, "-m", byte_model).stdout
+
+
+def test_scores_are_kept_and_not_made_again(rwkv: Run, byte_model: Path, tmp_path: Path) -> None:
+    texts, out = [tmp_path / f"text{i}" for i in range(3)], tmp_path / "scores"
+    for i, text in enumerate(texts):
+        text.write_text("It was a dark night." * (i + 1))
+    common = ["ppl", *texts, "-m", byte_model, "--compare", byte_model, "--limit", 55]
+    report = re.sub("speed .*", "", rwkv(*common).stdout)
+    assert re.sub("speed .*", "", rwkv(*common, "-o", out).stdout) == report
+    whole = out.read_bytes()
+    records = [json.loads(line) for line in whole.splitlines()]
+    assert [record["file"] for record in records] == [str(text) for text in texts]
+    assert set(records[0]) == KEYS | COMPARED | {"digest"}
+    out.write_bytes(whole[: whole.index(b"\n") + 200])
+    shown = rwkv(*common, "-o", out).stdout
+    assert re.sub("speed .*", "", shown) == report
+    assert out.read_bytes().startswith(whole[: whole.index(b"\n") + 1])
+    size = out.stat().st_size
+    assert rwkv(*common, "-o", out).stdout == shown
+    assert out.stat().st_size == size
+    texts[1].write_text("It was a dark fight.")
+    assert rwkv("ppl", *texts, "-m", byte_model, "--limit", 55, "-o", out).exit_code == 0
+    records = [json.loads(line) for line in out.read_bytes().splitlines()]
+    assert len(records) == 6
+    assert len({record["digest"] for record in records}) == 6
+
+
+def test_what_is_no_file_of_scores_is_left_alone(rwkv: Run, byte_model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for content in ("notes\n", '{"digest": "x"}\n', '{"model": "m", "fi'):
+        out.write_text(content)
+        refused(rwkv("ppl", text, "-m", byte_model, "-o", out), f"{out} line 1: not a score of rwkv ppl; give --output")
+        assert out.read_text() == content
+    result = rwkv("ppl", text, "-m", byte_model, "-o", text)
+    assert result.exit_code == 2
+    assert "is one of the texts; name another file" in result.stderr
+    assert text.read_bytes() == TEXT
+
+
+def test_a_stopped_run_says_how_far_it_came(
+    rwkv: Run, byte_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, score = iter(range(9)), scoring.Scorer.score
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(scoring.Scorer, "score", interrupted)
+    (tmp_path / "other").write_bytes(TEXT)
+    result = rwkv("ppl", text, tmp_path / "other", "-m", byte_model, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("1 of 2 texts are scored; the same command does the rest\nAborted!\n")
