@@ -212,7 +212,8 @@ def named_model(word: str | None, convert: bool = True) -> Path:
     except (ModelNameError, OSError) as error:
         ctx = click.get_current_context()
         source, by = origin(ctx, next(param for param in ctx.command.params if param.name == "model"))
-        if source not in ("environment", "file") or word != ctx.params.get("model"):  # it may be another option's
+        words = ctx.params.get("model")
+        if source not in ("environment", "file") or word not in (words if isinstance(words, tuple) else [words]):
             raise
         why = reason(error) if isinstance(error, OSError) else error
         where = f"{by} in {preferences.file()}" if source == "file" else by

@@ -27,6 +27,8 @@ from rwkv_cli.quant.replacing import lock
 
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 18
 # The library reads so many bytes at a time. It would be 10 MB, which are lost when a connection breaks.
+constants.HF_HUB_DISABLE_TELEMETRY = True
+# The library would tell the hub what else runs here, and ask it for what to look for.
 
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 """The base of all errors of the library that makes the requests, which is not always the same one."""

@@ -156,6 +156,8 @@ def test_the_only_checkpoint_is_pulled_and_converted(rwkv: Run, hub: Hub, pth: b
     assert not (tmp_path / "models" / "downloads").exists()
     assert rwkv("generate", "a", "-n", 2, "-m", "rwkv7-g1a").exit_code == 0
     assert hub.tokens == {"Bearer secret"}
+    asked = [path for path, _ in hub.asked]
+    assert asked == ["/api/models/BlinkDL/one", f"/BlinkDL/one/resolve/{COMMIT}/rwkv7-g1a.pth"]
 
     hub.asked.clear()
     again = rwkv("pull", "BlinkDL/one")
