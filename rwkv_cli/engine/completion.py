@@ -180,6 +180,10 @@ class Completion:
         if logits is None:
             assert self.cancelled, "the prompt is empty"
             return
+        yield from self._write(logits)
+
+    def _write(self, logits: Logits) -> Steps:
+        """Make the text from the logits after the prompt."""
         start = time.perf_counter()
         try:
             yield from self._generate(logits)

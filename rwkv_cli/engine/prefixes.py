@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.errors import FormatError
@@ -50,6 +51,8 @@ class _Kept:
 
     state: State | None
     size: int = 0
+    logits: NDArray[np.float32] | None = None
+    """The logits [V] there, where a prompt ended. They are in memory only."""
 
 
 class Prefixes:
@@ -79,6 +82,14 @@ class Prefixes:
         """Bytes of the states in memory."""
         return self._memory
 
+    def whole(self, key: bytes) -> tuple[State, NDArray[np.float32]] | None:
+        """Return the state and the logits after all of `key`, if both are in memory."""
+        kept = self._kept.get(key)
+        if kept is None or kept.state is None or kept.logits is None:
+            return None
+        self._kept.move_to_end(key)
+        return kept.state, kept.logits
+
     def find(self, key: bytes, like: State) -> tuple[State, bytes] | None:
         """Return the state after the longest known prefix of `key` that is shorter, and the prefix."""
         while (known := self._longest(key)) is not None:
@@ -97,8 +108,8 @@ class Prefixes:
         at = bisect.bisect_left(self._keys, key)
         return max((_common(key, other) for other in self._keys[max(at - 1, 0) : at + 1]), default=0)
 
-    def keep(self, key: bytes, state: State) -> None:
-        """Keep a copy of the state after the ids of a key."""
+    def keep(self, key: bytes, state: State, logits: NDArray[np.float32] | None = None) -> None:
+        """Keep a copy of the state after the ids of a key, and the logits there if they are given."""
         while self._gone:
             gone = self._gone.popleft()
             if gone in self._kept and self._kept[gone].state is None and gone not in self._writing:
@@ -108,6 +119,10 @@ class Prefixes:
             kept = self._kept[key] = _Kept(None)
             bisect.insort(self._keys, key)
         self._kept.move_to_end(key)
+        if kept.logits is None and logits is not None:
+            kept.logits = logits
+            if kept.state is not None:
+                kept.size, self._memory = kept.size + logits.nbytes, self._memory + logits.nbytes
         if kept.state is None:
             self._hold(key, kept, state.clone())
 
@@ -143,7 +158,8 @@ class Prefixes:
     def _hold(self, key: bytes, kept: _Kept, state: State) -> None:
         """Have a state in memory, and make room for it."""
         if kept.state is None:
-            kept.state, kept.size = state, sum(array.nbytes for array in state.arrays().values()) + len(key)
+            numbers = [*state.arrays().values(), *([] if kept.logits is None else [kept.logits])]
+            kept.state, kept.size = state, sum(array.nbytes for array in numbers) + len(key)
             self._memory += kept.size
         for old in list(self._kept) if self._memory > self.bounds.memory else ():
             if self._memory <= self.bounds.memory:
@@ -156,7 +172,7 @@ class Prefixes:
         if kept.state is None:
             return
         self._memory -= kept.size
-        state, kept.state = kept.state, None
+        state, kept.state, kept.logits = kept.state, None, None
         if self._writer is not None:
             self._writing[key] = state
             with contextlib.suppress(queue.Full):
@@ -255,14 +271,17 @@ class ModelPrefixes:
         found = self._prefixes.find(self._key(ids), self._start)
         return (self._start, 0) if found is None else (found[0], (len(found[1]) - _FACTS) // 4)
 
+    def whole(self, ids: Sequence[int]) -> tuple[State, NDArray[np.float32]] | None:
+        """Return the state and the logits [V] after all of `ids`, if they are known."""
+        return self._prefixes.whole(self._key(ids))
+
     def shared(self, ids: Sequence[int]) -> int:
         """Return how many of `ids` at their beginning some other text has, too."""
         return max(0, self._prefixes.shared(self._key(ids)) - _FACTS) // 4
 
-    def keep(self, ids: Sequence[int], state: State) -> None:
-        """Keep a copy of the state after `ids`."""
-        if len(ids):
-            self._prefixes.keep(self._key(ids), state)
+    def keep(self, ids: Sequence[int], state: State, logits: NDArray[np.float32] | None = None) -> None:
+        """Keep a copy of the state after `ids`, and the logits there if they are given."""
+        self._prefixes.keep(self._key(ids), state, None if logits is None else logits.copy())
 
 
 def _by_age(folder: Path) -> list[Path]:

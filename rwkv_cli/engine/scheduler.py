@@ -194,9 +194,11 @@ class Scheduler:
         lane.together[completion] = work
         try:
             lane.batch.add(completion)
-        except StopIteration:  # it was cancelled meanwhile
+            work.on_change()  # where the whole prompt was known, its first token is there
+        except StopIteration:  # it ended with its first token, or was cancelled
             del lane.together[completion]
             self._end(work)
+        self.counts.tokens += completion.result.tokens
 
     def _remove_cancelled(self) -> None:
         """End what nobody waits for any more."""

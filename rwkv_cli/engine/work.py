@@ -73,14 +73,16 @@ class Answer(Completion):
         self.top = 0
         """How many of the likeliest tokens to keep with each of the prompt's scores."""
         self._prefixes: ModelPrefixes | None = None
+        self._logits: NDArray[np.float32] | None = None
+        """The logits after the prompt, where they were known."""
         self._cuts: list[int] = []
         self._places: deque[tuple[int, State]] = deque(maxlen=2)
         """The last places in the answer, as numbers of its tokens, and the states there."""
 
     @property
     def begun(self) -> bool:
-        """True once all of the prompt but its last token is read."""
-        return self.done or self.result.prompt_tokens >= len(self.request.prompt) - 1
+        """True once the prompt is read."""
+        return self.done or bool(self.result.tokens)
 
     def begin(self, prefixes: ModelPrefixes | None) -> bool:
         """Find the state to read on from. Returns False while this answer waits for another one's prompt."""
@@ -91,11 +93,16 @@ class Answer(Completion):
         if self.prompt_scores is not None or prefixes is None:
             return True
         self._prefixes = prefixes
-        self.state, self.cached = prefixes.find(prompt)
+        whole = prefixes.whole(prompt)
+        if whole is None:
+            self.state, self.cached = prefixes.find(prompt)
+            end = len(prompt)
+            cuts = {prefixes.shared(prompt), end - _BACK if end - self.cached > 4 * _BACK else end}
+            self._cuts = sorted(cut for cut in cuts if self.cached < cut < end)
+        else:
+            self.state, self._logits = whole
+            self.cached = len(prompt)
         self.result.prompt_tokens = self.cached
-        last = len(prompt) - 1
-        cuts = {last, prefixes.shared(prompt), last - _BACK if last > 4 * _BACK else last}
-        self._cuts = sorted(cut for cut in cuts if self.cached < cut <= last)
         return True
 
     def alone(self) -> Iterator[None]:
@@ -117,11 +124,14 @@ class Answer(Completion):
     def steps(self, on_read: Callable[[int], object] | None = None) -> Steps:
         """Make the text for a caller that advances the state. States are kept on the way."""
         try:
-            for cut in self._cuts:
-                if (yield from self._read_prompt(cut, on_read)) is None:
+            prompt, logits = self.request.prompt, self._logits
+            for cut in [*self._cuts, len(prompt)] if logits is None else ():
+                logits = yield from self._read_prompt(cut, on_read)
+                if logits is None:
                     return
-                self._keep(self.state, self.request.prompt[:cut])
-            yield from self._watched(super().steps(on_read))
+                self._keep(self.state, prompt[:cut], logits if cut == len(prompt) else None)
+            assert logits is not None, "the prompt has an end"
+            yield from self._watched(self._write(logits))
             for count, state in [*self._places, (self.result.read, self.state)]:
                 if 0 < count <= self.result.read:
                     self._keep(state, self._read(count))
@@ -145,10 +155,10 @@ class Answer(Completion):
         """Return the prompt and so many tokens of the answer."""
         return [*self.request.prompt, *self.result.ids[:count]]
 
-    def _keep(self, state: State, ids: Sequence[int]) -> None:
+    def _keep(self, state: State, ids: Sequence[int], logits: NDArray[np.float32] | None = None) -> None:
         """Keep a state for others."""
         if self._prefixes is not None:
-            self._prefixes.keep(ids, state)
+            self._prefixes.keep(ids, state, logits)
 
 
 class Vector:

@@ -82,8 +82,8 @@ def test_answers_are_those_made_alone_with_and_without_known_states(model: Langu
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             assert answer.result.ids == alone(model, prompt, 20 + i, i)
             assert answer.result.prompt_tokens == len(prompt)
-            if known and len(prompt) > 1:
-                assert answer.cached == len(prompt) - 1
+            if known:
+                assert answer.cached == len(prompt)
     assert (scheduler.running, scheduler.waiting) == (0, 0)
 
 
@@ -116,7 +116,7 @@ def test_choices_read_their_prompt_once(model: LanguageModel, scheduler: Schedul
     others = [Answer(model, chooser(i), first.request, watched.on_change, first) for i in (1, 2)]
     watched.works += others
     run(scheduler, watched)
-    assert [answer.cached for answer in (first, *others)] == [0, len(STORY) - 1, len(STORY) - 1]
+    assert [answer.cached for answer in (first, *others)] == [0, len(STORY), len(STORY)]
     assert [answer.result.ids for answer in others] == [alone(model, STORY, seed=i) for i in (1, 2)]
 
 
