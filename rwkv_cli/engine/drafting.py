@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.engine.model import LanguageModel
+from rwkv_cli.engine.model import LanguageModel, check_finite
 from rwkv_cli.engine.sampling import Sampler
 from rwkv_cli.errors import DraftError
 from rwkv_cli.models import State
@@ -104,14 +104,20 @@ class DraftModel:
             if len(guesses) == most:
                 return guesses
             state = state.clone()
-            logits = self.model.advance(guesses[-1:], state)
+            logits = self._advance(guesses[-1:], state)
             self._guessed.append((guesses[-1], state))
 
     def _read_part(self) -> NDArray[np.float32] | None:
         """Read the next part of what is not read yet. Returns the logits after it, or None if all is read."""
         part = self._unread[: self.model.backend.chunk]
         del self._unread[: len(part)]
-        return self.model.advance(part, self._state) if part else None
+        return self._advance(part, self._state) if part else None
+
+    def _advance(self, ids: Sequence[int], state: State) -> NDArray[np.float32]:
+        """Have a state read some ids, and check the logits after them."""
+        logits = self.model.advance(ids, state)
+        check_finite(self.model, logits)
+        return logits
 
     def mark(self) -> State:
         """Return the state after all that was read."""

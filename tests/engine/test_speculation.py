@@ -14,7 +14,7 @@ from rwkv_cli.engine.drafting import DraftModel, PromptLookup
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.engine.speculation import Pace, Speculation
-from rwkv_cli.errors import DeviceError, DraftError
+from rwkv_cli.errors import DeviceError, DraftError, FormatError
 from rwkv_cli.models import State
 
 GREEDY = Sampling(temperature=0, presence_penalty=0, frequency_penalty=0)
@@ -215,6 +215,15 @@ def test_a_draft_needs_the_same_vocabulary(byte_model: Path, rwkv: Any, tmp_path
     result = rwkv("generate", "a", "-m", byte_model, "--draft", path)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "has another vocabulary" in result.stderr
+
+
+def test_a_damaged_draft_is_named(byte_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel.load(byte_model)
+    drafter = DraftModel(model, model)
+    monkeypatch.setattr(model, "advance", lambda *_: np.full(256, np.nan, np.float32))
+    drafter.read(PROMPT)
+    with pytest.raises(FormatError, match=f"{byte_model}: the model's output is not finite"):
+        drafter.guess(3, Sampler(Sampling(), 0))
 
 
 def test_a_device_that_keeps_no_states_is_refused(byte_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
