@@ -40,6 +40,26 @@ class StoredInt8(StoredMatrix, Protocol):
         """A power of two that all scales are multiplied by."""
 
 
+class StoredPacked(StoredMatrix, Protocol):
+    """Formats "q4", "q5" and "q6": codes of so many bits in one of their layouts."""
+
+    @property
+    def layout(self) -> str: ...
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def values(self) -> NDArray[np.uint8]: ...
+
+    @property
+    def scales(self) -> NDArray[np.int8]: ...
+
+    @property
+    def rows(self) -> NDArray[np.float32]:
+        """A factor of each row."""
+
+
 class StoredFloats(StoredMatrix, Protocol):
     """Format "float": the bits of F32, F16 or BF16 numbers."""
 

@@ -39,6 +39,7 @@ _ELEMENTS: dict[str, tuple[Any, np.dtype[Any]]] = {
     "F64": (types.float64, np.dtype(np.float64)),
     "BOOL": (types.uint8, np.dtype(np.bool_)),
     "I8": (types.int8, np.dtype(np.int8)),
+    "U8": (types.uint8, np.dtype(np.uint8)),
     "I16": (types.int16, np.dtype(np.int16)),
     "U16": (types.uint16, np.dtype(np.uint16)),
     "I32": (types.int32, np.dtype(np.int32)),
@@ -74,6 +75,8 @@ F32_5 = Annotated[Any, Kind("array", "F32", 5)]
 F64_1 = Annotated[Any, Kind("array", "F64", 1)]
 F64_2 = Annotated[Any, Kind("array", "F64", 2)]
 BOOL_2 = Annotated[Any, Kind("array", "BOOL", 2)]
+U8_2 = Annotated[Any, Kind("array", "U8", 2)]
+U8_3 = Annotated[Any, Kind("array", "U8", 3)]
 I8_2 = Annotated[Any, Kind("array", "I8", 2)]
 I8_3 = Annotated[Any, Kind("array", "I8", 3)]
 I8_4 = Annotated[Any, Kind("array", "I8", 4)]

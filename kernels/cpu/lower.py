@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from rwkv_cli.kernels import program as p
 from rwkv_cli.kernels.contract import Loadable, Watch
-from rwkv_cli.kernels.cpu import elementwise, gates, scores, wkv
+from rwkv_cli.kernels.cpu import elementwise, gates, packed, scores, wkv
 from rwkv_cli.kernels.cpu.args import View
 from rwkv_cli.kernels.cpu.lowering import PARTS_A_THREAD, Lowering, by_size
 from rwkv_cli.kernels.cpu.products import add_linear, linear
 from rwkv_cli.kernels.cpu.steps import Runnable, Share
 from rwkv_cli.kernels.cpu.team import TEAM
-from rwkv_cli.kernels.cpu.weights import FloatWeight, Int8Weight
+from rwkv_cli.kernels.cpu.weights import FloatWeight, Int8Weight, PackedWeight
 from rwkv_cli.numbers import FLOAT_DTYPES
 
 
@@ -60,6 +60,9 @@ def _embed(low: Lowering, op: p.Embed) -> None:
     if isinstance(table, Int8Weight):
         int8 = elementwise.EmbedInt8Args(ids, table.values, table.scales, table.unit, out)
         low.by_rows(elementwise.embed_int8, int8, out)
+    elif isinstance(table, PackedWeight):
+        codes = packed.EmbedCodesArgs(table.bits, ids, table.values, table.scales, table.rows, out)
+        low.by_rows(packed.embed_codes, codes, out)
     else:
         assert isinstance(table, FloatWeight)
         low.by_rows(elementwise.embed_floats, elementwise.EmbedFloatsArgs(ids, *by_size(table), out), out)

@@ -4,29 +4,29 @@ int8: x is rounded (see `rounding`), and sums are exact integers. One token or m
 the same but for float32 rounding.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rwkv_cli.kernels.cpu.args import F32, F32_2, I8_3, U16_2, U16_3, U32_2, Address, Int, unpack
-from rwkv_cli.kernels.cpu.compile import function, kernel
+from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.elementwise import activate, address_of, span, widen
 from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP, LevelGroup, WeightGroup, group_step
 from rwkv_cli.kernels.cpu.llvm.levels import CACHE_LINE, interleave, prefetch
 from rwkv_cli.kernels.cpu.rounding import LEVEL_BYTES, VNNI
 from rwkv_cli.numbers import GROUP
 
-STRIPS, _TOKENS = (2, 6) if VNNI else (1, 2)
+_STRIPS, _TOKENS = (2, 6) if VNNI else (1, 2)
 """Strips and tokens whose sums fit into registers together."""
-GROUP_BYTES, SCALE_BYTES = STRIP * GROUP, STRIP * 2
-"""A strip's weights and scales in one group of 32 columns."""
+GROUP_BYTES = STRIP * GROUP
+"""A strip's weights in one group of 32 columns."""
+_SCALE_BYTES = STRIP * 2
+"""Its scales, if they are float16."""
 _BLOCK_BYTES = 1 << 18
 """Activations that stay in a core's cache while weights come by."""
 _FAR = 2048
 """How many bytes ahead the product of one token asks for."""
 
-_block = group_step(STRIPS, _TOKENS, VNNI)
-_single = group_step(1, 1, VNNI)
 
 
 class Activations(NamedTuple):
@@ -70,17 +70,6 @@ class TilesArgs(NamedTuple):
     strips_per_part: Int
 
 
-@kernel(TilesArgs)
-def tiles(args: int, part: int, parts: int) -> None:  # noqa: ARG001
-    """y = activation(x · wᵀ + bias), or y += x · wᵀ with `add`."""
-    a = unpack(args, TilesArgs)
-    first, last = part * a.strips_per_part, min((part + 1) * a.strips_per_part, a.strips)
-    values, scales = a.values + first * a.groups * GROUP_BYTES, a.scales + first * a.groups * SCALE_BYTES
-    w = Strips(values, scales, last - first, a.groups, a.unit)
-    x = Activations(a.levels, a.factors, a.offsets, a.tokens)
-    _multiply(w, x, a.y, a.bias, Ending(first * STRIP, a.add, a.activation))
-
-
 class Ending(NamedTuple):
     """The end of a product: its first column in y, whether it is added there, and its activation by number."""
 
@@ -90,7 +79,7 @@ class Ending(NamedTuple):
 
 
 @function()
-def _start(sums, y, bias, add):
+def start(sums, y, bias, add):
     """sums = y if `add`, else the bias if there is one, else 0."""
     for i in range(len(sums)):
         sums[i] = y[i] if add else np.float32(0)
@@ -99,53 +88,74 @@ def _start(sums, y, bias, add):
             sums[i] = bias[i]
 
 
-@function()
-def _multiply(w, x, y, bias, ending):
-    """The product of x (Activations) and w (Strips) to some columns of y [T, N]; bias [1, N] or none."""
-    G, T = w.groups, x.tokens
-    w_strip, scale_strip = G * GROUP_BYTES, G * SCALE_BYTES
-    level_token, row = G * LEVEL_BYTES, G * 4
-    sums = np.zeros((_TOKENS, STRIPS * STRIP), np.float32)
-    flat, out = sums.reshape(-1), address_of(sums)
-    block = max(_TOKENS, _BLOCK_BYTES // level_token // _TOKENS * _TOKENS)
-    for start in range(0, T, block):
-        stop = min(start + block, T)
-        for strip in range(0, w.strips, STRIPS):
-            strips = min(STRIPS, w.strips - strip)
-            here = slice(ending.column + strip * STRIP, ending.column + (strip + strips) * STRIP)
-            first_bias = bias[0, here] if len(bias) else y[0, :0]
-            t = start
-            while t < stop:
-                tokens = _TOKENS if t + _TOKENS <= stop and strips == STRIPS else 1
-                for i in range(tokens):
-                    _start(sums[i, : strips * STRIP], y[t + i, here], first_bias, ending.add)
-                values, scales = w.values + strip * w_strip, w.scales + strip * scale_strip
-                levels, factors, offsets = x.levels + t * level_token, x.factors + t * row, x.offsets + t * row
-                if tokens == _TOKENS:
-                    for g in range(G):
-                        weights = WeightGroup(
-                            values + g * GROUP_BYTES, w_strip, scales + g * SCALE_BYTES, scale_strip, w.unit
-                        )
-                        group = LevelGroup(levels + g * LEVEL_BYTES, level_token, factors + g * 4, offsets + g * 4, row)
-                        _block(weights, group, out, STRIPS * STRIP * 4)
-                else:
-                    for s in range(strips):
+def multiplier(halves: bool) -> Any:
+    """The function that multiplies by strips whose scales are float16 if they are `halves`, and float32 if not."""
+    block, single = group_step(_STRIPS, _TOKENS, VNNI, halves), group_step(1, 1, VNNI, halves)
+    scale_bytes = _SCALE_BYTES if halves else 2 * _SCALE_BYTES
+
+    @function(FIXED_ORDER)
+    def multiply(w, x, y, bias, ending):
+        """The product of x (Activations) and w (Strips) to some columns of y [T, N]; bias [1, N] or none."""
+        G, T = w.groups, x.tokens
+        w_strip, scale_strip = G * GROUP_BYTES, G * scale_bytes
+        level_token, row = G * LEVEL_BYTES, G * 4
+        sums = np.zeros((_TOKENS, _STRIPS * STRIP), np.float32)
+        flat, out = sums.reshape(-1), address_of(sums)
+        together = max(_TOKENS, _BLOCK_BYTES // level_token // _TOKENS * _TOKENS)
+        for begin in range(0, T, together):
+            stop = min(begin + together, T)
+            for strip in range(0, w.strips, _STRIPS):
+                strips = min(_STRIPS, w.strips - strip)
+                here = slice(ending.column + strip * STRIP, ending.column + (strip + strips) * STRIP)
+                first_bias = bias[0, here] if len(bias) else y[0, :0]
+                t = begin
+                while t < stop:
+                    tokens = _TOKENS if t + _TOKENS <= stop and strips == _STRIPS else 1
+                    for i in range(tokens):
+                        start(sums[i, : strips * STRIP], y[t + i, here], first_bias, ending.add)
+                    values, scales = w.values + strip * w_strip, w.scales + strip * scale_strip
+                    levels, factors, offsets = x.levels + t * level_token, x.factors + t * row, x.offsets + t * row
+                    if tokens == _TOKENS:
                         for g in range(G):
-                            at = values + s * w_strip + g * GROUP_BYTES
-                            for i in range(0, GROUP_BYTES, CACHE_LINE):
-                                prefetch(at + i + _FAR)
-                            weights = WeightGroup(at, 0, scales + s * scale_strip + g * SCALE_BYTES, 0, w.unit)
-                            group = LevelGroup(levels + g * LEVEL_BYTES, 0, factors + g * 4, offsets + g * 4, 0)
-                            _single(weights, group, out + s * STRIP * 4, 0)
-                if ending.activation:
-                    activate(flat[: tokens * STRIPS * STRIP], ending.activation)
-                for i in range(tokens):
-                    done, yt = sums[i, : strips * STRIP], y[t + i, here]
-                    for j in range(len(done)):
-                        yt[j] = done[j]
-                t += tokens
-    # the sums must live until here, and their address alone does not keep them
-    sums[0, 0] = 0
+                            weights = WeightGroup(
+                                values + g * GROUP_BYTES, w_strip, scales + g * scale_bytes, scale_strip, w.unit
+                            )
+                            group = LevelGroup(levels + g * LEVEL_BYTES, level_token, factors + g * 4, offsets + g * 4, row)
+                            block(weights, group, out, _STRIPS * STRIP * 4)
+                    else:
+                        for s in range(strips):
+                            for g in range(G):
+                                at = values + s * w_strip + g * GROUP_BYTES
+                                for i in range(0, GROUP_BYTES, CACHE_LINE):
+                                    prefetch(at + i + _FAR)
+                                weights = WeightGroup(at, 0, scales + s * scale_strip + g * scale_bytes, 0, w.unit)
+                                group = LevelGroup(levels + g * LEVEL_BYTES, 0, factors + g * 4, offsets + g * 4, 0)
+                                single(weights, group, out + s * STRIP * 4, 0)
+                    if ending.activation:
+                        activate(flat[: tokens * _STRIPS * STRIP], ending.activation)
+                    for i in range(tokens):
+                        done, yt = sums[i, : strips * STRIP], y[t + i, here]
+                        for j in range(len(done)):
+                            yt[j] = done[j]
+                    t += tokens
+        # the sums must live until here, and their address alone does not keep them
+        sums[0, 0] = 0
+
+    return multiply
+
+
+_multiply = multiplier(halves=True)
+
+
+@kernel(TilesArgs, FIXED_ORDER)
+def tiles(args: int, part: int, parts: int) -> None:  # noqa: ARG001
+    """y = activation(x · wᵀ + bias), or y += x · wᵀ with `add`."""
+    a = unpack(args, TilesArgs)
+    first, last = part * a.strips_per_part, min((part + 1) * a.strips_per_part, a.strips)
+    values, scales = a.values + first * a.groups * GROUP_BYTES, a.scales + first * a.groups * _SCALE_BYTES
+    w = Strips(values, scales, last - first, a.groups, a.unit)
+    x = Activations(a.levels, a.factors, a.offsets, a.tokens)
+    _multiply(w, x, a.y, a.bias, Ending(first * STRIP, a.add, a.activation))
 
 
 class ColumnsArgs(NamedTuple):
@@ -162,7 +172,7 @@ class ColumnsArgs(NamedTuple):
     add: Int
 
 
-@kernel(ColumnsArgs)
+@kernel(ColumnsArgs, FIXED_ORDER)
 def columns(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     """y = x · wᵀ, or y += x · wᵀ with `add`.
 

@@ -1,7 +1,7 @@
 """Lowers matrix products to steps. What is fused, and why:
 
 - A factor that several products read is rounded once (`_factors`), and a lerp is computed while it is rounded.
-- int8 products of one `Linear` run at the same time, with one barrier after all of them.
+- Products of one `Linear` run at the same time, with one barrier after all of them.
 - Bias and activation are taken in the product's own kernel where the weight's rows are whole strips (`_product`).
 - `AddLinear` sums into the residual stream in place where it can.
 - One token reads only the rows of a sparse weight whose input is not zero (`_sparse_product`).
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rwkv_cli.kernels import program as p
-from rwkv_cli.kernels.cpu import elementwise, matmul, rounding, sparse
+from rwkv_cli.kernels.cpu import elementwise, matmul, packed, rounding, sparse
 from rwkv_cli.kernels.cpu.args import View
 from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP
 from rwkv_cli.kernels.cpu.lowering import PARTS_A_THREAD, Lowering, by_size
 from rwkv_cli.kernels.cpu.steps import Share
-from rwkv_cli.kernels.cpu.weights import FloatWeight, Int8Weight
+from rwkv_cli.kernels.cpu.weights import FloatWeight, Int8Weight, PackedWeight
 from rwkv_cli.numbers import GROUP
 
 _PART_BYTES = 1 << 18
@@ -63,12 +63,12 @@ def add_linear(low: Lowering, op: p.AddLinear) -> None:
 
 
 def _factors(low: Lowering, reads: list[tuple[p.Factor, p.Weight]]) -> list[View | Rounded]:
-    """The factor of each product: integers for an int8 matrix, float32 for a float matrix. Each is made once."""
+    """The factor of each product: float32 for a float matrix, integers for any other. Each is made once."""
     made: dict[tuple[int, bool], View | Rounded] = {}
-    keys = [(id(x), isinstance(weight, Int8Weight)) for x, weight in reads]
+    keys = [(id(x), isinstance(weight, FloatWeight)) for x, weight in reads]
     for key, (x, weight) in zip(keys, reads, strict=True):
         if key not in made:
-            made[key] = round_factor(low, x) if isinstance(weight, Int8Weight) else _plain(low, x)
+            made[key] = _plain(low, x) if isinstance(weight, FloatWeight) else round_factor(low, x)
     low.steps.barrier()
     return [made[key] for key in keys]
 
@@ -132,30 +132,40 @@ def _product(low: Lowering, x: View | Rounded, weight: p.Weight, rows: p.Count, 
         parts = min(-(-N // 4), PARTS_A_THREAD * low.threads)
         low.steps.add(matmul.floats, matmul.FloatsArgs(*by_size(weight), x, y), Share.fixed(parts, rows))
         return _finished(low, y, N, ending)
-    assert isinstance(weight, Int8Weight)
+    assert isinstance(weight, Int8Weight | PackedWeight)
     assert isinstance(x, Rounded)
-    padded = weight.values.shape[0] * weight.values.shape[2]
-    tile = weight.layout == "tile"
-    # Into place if every output is one of the matrix's own, and the kernel has a use for bias and activation.
-    direct = padded == N and (tile or (ending.bias is None and not ending.activation))
+    padded = _padded_rows(weight)
+    # One token in columns, or int8 ones, have no use for bias and activation in their kernel.
+    ends = not weight.skips_zeros or (isinstance(weight, PackedWeight) and rows.most > 1)
+    # Into place if every output is one of the matrix's own.
+    direct = padded == N and (ends or (ending.bias is None and not ending.activation))
     own = ending if direct else Ending()
     y = low.steps.empty((rows, padded)) if own.onto is None else own.onto
-    if tile:
-        _tiled_product(low, x, weight, y, own)
-    elif rows.most == 1:
+    if weight.skips_zeros and rows.most == 1:
         _sparse_product(low, x, weight, y, own.onto is not None)
-    else:
+    elif isinstance(weight, PackedWeight):
+        _packed_product(low, x, weight, y, own)
+    elif weight.skips_zeros:
         columns = matmul.ColumnsArgs(weight.values, weight.scales, weight.unit, *x, rows, y, own.onto is not None)
         parts = padded // min(2 * STRIP, weight.values.shape[2])
         low.steps.add(matmul.columns, columns, Share.fixed(parts, rows), barrier=False)
+    else:
+        _tiled_product(low, x, weight, y, own)
     return y if direct else _finished(low, y, N, ending)
+
+
+def _padded_rows(weight: Int8Weight | PackedWeight) -> int:
+    """The rows of a matrix with those that fill its last strip or block."""
+    if isinstance(weight, PackedWeight):
+        return weight.rows.size
+    return weight.values.shape[0] * weight.values.shape[2]
 
 
 def _tiled_product(low: Lowering, x: Rounded, weight: Int8Weight, y: View, ending: Ending) -> None:
     rows = y.shape[0]
     assert isinstance(rows, p.Count)
     S, G = weight.scales.shape[:2]
-    strips = _strips_per_part(low, rows, S, G)
+    strips = _strips_per_part(low, rows, S, weight.nbytes // S)
     arguments = matmul.TilesArgs(
         values=weight.values,
         scales=weight.scales,
@@ -175,24 +185,64 @@ def _tiled_product(low: Lowering, x: Rounded, weight: Int8Weight, y: View, endin
     low.steps.add(matmul.tiles, arguments, Share.fixed(-(-S // strips), rows), barrier=False)
 
 
-def _strips_per_part(low: Lowering, rows: p.Count, S: int, G: int) -> int:
-    """For one token as many as the bytes allow; for many as few as give every thread enough parts."""
-    size = G * (matmul.GROUP_BYTES + matmul.SCALE_BYTES)
-    most = _PART_BYTES // size if rows.most == 1 else min(8 * _PART_BYTES // size, S // (PARTS_A_THREAD * low.threads))
-    return max(1, most // matmul.STRIPS) * matmul.STRIPS
-
-
-def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight, y: View, add: bool) -> None:
+def _packed_product(low: Lowering, x: Rounded, weight: PackedWeight, y: View, ending: Ending) -> None:
     rows = y.shape[0]
     assert isinstance(rows, p.Count)
-    B, K, W = weight.values.shape
-    G = K // GROUP
+    S = weight.rows.size // STRIP
+    strips = _strips_per_part(low, rows, S, weight.nbytes // S)
+    arguments = packed.CodesArgs(
+        bits=weight.bits,
+        values=weight.values,
+        scales=weight.scales,
+        rows=weight.rows,
+        levels=x.levels,
+        factors=x.factors,
+        offsets=x.offsets,
+        tokens=rows,
+        y=y,
+        bias=ending.bias,
+        add=ending.onto is not None,
+        activation=ending.activation,
+        strips_per_part=strips,
+    )
+    kernel = packed.tiles_one if rows.most == 1 else packed.expanded
+    low.steps.add(kernel, arguments, Share.fixed(-(-S // strips), rows), barrier=False)
+
+
+def _strips_per_part(low: Lowering, rows: p.Count, S: int, strip_bytes: int) -> int:
+    """An even number: for one token as many as the bytes allow, for many as few as give every thread enough parts."""
+    most = _PART_BYTES // strip_bytes
+    if rows.most > 1:
+        most = min(8 * most, S // (PARTS_A_THREAD * low.threads))
+    return max(1, most // 2) * 2
+
+
+def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight | PackedWeight, y: View, add: bool) -> None:
+    rows = y.shape[0]
+    assert isinstance(rows, p.Count)
+    G = -(-weight.shape[1] // GROUP)
     numbers, nonzero = low.steps.empty((G, GROUP), np.int64), low.steps.empty((G, GROUP), np.int16)
     count = low.steps.empty((G,), np.int64)
     bytes_, words = (x.levels, None) if rounding.VNNI else (None, x.levels)
     find = sparse.NonzeroArgs(bytes_, words, numbers, nonzero, count)
     low.steps.add(sparse.find_nonzero, find, Share.fixed(min(G, 2 * low.threads), rows))
+    if isinstance(weight, PackedWeight):
+        codes = packed.SparseCodesArgs(
+            bits=weight.bits,
+            values=weight.values,
+            scales=weight.scales,
+            rows=weight.rows,
+            columns=numbers,
+            nonzero=nonzero,
+            count=count,
+            factors=x.factors,
+            y=y,
+            add=add,
+        )
+        low.steps.add(packed.sparse_codes, codes, Share.fixed(len(weight.values), rows))
+        return
     # blocks are cut until every thread has as many pieces
+    B, _, W = weight.values.shape
     width = W
     while B * (W // width) % low.threads and width > _NARROW:
         width //= 2

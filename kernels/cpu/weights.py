@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.contract import StoredFloats, StoredInt8, StoredMatrix
+from rwkv_cli.kernels.contract import StoredFloats, StoredInt8, StoredMatrix, StoredPacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,26 @@ class Int8Weight:
 
 
 @dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A matrix [N, K] in codes of some bits, in one of the layouts of docs/format.md."""
+
+    shape: tuple[int, int]
+    layout: str
+    bits: int
+    values: NDArray[np.uint8]
+    scales: NDArray[np.int8]
+    rows: NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes + self.rows.nbytes
+
+    @property
+    def skips_zeros(self) -> bool:
+        return self.layout == f"columns{self.bits}"
+
+
+@dataclass(frozen=True, eq=False)
 class FloatWeight:
     """A float matrix [N, K] as its bits."""
 
@@ -44,7 +64,7 @@ class FloatWeight:
         return self.bits.nbytes
 
 
-CpuWeight = Int8Weight | FloatWeight
+CpuWeight = Int8Weight | PackedWeight | FloatWeight
 
 
 def weight(stored: StoredMatrix) -> CpuWeight:
@@ -58,10 +78,22 @@ def _int8(stored: StoredInt8) -> Int8Weight:
     return Int8Weight((N, K), stored.layout, values, scales, float(np.float32(2.0 ** (112 + stored.unit))))
 
 
+def _packed(stored: StoredPacked) -> PackedWeight:
+    N, K = stored.shape
+    arrays = map(np.ascontiguousarray, (stored.values, stored.scales, stored.rows))
+    return PackedWeight((N, K), stored.layout, stored.bits, *arrays)
+
+
 def _floats(stored: StoredFloats) -> FloatWeight:
     N, K = stored.shape
     return FloatWeight((N, K), stored.dtype, np.ascontiguousarray(stored.bits))
 
 
-_FORMATS: dict[str, Callable[[Any], CpuWeight]] = {"int8": _int8, "float": _floats}
+_FORMATS: dict[str, Callable[[Any], CpuWeight]] = {
+    "int8": _int8,
+    "q4": _packed,
+    "q5": _packed,
+    "q6": _packed,
+    "float": _floats,
+}
 """The formats of stored matrices that the CPU has kernels for."""

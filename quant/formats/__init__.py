@@ -5,11 +5,19 @@ from rwkv_cli.quant.formats import int8
 from rwkv_cli.quant.formats.contract import Format, Kind
 from rwkv_cli.quant.formats.float import Floats as Floats
 from rwkv_cli.quant.formats.int8 import Int8 as Int8
+from rwkv_cli.quant.formats.packed import Packed as Packed
+from rwkv_cli.quant.formats.packed import PackedFormat
 
-FORMATS: dict[str, Format] = {"int8": int8, "none": float_}
+FORMATS: dict[str, Format] = {
+    "int8": int8,
+    "q6": PackedFormat(6),
+    "q5": PackedFormat(5),
+    "q4": PackedFormat(4),
+    "none": float_,
+}
 """Formats by the names that `--quant` and the metadata `quantization` have for them."""
 
-StoredTensor = Int8 | Floats
+StoredTensor = Int8 | Packed | Floats
 """A tensor as one of the formats reads it."""
 
 

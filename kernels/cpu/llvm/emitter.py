@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from llvmlite import ir
 from numba.core.cgutils import get_or_insert_function
 
-from rwkv_cli.kernels.cpu.compile import pair_words
+from rwkv_cli.kernels.cpu.compile import has_vnni, pair_words
 
 I1, I8, I16, I32, I64, F32 = *map(ir.IntType, (1, 8, 16, 32, 64)), ir.FloatType()
 
@@ -79,15 +79,60 @@ class Emitter:
             self.call(name, vector(I32, words // 2), *(self.lanes(v, range(i, i + words)) for v in (x, y)))
             for i in range(0, n, words)
         ]
-        while len(parts) > 1:
-            lanes = ir.Constant(vector(I32, 2 * parts[0].type.count), list(map(I32, range(2 * parts[0].type.count))))
-            parts = [b.shuffle_vector(*two, lanes) for two in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
+        return self.joined(*parts)
 
     def halves(self, address: Any) -> Any:
         """16 positive float16 as float32, 2**-112 of their value."""
         bits = self.b.zext(self.load(vector(I16, 16), address), vector(I32, 16))
         return self.b.bitcast(self.b.shl(bits, self.constant(I32(13), 16)), vector(F32, 16))
+
+    def bytes_as_floats(self, address: Any) -> Any:
+        """16 int8 as float32."""
+        return self.b.sitofp(self.widen(self.load(vector(I8, 16), address), I32), vector(F32, 16))
+
+    def interleaved(self, rows: list[Any]) -> Any:
+        """Byte i of every row, then byte i + 1 of every row, …: of two or four vectors of one length."""
+        count, n = len(rows), rows[0].type.count
+        every = self.joined(*rows)
+        order = [I32(i // count + n * (i % count)) for i in range(count * n)]
+        return self.b.shuffle_vector(every, every, ir.Constant(vector(I32, count * n), order))
+
+    def lookup(self, table: Sequence[int], index: Any) -> Any:
+        """table[i] for each i < 16 of some bytes. The table has 16 numbers of a byte each."""
+        n = index.type.count
+        if pair_words() < 16:
+            return self._selected([I8(value) for value in table], index)
+        width, name = next(
+            (width, name)
+            for width, name in (
+                (64, "llvm.x86.avx512.pshuf.b.512" if has_vnni() else ""),
+                (32, "llvm.x86.avx2.pshuf.b"),
+                (16, "llvm.x86.ssse3.pshuf.b.128"),
+            )
+            if name and n % width == 0
+        )
+        values = ir.Constant(vector(I8, width), [I8(table[i % 16]) for i in range(width)])
+        parts = [self.call(name, values.type, values, self.lanes(index, range(i, i + width))) for i in range(0, n, width)]
+        return self.joined(*parts)
+
+    def _selected(self, table: Sequence[Any], index: Any) -> Any:
+        """`lookup` without an instruction for it: half of the table by each bit of the index."""
+        n = index.type.count
+        values = [self.constant(value, n) for value in table]
+        bit = 1
+        while len(values) > 1:
+            is_set = self.b.icmp_unsigned("!=", self.b.and_(index, self.constant(I8(bit), n)), self.constant(I8(0), n))
+            values = [self.b.select(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+            bit *= 2
+        return values[0]
+
+    def joined(self, *parts: Any) -> Any:
+        """A power of two of vectors of one type, one behind the other."""
+        while len(parts) > 1:
+            count = 2 * parts[0].type.count
+            lanes = ir.Constant(vector(I32, count), [I32(i) for i in range(count)])
+            parts = tuple(self.b.shuffle_vector(*two, lanes) for two in zip(parts[::2], parts[1::2], strict=True))
+        return parts[0]
 
     def add_product(self, address: Any, sums: Any, scale: Any) -> None:
         """16 float32 at `address` += sums · scale, in the one form that makes all paths round alike."""

@@ -35,10 +35,11 @@ class WeightGroup(NamedTuple):
     tiles: int
     tile_stride: int
     scales: int
-    """float16 bits."""
+    """float16 bits, or float32."""
     scale_stride: int
     unit: float
-    """2**112 of the tensor's unit, since float16 bits shifted into a float32 stand for 2**-112 of their value."""
+    """2**112 of the tensor's unit, since float16 bits shifted into a float32 stand for 2**-112 of their value. float32
+    scales do without."""
 
 
 class LevelGroup(NamedTuple):
@@ -133,10 +134,10 @@ def _over_tiles(
     return e.loop(tiles, limit, TILE_BYTES, [levels, *sums], body)[1:]
 
 
-def group_step(strips: int, tokens: int, vnni: bool) -> Any:
+def group_step(strips: int, tokens: int, vnni: bool, halves: bool = True) -> Any:
     """The step for `strips` × `tokens`, callable from a kernel as step(WeightGroup, LevelGroup, y, y_stride).
 
-    y is the address of float32. y_stride leads to the next token, and strips are neighbours.
+    Scales are float16 if they are `halves`, and float32 if not. y is the address of float32. y_stride leads to the next token, and strips are neighbours.
     """
     sums_of = _sums_vnni if vnni else _sums_portable
 
@@ -146,10 +147,14 @@ def group_step(strips: int, tokens: int, vnni: bool) -> Any:
             e, b = Emitter(builder), builder
             w, a = e.record(WeightGroup, args[0]), e.record(LevelGroup, args[1])
             y, y_stride = args[2:]
-            by_unit = e.splat(w.unit, 16)
             factors = e.places(a.factors, a.stride, tokens)
             sums = sums_of(e, w, strips, a, tokens)
-            scales = [b.fmul(e.halves(place), by_unit) for place in e.places(w.scales, w.scale_stride, strips)]
+            places = e.places(w.scales, w.scale_stride, strips)
+            if halves:
+                by_unit = e.splat(w.unit, 16)
+                scales = [b.fmul(e.halves(place), by_unit) for place in places]
+            else:
+                scales = [e.load(vector(F32, 16), place) for place in places]
             for t, out in enumerate(e.places(y, y_stride, tokens)):
                 by = e.splat(e.load(F32, factors[t]), 16)
                 for s in range(strips):
@@ -192,7 +197,6 @@ def rows_step(vnni: bool, width: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
             e, b, wide = Emitter(builder), builder, vector(I32, 16)
             g, (factor, unit) = e.record(RowGroup, args[0]), args[1:]
-            order = ir.Constant(vector(I32, 32), [I32(i // 2 + 16 * (i % 2)) for i in range(32)])
 
             def two_rows(n: Any, sums: list[Any]) -> list[Any]:
                 numbers = b.add(g.rows, b.mul(n, I64(8)))
@@ -201,7 +205,7 @@ def rows_step(vnni: bool, width: int) -> Any:
                 levels = b.bitcast(e.splat(pair, 16), vector(I16, 32))
                 new = []
                 for i, total in enumerate(sums):
-                    both = b.shuffle_vector(*(e.load(vector(I8, 16), place, 16 * i) for place in places), order)
+                    both = e.interleaved([e.load(vector(I8, 16), place, 16 * i) for place in places])
                     values = e.widen(both, I16)
                     if vnni:
                         operands = b.bitcast(values, wide), b.bitcast(levels, wide)

@@ -21,10 +21,7 @@ def _interleave(typingctx, w, stride, tile):  # noqa: ARG001
         e, b = Emitter(builder), builder
         w, stride, tile = args
         rows = [e.load(vector(I8, 16), b.add(w, b.mul(stride, I64(i)))) for i in range(4)]
-        join = ir.Constant(vector(I32, 32), [I32(i) for i in range(32)])
-        halves = [b.shuffle_vector(*rows[:2], join), b.shuffle_vector(*rows[2:], join)]
-        order = ir.Constant(vector(I32, 64), [I32(i // 4 + 16 * (i % 4)) for i in range(64)])
-        e.store(b.shuffle_vector(*halves, order), tile)
+        e.store(e.interleaved(rows), tile)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
