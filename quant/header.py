@@ -45,11 +45,15 @@ def places(parts: Mapping[str, Part]) -> dict[str, Place]:
 
 
 def _rank(part: Part) -> tuple[int, bool]:
-    """Sort key that starts every int8 matrix at a multiple of 64 bytes and any other array at one of its own element.
+    """Sort key that starts every large matrix at a multiple of 64 bytes and any other array at one of its own element.
 
-    Only a table's rows can add up to no multiple of 64 bytes, so they come last among int8.
+    Arrays of bytes that do not add up to a multiple of 64, such as tables, come behind the others. Those that do not
+    even add up to a float32 come last, with the tokenizer.
     """
-    return {"I8": 0, "F32": 1, "U8": 3}.get(part.dtype, 2), part.dtype == "I8" and prod(part.shape) % _ALIGN != 0
+    size = prod(part.shape)
+    if part.dtype in ("I8", "U8") and len(part.shape) > 1 and size % 4 == 0:
+        return 0, size % _ALIGN != 0
+    return {"F32": 1, "I8": 3, "U8": 3}.get(part.dtype, 2), False
 
 
 class Header(NamedTuple):

@@ -126,11 +126,16 @@ class Written:
 
 
 def write(
-    path: Path, contents: Contents, quantizer: Any, *, overwrite: bool, progress: Callable[[int], object]
+    path: Path,
+    contents: Contents,
+    quantizer_of: Callable[[Planned], Any],
+    *,
+    overwrite: bool,
+    progress: Callable[[int], object],
 ) -> list[Written]:
     """Write a converted file.
 
-    `quantizer` is the kernel of the format that the plan has quantized tensors of. `progress` is called with the source
+    `quantizer_of` gives the kernel that rounds a tensor, as its format calls it. `progress` is called with the source
     bytes done since the last call. The file appears under `path` only when it is whole and on disk, and a failure
     leaves nothing behind. Raises FormatError for NaN or infinity, and OSError where the system refuses
     (FileExistsError if `path` is there and not `overwrite`).
@@ -151,7 +156,7 @@ def write(
         stream = _Stream(file, starts, ahead, behind)
         written = []
         for planned in contents.plan:
-            written.append(stream.copy(planned, quantizer))
+            written.append(stream.copy(planned, quantizer_of(planned)))
             progress(planned.source_bytes)
         for name, array in contents.arrays.items():
             stream.append(name, array)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,11 +15,12 @@ import pytest
 from rwkv_cli.kernels.cpu import backend as cpu
 from rwkv_cli.kernels.cpu import steps
 from rwkv_cli.kernels.cpu.lower import CpuProgram
+from rwkv_cli.kernels.cpu.quantize_packed import pack_rows
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
 from rwkv_cli.kernels.memory import Buffer
 from rwkv_cli.kernels.program import Count, Input, InputMatrix, LayerState, Product, Program, TakeRows, Value
-from rwkv_cli.quant.formats import Floats, Int8
-from rwkv_cli.quant.formats.int8 import quantize as quantize_with
+from rwkv_cli.quant.formats import Floats, Int8, Packed, format_of, int8, packed
+from rwkv_cli.quant.formats.packed import PackedFormat
 
 RNG = np.random.default_rng(0)
 BAND = 256
@@ -255,8 +257,12 @@ def lone_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lab.LONE", [True])
 
 
-def quantize(w: Any, layout: str = "tile") -> Int8:
-    return quantize_with(w, layout, quantize_rows)
+def quantize(w: Any, layout: str = "tile") -> Int8 | Packed:
+    """A matrix in a layout of any quantized format."""
+    format = format_of(layout)
+    if isinstance(format, PackedFormat):
+        return packed.quantize(w, layout, partial(pack_rows, bits=format.bits))
+    return int8.quantize(w, layout, quantize_rows)
 
 
 def normal(*shape: int, scale: float = 1.0) -> Any:

@@ -28,7 +28,6 @@ _FAR = 2048
 """How many bytes ahead the product of one token asks for."""
 
 
-
 class Activations(NamedTuple):
     """Rounded activations of T tokens: addresses."""
 
@@ -120,7 +119,9 @@ def multiplier(halves: bool) -> Any:
                             weights = WeightGroup(
                                 values + g * GROUP_BYTES, w_strip, scales + g * scale_bytes, scale_strip, w.unit
                             )
-                            group = LevelGroup(levels + g * LEVEL_BYTES, level_token, factors + g * 4, offsets + g * 4, row)
+                            group = LevelGroup(
+                                levels + g * LEVEL_BYTES, level_token, factors + g * 4, offsets + g * 4, row
+                            )
                             block(weights, group, out, _STRIPS * STRIP * 4)
                     else:
                         for s in range(strips):

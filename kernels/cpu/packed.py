@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_cli.kernels.cpu.args import F32_1, F32_2, F32_3, I8_2, I8_3, I16_2, I64_1, I64_2, U8_3, Address, Int, unpack
+from rwkv_cli.kernels.cpu.args import F32_1, F32_2, I8_2, I8_3, I16_2, I64_1, I64_2, U8_3, Address, Int, unpack
 from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, kernel
 from rwkv_cli.kernels.cpu.elementwise import activate, address_of, span
 from rwkv_cli.kernels.cpu.llvm.codes import (
@@ -133,7 +133,7 @@ def expanded(args: int, part: int, parts: int) -> None:  # noqa: ARG001
             for g in range(G):
                 for j in range(STRIP):
                     scale[i, g, j] = np.float32(a.scales[b, g, row + j]) * a.rows[b, row + j]
-        w = Strips(address_of(tile), address_of(scale), strips, G, np.float32(0))
+        w = Strips(address_of(tile), address_of(scale), strips, G, 0.0)
         _multiply(w, x, a.y, a.bias, Ending(s * STRIP, a.add, a.activation))
     # these must live until here, and their addresses alone do not keep them
     tile[0, 0], scale[0, 0, 0] = 0, 0

@@ -157,8 +157,8 @@ def _product(low: Lowering, x: View | Rounded, weight: p.Weight, rows: p.Count, 
 def _padded_rows(weight: Int8Weight | PackedWeight) -> int:
     """The rows of a matrix with those that fill its last strip or block."""
     if isinstance(weight, PackedWeight):
-        return weight.rows.size
-    return weight.values.shape[0] * weight.values.shape[2]
+        return int(weight.rows.size)
+    return int(weight.values.shape[0] * weight.values.shape[2])
 
 
 def _tiled_product(low: Lowering, x: Rounded, weight: Int8Weight, y: View, ending: Ending) -> None:

@@ -33,7 +33,6 @@ _LANES = 16
 _LEVELS4, _LEVELS5, _LEVELS6 = (np.array(LEVELS[bits], np.float32) for bits in (4, 5, 6))
 
 
-
 def _clamped(e: Emitter, x: Any, low: float, high: float) -> Any:
     for sign, end in ((">", low), ("<", high)):
         limit = e.constant(FLOAT(end), x.type.count)
@@ -124,7 +123,8 @@ def _search(bits: int) -> Any:
             low, high = _SEARCHED[bits]
             half = _LANES // 2
             shares = [
-                (low + (high - low) * i / (half - 1)) / end for end in (LEVELS[bits][0], LEVELS[bits][-1])
+                (low + (high - low) * i / (half - 1)) / end
+                for end in (LEVELS[bits][0], LEVELS[bits][-1])
                 for i in range(half)
             ]
             scale = b.fmul(e.splat(largest, _LANES), ir.Constant(floats, [FLOAT(share) for share in shares]))

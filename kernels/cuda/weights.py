@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.errors import DeviceError
 from rwkv_cli.kernels.contract import StoredFloats, StoredInt8, StoredMatrix
 from rwkv_cli.kernels.cuda.device import fragments
 from rwkv_cli.kernels.cuda.driver import Block, stream, synchronize, upload
@@ -68,6 +69,8 @@ CudaWeight = Fragments | Int8Table | FloatMatrix
 
 def weight(stored: StoredMatrix) -> CudaWeight:
     """The matrix for kernels."""
+    if stored.format not in _FORMATS:
+        raise DeviceError(f"the GPU has no kernels for weights in {stored.format} yet; use int8, or --device cpu")
     return _FORMATS[stored.format](stored)
 
 

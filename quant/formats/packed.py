@@ -22,7 +22,7 @@ This module knows where codes lie. The quantizer, a kernel, knows how a row is r
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,8 +65,8 @@ def unpack(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     each = bits - 4
     if each:
         shifts = np.arange(0, 8, each, dtype=np.uint8)[:, None]
-        high = slices[..., 4:, None, :] >> shifts & ((1 << each) - 1)
-        codes = codes | high.reshape(codes.shape) << 4
+        high = slices[..., 4:, None, :] >> shifts & np.uint8((1 << each) - 1)
+        codes |= high.reshape(codes.shape) << 4
     return codes
 
 
@@ -138,21 +138,19 @@ def _order(layout: str, shape: Shape) -> _Order:
     return _Order(name, rows, unit, -(-N // rows), groups)
 
 
-@dataclass(frozen=True)
 class PackedFormat:
     """The format of so many bits (`contract.Format`)."""
 
-    bits: int
-    QUANTIZED: bool = field(default=True, init=False)
-    SUFFIXES: tuple[str, ...] = field(default=("", ".scale", ".row"), init=False)
+    QUANTIZED = True
+    SUFFIXES: tuple[str, ...] = ("", ".scale", ".row")
 
-    @property
-    def NAME(self) -> str:  # noqa: N802
-        return f"q{self.bits}"
-
-    @property
-    def LAYOUTS(self) -> Mapping[Kind, str]:  # noqa: N802
-        return {"matrix": f"tile{self.bits}", "sparse": f"columns{self.bits}", "table": f"rows{self.bits}"}
+    def __init__(self, bits: int) -> None:
+        self.bits, self.NAME = bits, f"q{bits}"
+        self.LAYOUTS: Mapping[Kind, str] = {
+            "matrix": f"tile{bits}",
+            "sparse": f"columns{bits}",
+            "table": f"rows{bits}",
+        }
 
     def parts(self, spec: Spec) -> list[Part]:
         """The codes, the scales and the rows."""

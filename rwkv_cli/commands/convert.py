@@ -70,7 +70,7 @@ def command(
     """Convert a released checkpoint to one file that the other commands run.
 
     SRC is a torch .pth, a safetensors file, a GGUF or rwkv.cpp file, or a Hugging Face folder, of RWKV-4 to 8.
-    DST defaults to SRC's name with .int8.safetensors (or .float.safetensors) in place of its ending.
+    DST defaults to SRC's name with .int8.safetensors (.q4.safetensors, .float.safetensors) in place of its ending.
 
     \b
     rwkv convert RWKV-x070-World-0.1B.pth

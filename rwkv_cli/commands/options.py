@@ -116,10 +116,10 @@ def quant_option(command: Command) -> Command:
     """Add --quant, what weights become in a converted file."""
     return click.option(
         "--quant",
-        type=click.Choice(["int8", "none"]),
+        type=click.Choice(["int8", "q6", "q5", "q4", "none"]),
         default="int8",
         show_default=True,
-        help="int8: 8.5 bits a weight; none: the source's values.",
+        help="Bits of most weights: int8 8.5, q6 6.25, q5 5.25, q4 4.25; none: the source's values.",
     )(command)
 
 

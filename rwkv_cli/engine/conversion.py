@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +16,20 @@ from numpy.typing import NDArray
 
 from rwkv_cli.engine.inside import check_kind, template_inside, tokenizer_inside
 from rwkv_cli.engine.json_tokenizer import JsonTokenizer
+from rwkv_cli.engine.recipes import RECIPES
 from rwkv_cli.engine.stored import template_beside
 from rwkv_cli.engine.templates import recognize
 from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
 from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
 from rwkv_cli.kernels.contract import Loadable
-from rwkv_cli.kernels.cpu.quantize_weights import KERNELS, quantize_rows
+from rwkv_cli.kernels.cpu import quantize_packed, quantize_weights
 from rwkv_cli.models import Config, registry
 from rwkv_cli.models.adapters import Adapter, read_adapters
 from rwkv_cli.models.config import Entry
 from rwkv_cli.models.huggingface import check_unquantized
 from rwkv_cli.quant import SourceTensor, check_regular, open_source, read_settings
 from rwkv_cli.quant.formats import FORMATS, layout_for
+from rwkv_cli.quant.formats.packed import PackedFormat
 from rwkv_cli.quant.writer import Contents, Planned, Written, write
 
 ENDINGS = {".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".st", ".gguf", ".ggml"}
@@ -75,7 +78,8 @@ class Conversion:
             config, tensors = registry.recognize(source, settings, found_adapters)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{src}: {error}") from None
-        plan = [_planned(name, *matched, quantization) for name, matched in tensors.items()]
+        recipe = RECIPES[quantization]
+        plan = [_planned(name, *matched, recipe.format_of(name)) for name, matched in tensors.items()]
         found = find_tokenizer(tokenizer, src, config.vocab, settings)
         kind, arrays = _stored_tokenizer(found)
         name = full_path(src).name
@@ -97,12 +101,25 @@ class Conversion:
     @property
     def kernels(self) -> list[Loadable]:
         """The kernels that `write` needs."""
-        return KERNELS if self.contents.metadata["quantization"] == "int8" else []
+        names = {planned.format.NAME for planned in self.contents.plan}
+        return list(dict.fromkeys(kernel for name in sorted(names) for kernel in _KERNELS.get(name, ())))
 
     def write(self, dst: Path, *, overwrite: bool, bar: Bar = _no_bar) -> list[Written]:
         """Write `dst`. A failure leaves nothing behind."""
         with bar(self.contents.source_bytes) as progress:
-            return write(dst, self.contents, quantize_rows, overwrite=overwrite, progress=progress)
+            return write(dst, self.contents, quantizer_of, overwrite=overwrite, progress=progress)
+
+
+_KERNELS = {"int8": quantize_weights.KERNELS, **dict.fromkeys(("q4", "q5", "q6"), quantize_packed.KERNELS)}
+"""The kernels that round to each format."""
+
+
+def quantizer_of(planned: Planned) -> Any:
+    """The kernel that rounds rows of a tensor, as its format calls it."""
+    format = planned.format
+    if isinstance(format, PackedFormat):
+        return functools.partial(quantize_packed.pack_rows, bits=format.bits)
+    return quantize_weights.quantize_rows
 
 
 def _planned(name: str, entry: Entry, source: SourceTensor, quantization: str) -> Planned:

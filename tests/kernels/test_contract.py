@@ -320,15 +320,16 @@ def test_states_between_rows_are_kept(device: str, name: str, shape: tuple[int, 
         assert np.isnan(kept[rows.stop - 1]).all()
 
 
-LAYOUTS = ("tile", "columns")
+INT8, BITS = ("tile", "columns"), (4, 5, 6)
+LAYOUTS = (*INT8, *(f"{layout}{bits}" for bits in BITS for layout in INT8))
 
 
 @cases(
     "T, N, K, layout, room",
     with_each(with_each(SHAPES, *LAYOUTS), 0, 9),
-    [*with_each(with_each(FEW_SHAPES + GPU_SHAPES, *LAYOUTS), 0), (2, 5, 7, "tile", 9), (66, 20, 40, "tile", 0)],
+    [*with_each(with_each(FEW_SHAPES + GPU_SHAPES, *INT8), 0), (2, 5, 7, "tile", 9), (66, 20, 40, "tile", 0)],
 )
-def test_int8_linear(device: str, T: int, N: int, K: int, layout: str, room: int) -> None:
+def test_quantized_linear(device: str, T: int, N: int, K: int, layout: str, room: int) -> None:
     """Beside the weights' own rounding only the activations' 15 bits remain, outlier or not."""
     stored = quantize(normal(N, K, scale=0.1), layout)
     x = outliers(T, K)
@@ -345,7 +346,9 @@ def test_int8_linear(device: str, T: int, N: int, K: int, layout: str, room: int
     assert np.isclose(got, want, rtol=1e-5, atol=1e-4 * np.abs(want).max()).all()
 
 
-PLACES: Cases = with_each(with_each([(40, 70), (48, 64)], *LAYOUTS), True, False)
+PLACES: Cases = with_each(with_each([(40, 70), (48, 64)], *INT8), True, False) + [
+    (N, 70, f"{layout}{bits}", False) for N, bits in ((40, 4), (128, 5), (130, 6)) for layout in INT8
+]
 
 
 @cases(
@@ -392,9 +395,17 @@ def test_one_token_or_many_are_the_same_numbers(device: str, layout: str, T: int
     (np.testing.assert_array_equal if device == "cpu" else check)(whole, single)
 
 
+BAD = (np.nan, np.inf, -np.inf)
+
+
 @cases(
     "layout, bad, T, activation",
-    with_each(with_each([(layout, bad) for layout in LAYOUTS for bad in (np.nan, np.inf, -np.inf)], 1, 8), "", "silu"),
+    [
+        *with_each(
+            with_each([(layout, bad) for layout in INT8 for bad in (np.nan, np.inf, -np.inf)], 1, 8), "", "silu"
+        ),
+        *[(f"{layout}{bits}", np.inf, T, "silu") for layout in INT8 for bits in BITS for T in (1, 8)],
+    ],
     [
         ("tile", np.nan, 1, "relu_squared"),
         ("tile", np.inf, 2, "relu_squared"),
@@ -458,9 +469,9 @@ def test_round_to(device: str, dtype: str, bits: int, T: int) -> None:
     np.testing.assert_array_equal(lab.run(value), np.tile(want, (T, 1)))
 
 
-@each_device
-def test_int8_embedding(device: str) -> None:
-    stored, ids, lab = quantize(normal(9, 50), "rows"), np.array([8, 0, 3]), Lab(device)
+@cases("layout", [("rows",), ("rows4",), ("rows5",), ("rows6",)], [("rows",)])
+def test_quantized_embedding(device: str, layout: str) -> None:
+    stored, ids, lab = quantize(normal(9, 50), layout), np.array([8, 0, 3]), Lab(device)
     table = lab.run(lab.ops.add(Embed(lab.ids(ids), lab.weight(stored))))
     np.testing.assert_array_equal(table, stored.float32()[ids])
 

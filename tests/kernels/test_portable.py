@@ -16,7 +16,7 @@ BITS = """
 import hashlib, numpy as np, lab
 for T, N, K in ((1, 40, 70), (7, 300, 192), (13, 256, 512)):
     w, x = lab.normal(N, K), lab.normal(T, K)
-    for layout in ("tile", "columns"):
+    for layout in ("tile", "columns", "tile4", "columns4", "tile5", "columns5", "tile6", "columns6"):
         q = lab.quantize(w, layout)
         y = lab.linear(x, q)
         print(hashlib.sha256(q.values.tobytes() + q.scales.tobytes() + y.tobytes()).hexdigest())
@@ -53,11 +53,11 @@ def test_the_same_bits_on_every_cpu_with_fused_multiply_add(cpu: str) -> None:
 ARM = """
 import platform, re, numba, llvmlite.binding as llvm
 platform.machine = lambda: "aarch64"
-from rwkv_cli.kernels.cpu import matmul, sparse, wkv
-from rwkv_cli.kernels.cpu.llvm.int8_dot import LevelGroup, RowGroup, WeightGroup
+from rwkv_cli.kernels.cpu import sparse, wkv
+from rwkv_cli.kernels.cpu.llvm.int8_dot import LevelGroup, RowGroup, WeightGroup, group_step
 from rwkv_cli.kernels.cpu.llvm.recurrence import DeltaStep
 llvm.initialize_all_targets(); llvm.initialize_all_asmprinters()
-product, rows, delta, f32 = matmul._single, sparse._sum_wide, wkv._delta64, numba.float32
+product, rows, delta, f32 = group_step(1, 1, False), sparse._sum_wide, wkv._delta64, numba.float32
 def tile(x, y): product(WeightGroup(x, y, x + 1, y, f32(1)), LevelGroup(x + 2, y, x + 3, x + 4, y), x + 5, y)
 def columns(x, y): rows(RowGroup(x, y, x + 1, x + 2, y, x + 3, x + 4), f32(1), f32(2))
 def recurrence(x, y): delta(DeltaStep(x, y, x + 1, x + 2, x + 3, x + 4, x + 5, x + 6, y))

@@ -42,17 +42,20 @@ def test_floats_match_the_oracle(converted: Convert, version: str, width: int, h
 
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
-def test_int8_is_near_the_oracle_on_the_weights_it_stores(converted: Convert, version: str) -> None:
+@pytest.mark.parametrize(("quant", "most", "most_kl"), [("int8", 0.05, 1e-3), ("q6", 0.1, 5e-3), ("q4", 0.35, 0.06)])
+def test_quantized_is_near_the_source(
+    converted: Convert, version: str, quant: str, most: float, most_kl: float
+) -> None:
     """Beyond the weights' rounding only that of activations to 15 bits is left."""
-    model = rwkv_cli.load(converted(version))
+    model = rwkv_cli.load(converted(version, quant))
     exact = rwkv_cli.load(converted(version, "none"))
     got, _ = model.forward(IDS, all_logits=True)
     want, _ = exact.forward(IDS, all_logits=True)
-    assert error_ratio(got, want) < 0.05
+    assert error_ratio(got, want) < most
     kl = np.exp(naive.log_softmax(want.astype(float))) * (
         naive.log_softmax(want.astype(float)) - naive.log_softmax(got.astype(float))
     )
-    assert kl.sum(-1).mean() < 1e-3
+    assert kl.sum(-1).mean() < most_kl
 
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)

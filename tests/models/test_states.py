@@ -431,7 +431,7 @@ def test_files_of_another_kind_are_sent_to_their_option(generate: Run, byte_mode
 
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
-@pytest.mark.parametrize("quant", ["int8", "none"])
+@pytest.mark.parametrize("quant", ["int8", "q4", "none"])
 def test_a_token_gets_the_same_bits_wherever_a_prompt_is_cut(converted: Convert, version: str, quant: str) -> None:
     """Prompt caches and resumed texts rely on this."""
     model = rwkv_cli.load(converted(version, quant))

@@ -1,5 +1,7 @@
 """Formats of weights, each against the naive reading of docs/format.md, whatever the shape and the blocks."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,23 +12,27 @@ from numpy.typing import NDArray
 
 from rwkv_cli.commands.convert import command
 from rwkv_cli.errors import FormatError
+from rwkv_cli.kernels.cpu.quantize_packed import pack_rows
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
-from rwkv_cli.numbers import FLOAT_DTYPES, GROUP
-from rwkv_cli.quant.formats import FORMATS, Floats, Int8, format_of, int8, layout_for
+from rwkv_cli.numbers import FLOAT_DTYPES, GROUP, LEVELS
+from rwkv_cli.quant.formats import FORMATS, Floats, Int8, Packed, format_of, int8, layout_for, packed
 from rwkv_cli.quant.formats import float as float_
 from rwkv_cli.quant.formats.contract import Format, Spec, StoredArray
+from rwkv_cli.quant.formats.packed import PackedFormat
 
 KINDS = ("matrix", "sparse", "table", "vector")
 few = settings(max_examples=60, deadline=None)
 sizes = st.integers(1, 600)
 
 
-def stored(format: Format, w: NDArray[np.float32], spec: Spec, blocks: int) -> Any:
+def stored(
+    format: Format, w: NDArray[np.float32], spec: Spec, blocks: int, quantizer: Callable[..., Any] = quantize_rows
+) -> Any:
     """The matrix written in about so many blocks and read again."""
     facts = format.facts_of(float(np.abs(w).max()))
     together = format.rows_together(spec)
     step = -(-len(w) // (blocks * together)) * together
-    encoded = [format.encode(w[n : n + step], spec, facts, quantize_rows).parts for n in range(0, len(w), step)]
+    encoded = [format.encode(w[n : n + step], spec, facts, quantizer).parts for n in range(0, len(w), step)]
     arrays = [np.concatenate(pieces) for pieces in zip(*encoded, strict=True)]
     parts = format.parts(spec)
     assert [array.shape for array in arrays] == [part.shape for part in parts]
@@ -69,6 +75,91 @@ def test_int8_is_read_as_the_document_says(N: int, K: int, layout: str, blocks: 
     assert np.count_nonzero(tensor.values) == np.count_nonzero(got)
 
 
+def packed_at(tensor: Packed, n: int, k: int) -> np.float32:
+    """w[n, k] as docs/format.md has it, from single bytes and bits."""
+    B, G = tensor.bits, k // 32
+    c = k % 32
+    unit, piece, i, values, scale, row = {
+        "rows": lambda: (4, c // 4, c % 4, tensor.values[n, G], tensor.scales[n, G], tensor.rows[n]),
+        "tile": lambda: (
+            *(64, c // 4, n % 16 * 4 + c % 4, tensor.values[n // 16, G]),
+            *(tensor.scales[n // 16, G, n % 16], tensor.rows[n // 16, n % 16]),
+        ),
+        "columns": lambda: (
+            *(16, n % 128 // 16, n % 16, tensor.values[n // 128, k]),
+            *(tensor.scales[n // 128, G, n % 128], tensor.rows[n // 128, n % 128]),
+        ),
+    }[tensor.layout[:-1]]()
+    code = int(values[unit * (piece // 2) + i]) >> 4 * (piece % 2) & 15
+    if B == 5:
+        code += 16 * (int(values[4 * unit + i]) >> piece & 1)
+    if B == 6:
+        code += 16 * (int(values[4 * unit + unit * (piece // 4) + i]) >> 2 * (piece % 4) & 3)
+    return np.float32(LEVELS[B][code]) * (np.float32(scale) * row)
+
+
+@few
+@given(
+    N=st.integers(1, 300),
+    K=st.integers(1, 200),
+    layout=st.sampled_from(["rows", "tile", "columns"]),
+    bits=st.sampled_from([4, 5, 6]),
+    blocks=st.integers(1, 4),
+)
+def test_codes_are_read_as_the_document_says(N: int, K: int, layout: str, bits: int, blocks: int) -> None:
+    rng = np.random.default_rng(N * 1000 + K)
+    w = rng.standard_normal((N, K)).astype(np.float32) * rng.lognormal(0, 3, (N, 1)).astype(np.float32)
+    quantizer = partial(pack_rows, bits=bits)
+    format, spec = PackedFormat(bits), Spec(f"{layout}{bits}", (N, K), "F32")
+    tensor = stored(format, w, spec, blocks, quantizer)
+    whole = packed.quantize(w, spec.layout, quantizer)
+    for name in ("values", "scales", "rows"):
+        np.testing.assert_array_equal(getattr(tensor, name), getattr(whole, name))
+    got = tensor.float32()
+    assert (got.shape, tensor.format) == ((N, K), f"q{bits}")
+    for n, k in zip(rng.integers(0, N, 20), rng.integers(0, K, 20), strict=True):
+        assert got[n, k] == packed_at(tensor, n, k)
+    *_, squared_error = quantizer(w)
+    assert np.isclose(np.square(got - w, dtype=float).sum(), squared_error, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_every_code_of_every_piece_survives_packing(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    for unit in (4, 16, 64):
+        codes = rng.permuted(np.resize(np.arange(1 << bits, dtype=np.uint8), (40, 8, unit)), axis=0)
+        values = packed.pack(codes, bits)
+        assert values.shape == (40, unit * bits)
+        np.testing.assert_array_equal(packed.unpack(values, bits), codes)
+        np.testing.assert_array_equal(packed.pack(packed.unpack(values, bits), bits), values)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_codes_are_as_near_as_a_search_over_all_scales(bits: int) -> None:
+    """No weight has a nearer level, and no int8 scale makes a group much better than the one that was found."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((40, 96)).astype(np.float32) * rng.lognormal(0, 1, (40, 1)).astype(np.float32)
+    w[3] = 0
+    w[4, 32:64] = 0
+    codes, scales, rows, _ = pack_rows(w, bits)
+    levels, groups = np.array(LEVELS[bits], float), w.reshape(40, 3, 32).astype(float)
+    assert list(LEVELS[bits]) == sorted(set(LEVELS[bits]))
+    assert 0 < min(abs(level) for level in LEVELS[bits]) + 1 <= 2
+
+    def errors(s: NDArray[Any]) -> NDArray[Any]:
+        """The least squared error of each group with these scales."""
+        near = np.abs(groups[..., None] - levels * (s * rows[:, None])[..., None, None])
+        return np.square(near.min(-1)).sum(-1)
+
+    stored_ = levels[codes.reshape(40, 3, 32)] * (scales * rows[:, None])[..., None]
+    got = np.square(groups - stored_).sum(-1)
+    np.testing.assert_allclose(got, errors(scales.astype(float)), rtol=1e-3, atol=1e-9)
+    best = np.min([errors(np.full((40, 3), float(s))) for s in range(-127, 128)], axis=0)
+    assert got.sum() <= 1.03 * best.sum()
+    assert (stored_[3] == 0).all()
+    assert (stored_[4, 1] == 0).all()
+
+
 @few
 @given(N=sizes, K=st.integers(1, 40), dtype=st.sampled_from(FLOAT_DTYPES), blocks=st.integers(1, 4))
 def test_floats_keep_their_bits(N: int, K: int, dtype: str, blocks: int) -> None:
@@ -102,6 +193,7 @@ def test_the_largest_scale_is_far_from_subnormal(largest: float) -> None:
 def test_the_table_is_complete() -> None:
     option = next(option for option in command.params if option.name == "quant")
     assert list(option.type.choices) == list(FORMATS)  # type: ignore[attr-defined]
+    assert all(name == format.NAME for name, format in FORMATS.items() if name != "none")
     layouts = [layout for format in FORMATS.values() for layout in set(format.LAYOUTS.values())]
     assert len(layouts) == len(set(layouts))
     assert [layout_for(kind, "int8") for kind in KINDS] == ["tile", "columns", "rows", "vector"]  # type: ignore[arg-type]
@@ -128,3 +220,17 @@ def test_arrays_of_another_shape_or_dtype_are_refused(layout: str) -> None:
         assert not int8.accepts(spec, {"unit": unit})
     assert not int8.accepts(Spec(layout, (40,)), facts)
     assert tensor.scales.size * GROUP == tensor.values.size
+
+
+@pytest.mark.parametrize("layout", ["rows5", "tile4", "columns6"])
+def test_codes_of_another_shape_or_dtype_are_refused(layout: str) -> None:
+    format = PackedFormat(int(layout[-1]))
+    tensor = packed.quantize(np.ones((40, 70), np.float32), layout, partial(pack_rows, bits=format.bits))
+    spec = Spec(layout, (40, 70))
+    arrays = [StoredArray("U8", tensor.values), StoredArray("I8", tensor.scales), StoredArray("F32", tensor.rows)]
+    format.read(spec, {}, arrays)
+    for place, array in enumerate(arrays):
+        for bad in (array._replace(dtype="F16"), array._replace(bits=array.bits[:-1])):
+            with pytest.raises(FormatError, match=r"^is stored as "):
+                format.read(spec, {}, [*arrays[:place], bad, *arrays[place + 1 :]])
+    assert not format.accepts(Spec(layout, (40,)), {})

@@ -147,7 +147,7 @@ def test_a_wrong_header_length_is_refused(rwkv: Run, tmp_path: Path, length: int
     refused(rwkv("convert", tmp_path / "a"), tmp_path / "a", BROKEN)
 
 
-@pytest.mark.parametrize("quant", ["int8", "none"])
+@pytest.mark.parametrize("quant", ["int8", "q5", "none"])
 def test_blocks_do_not_show(rwkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
     source = tiny.write_safetensors(tmp_path / "a", SMALL)
     assert rwkv("convert", source, tmp_path / "whole", "--quant", quant).exit_code == 0

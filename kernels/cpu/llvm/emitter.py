@@ -112,7 +112,9 @@ class Emitter:
             if name and n % width == 0
         )
         values = ir.Constant(vector(I8, width), [I8(table[i % 16]) for i in range(width)])
-        parts = [self.call(name, values.type, values, self.lanes(index, range(i, i + width))) for i in range(0, n, width)]
+        parts = [
+            self.call(name, values.type, values, self.lanes(index, range(i, i + width))) for i in range(0, n, width)
+        ]
         return self.joined(*parts)
 
     def _selected(self, table: Sequence[Any], index: Any) -> Any:

@@ -137,7 +137,8 @@ def _over_tiles(
 def group_step(strips: int, tokens: int, vnni: bool, halves: bool = True) -> Any:
     """The step for `strips` × `tokens`, callable from a kernel as step(WeightGroup, LevelGroup, y, y_stride).
 
-    Scales are float16 if they are `halves`, and float32 if not. y is the address of float32. y_stride leads to the next token, and strips are neighbours.
+    Scales are float16 if they are `halves`, and float32 if not. y is the address of float32. y_stride leads to the next
+    token, and strips are neighbours.
     """
     sums_of = _sums_vnni if vnni else _sums_portable
 
