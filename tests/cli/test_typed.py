@@ -168,6 +168,7 @@ def stand_in(models: Path, path: Path) -> None:
     texts = {
         "letter.txt": "Dear friend, I have a dog.",
         "wiki.test.raw": "A dog is an animal. " * 9,
+        "lambada_test.jsonl": '{"text": "A dog is an animal"}\n',
         "prompts.jsonl": '{"prompt": "Once"}\n',
         "messages.json": MESSAGES,
         "tools.json": TOOLS,
