@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rwkv_cli.engine.evaluating import Measure, Part
     from rwkv_cli.engine.tasks import Step, Task
 
-_FORM = "Question: {question}\\nAnswer:"
 _ITEMS = {"arithmetic": 100, "recall": 16}
 """Items of each part of a task that the program makes, if nothing else is said."""
 
@@ -46,10 +45,9 @@ _ITEMS = {"arithmetic": 100, "recall": 16}
 @click.option(
     "--prompt",
     "form",
-    default=_FORM,
-    show_default=True,
     metavar="TEXT",
-    help="How a question is written; \\n is a line break. The answer follows after a blank.",
+    help="How a question is written, with \\n for a line break. The answer follows after a blank. Default: "
+    "Question: {question}\\nAnswer:",
 )
 @click.option(
     "--digits",
@@ -85,7 +83,7 @@ def command(
     device: str,
     compare: str | None,
     limit: int | None,
-    form: str,
+    form: str | None,
     digits: int,
     distance: int,
     seed: int,
@@ -113,8 +111,9 @@ def command(
     from rwkv_cli.engine.encodings import unescaped
     from rwkv_cli.engine.evaluating import Tally
     from rwkv_cli.engine.likelihood import start_of_text
+    from rwkv_cli.engine.tasks import FORM
 
-    form = unescaped(form)
+    form = FORM if form is None else unescaped(form)
     if "{question}" not in form:
         raise click.BadParameter(f"{form!r} lacks {{question}}", param_hint="--prompt")
     if plot is not None and "recall" not in tasks:
@@ -145,8 +144,8 @@ def command(
     else:
         click.echo(report(parts, [str(each.path) for each in models]))
         note(f"Token {' or '.join(map(str, dict.fromkeys(starts)))} starts each text.")
-    if plot is not None:
-        recall = [part for part in parts if part.task == "recall" and part.answers]
+    recall = [part for part in parts if part.task == "recall" and part.answers]
+    if plot is not None and recall:
         plot_recall(plot, recall, [each.path for each in models])
     if stopped:
         done, of = sum(len(part.answers) for part in parts), sum(sum(task.parts.values()) for task in made)
