@@ -105,7 +105,7 @@ def command(
     rwkv ppl wiki.test.raw -m int8.safetensors
     rwkv ppl wiki.test.raw -m int8.safetensors --compare float.safetensors
     rwkv ppl wiki.test.raw -m int8.safetensors --context 1024 --plot nll.svg
-    rwkv ppl texts/*.txt -m int8.safetensors --output scores.jsonl --ray 10.0.0.1:6379
+    rwkv ppl texts/*.txt -m int8.safetensors --output scores.jsonl --ray HOST:6379
     """
     from rwkv_cli.engine.errands import Scoring
     from rwkv_cli.engine.handed import Handed
