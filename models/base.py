@@ -16,19 +16,14 @@ from rwkv_cli.kernels.devices import choose
 from rwkv_cli.kernels.program import (
     Count,
     CrossEntropy,
-    Embed,
     Input,
-    LayerNorm,
-    LayerState,
     Product,
     Program,
-    RoundTo,
     TakeRows,
-    TokenShift,
     Value,
 )
 from rwkv_cli.models.config import Config
-from rwkv_cli.models.layers import Carry, ChannelMixing, TimeMixing, norm_of
+from rwkv_cli.models.passes import Pass, kept_name
 from rwkv_cli.models.registry import MODULES, tensors
 from rwkv_cli.models.state import Snapshots, State
 from rwkv_cli.models.turn import Turn
@@ -195,7 +190,7 @@ class Model:
         """
         if len(ids) > snapshots.rows:
             raise ValueError(f"there is room for {snapshots.rows} ids, not for {len(ids)}")
-        kept = {_kept(name): array[: len(ids)] for name, array in snapshots.arrays.items()}
+        kept = {kept_name(name): array[: len(ids)] for name, array in snapshots.arrays.items()}
         return _joined(self._run_one(ids, state, "ahead", kept))
 
     def outputs(self, ids: Ids, state: State, watch: Callable[[int], object] | None = None) -> Floats32:
@@ -311,45 +306,21 @@ class Model:
 
         Whoever measures a pass reads the program; `_compiled` runs it.
         """
-        c, top, B = self.config, self._top, kind.sequences
         count = Count(1 if kind.single else self.backend.chunk)
-        ids, starts = Input("ids", (count,), "I64"), Input("starts", (B + 1,), "I64")
-        parts = {"att_shift": (c.width,), "ffn_shift": (c.width,), "wkv": self._arch.wkv_state(c).shape}
-        state = {name: Input(name, (c.layers, B, *part)) for name, part in parts.items()}
-        ends = Input("ends", (Count(min(count.most, B)),), "I64")
+        ends = Input("ends", (Count(min(count.most, kind.sequences)),), "I64")
         targets = Input("targets", (count,), "I64")
-        kept = {name: Input(_kept(name), (count, c.layers, *part)) for name, part in parts.items()}
-        at_the_end = {"last": (ends,), "ahead": kept.values(), "losses": (targets,)}.get(kind.head, ())
-        ops = Program(ids, starts, *state.values(), *at_the_end)
-
-        def of_layer(name: str, i: int) -> LayerState:
-            return LayerState(state[name], i, kept[name] if kind.head == "ahead" else None)
-
-        def embed() -> Value:
-            x = ops.add(Embed(ids, top["emb.weight"]))
-            if not c.embedding_normed:
-                x = ops.add(LayerNorm(x, norm_of(top, "blocks.0.ln0", c.norm_eps)))
-            ops.add(RoundTo(x, c.embedding_dtype))
-            return x
-
-        x = embed()
-        carry: Carry = {}
+        at_the_end = {"last": [ends], "losses": [targets]}.get(kind.head, [])
+        states = self.config.layers, kind.sequences
+        written = Pass.begin(self.config, self._top, count, states, at_the_end, keeps=kind.head == "ahead")
+        ops, x = written.ops, written.embed()
         for i, p in enumerate(self._layers):
-            a = ops.add(LayerNorm(x, norm_of(p, "ln1", c.norm_eps)))
-            delta = ops.add(TokenShift(a, starts, of_layer("att_shift", i)))
-            self._arch.time_mix(TimeMixing(ops, c, p, x, a, delta, starts, of_layer("wkv", i), carry))
-            f = ops.add(LayerNorm(x, norm_of(p, "ln2", c.norm_eps)))
-            delta = ops.add(TokenShift(f, starts, of_layer("ffn_shift", i)))
-            self._arch.channel_mix(ChannelMixing(ops, c, p, x, f, delta, ids, embed, carry))
-
+            written.layer(x, p, i)
         if kind.head == "last":
             x = ops.add(TakeRows(x, ends))
-        x = ops.add(
-            LayerNorm(x, norm_of(top, "ln_out", c.norm_eps if c.output_norm_eps is None else c.output_norm_eps))
-        )
+        x = written.norm_outputs(x)
         if kind.head == "outputs":
             return WrittenPass(ops, ops.keep(x))
-        (output,) = ops.linear(Product(x, top["head.weight"]))
+        (output,) = ops.linear(Product(x, self._top["head.weight"]))
         if kind.head == "losses":
             output = ops.add(CrossEntropy(output, targets))
         return WrittenPass(ops, ops.keep(output))
@@ -383,11 +354,6 @@ class Model:
 
 def _kinds(heads: Iterable[Head]) -> list[PassKind]:
     return [PassKind(head, single, 1) for head in heads for single in (True, False)]
-
-
-def _kept(name: str) -> str:
-    """The input for the states between rows, of a state's array."""
-    return f"kept_{name}"
 
 
 def _part_of(watch: Callable[[int], object], part: slice) -> Watch:
