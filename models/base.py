@@ -27,7 +27,7 @@ from rwkv_cli.models.passes import Pass, kept_name
 from rwkv_cli.models.registry import MODULES, tensors
 from rwkv_cli.models.state import Snapshots, State
 from rwkv_cli.models.turn import Turn
-from rwkv_cli.quant import Checkpoint
+from rwkv_cli.quant import ModelFile
 from rwkv_cli.quant.formats import takes
 
 _PASSES = 8
@@ -76,7 +76,7 @@ class Model:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ModelFile,
         device: str = "cpu",
         threads: int | None = None,
         on_load: Callable[[int], object] | None = None,
@@ -100,8 +100,10 @@ class Model:
             raise UnsupportedModelError(f"{checkpoint.path}: {error}") from None
         except (KeyError, ValueError, TypeError) as error:
             raise FormatError(f"{checkpoint.path}: its config is damaged ({error}); convert the model again") from None
-        self._layers: list[dict[str, Any]] = [{} for _ in range(self.config.layers)]
-        self._top: dict[str, Any] = {}
+        self.layers: list[dict[str, Any]] = [{} for _ in range(self.config.layers)]
+        """The tensors of each layer by their names in the converted file, `blocks.i.` left out."""
+        self.top: dict[str, Any] = {}
+        """The tensors that belong to no layer."""
         present = set(checkpoint.names())
         if present - set(entries):
             raise FormatError(
@@ -126,9 +128,9 @@ class Model:
             if on_load is not None:
                 on_load(loaded)
             if name == entry.name:
-                self._top[name] = weight
+                self.top[name] = weight
             else:
-                self._layers[int(name.split(".")[1])][entry.name] = weight
+                self.layers[int(name.split(".")[1])][entry.name] = weight
 
     def new_state(self) -> State:
         """The state before the first token: empty, or the tuned one that came with the checkpoint."""
@@ -136,7 +138,7 @@ class Model:
         shape, start = self._arch.wkv_state(c)
         wkv = np.zeros((c.layers, *shape), np.float32)
         wkv[:] = np.reshape(np.array(start, np.float32), (-1,) + (1,) * (len(shape) - 1))
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self.layers):
             if "att.time_state" in layer:
                 wkv[i] = layer["att.time_state"]
         shift = np.zeros((c.layers, c.width), np.float32)
@@ -177,7 +179,7 @@ class Model:
 
         `watch` is that of `advance`.
         """
-        goals = self._checked(targets)
+        goals = self.checked(targets)
         if len(goals) != len(ids):
             raise ValueError(f"{len(goals)} targets for {len(ids)} ids")
         return np.concatenate(self._run_one(ids, state, "losses", {"targets": goals}, watch))[:, 0]
@@ -209,7 +211,7 @@ class Model:
         watch: Callable[[int], object] | None = None,
     ) -> list[Any]:
         """Run the rows of one sequence. `by_row` has what an end needs beside ids, a part for each row."""
-        tokens = self._checked(ids)
+        tokens = self.checked(ids)
         self._check_state(state)
         self._take_in(state)
         arrays = state.arrays().values()
@@ -234,7 +236,7 @@ class Model:
         and has no logits, but not all may be so. On the CPU, a sequence gets the bits beside the others that it would
         get alone. After what `watch` raises, the state is of no more use.
         """
-        tokens = [self._checked(part) if len(part) else np.zeros(0, np.int64) for part in ids]
+        tokens = [self.checked(part) if len(part) else np.zeros(0, np.int64) for part in ids]
         if not tokens:
             raise ValueError("a batch needs at least one sequence")
         if not any(map(len, tokens)):
@@ -296,7 +298,7 @@ class Model:
         for kind in _kinds(heads):
             if runs:
                 ids = [0] if kind.single else [0, 0]
-                targets = {"targets": self._checked(ids)} if kind.head == "losses" else None
+                targets = {"targets": self.checked(ids)} if kind.head == "losses" else None
                 self._run_one(ids, self.new_state(), kind.head, targets)
             else:
                 self._compiled(kind)
@@ -311,16 +313,16 @@ class Model:
         targets = Input("targets", (count,), "I64")
         at_the_end = {"last": [ends], "losses": [targets]}.get(kind.head, [])
         states = self.config.layers, kind.sequences
-        written = Pass.begin(self.config, self._top, count, states, at_the_end, keeps=kind.head == "ahead")
+        written = Pass.begin(self.config, self.top, count, states, at_the_end, keeps=kind.head == "ahead")
         ops, x = written.ops, written.embed()
-        for i, p in enumerate(self._layers):
+        for i, p in enumerate(self.layers):
             written.layer(x, p, i)
         if kind.head == "last":
             x = ops.add(TakeRows(x, ends))
         x = written.norm_outputs(x)
         if kind.head == "outputs":
             return WrittenPass(ops, ops.keep(x))
-        (output,) = ops.linear(Product(x, self._top["head.weight"]))
+        (output,) = ops.linear(Product(x, self.top["head.weight"]))
         if kind.head == "losses":
             output = ops.add(CrossEntropy(output, targets))
         return WrittenPass(ops, ops.keep(output))
@@ -342,7 +344,8 @@ class Model:
         """Move a state that was loaded, or made elsewhere, to the device, where it stays from here on."""
         state.att_shift, state.ffn_shift, state.wkv = map(self.backend.device_array, state.arrays().values())
 
-    def _checked(self, ids: Ids) -> NDArray[np.int64]:
+    def checked(self, ids: Ids) -> NDArray[np.int64]:
+        """The ids as an array. Raises ValueError as `forward`."""
         tokens = np.asarray(ids)
         if tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype.kind not in "iu":
             raise ValueError("ids must be a non-empty sequence of integers")

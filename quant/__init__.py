@@ -1,6 +1,6 @@
 """Files: foreign checkpoints are read, one quantized safetensors is written, and that file is mapped again."""
 
-from rwkv_cli.quant.checkpoint import Checkpoint
+from rwkv_cli.quant.checkpoint import Checkpoint, ModelFile
 from rwkv_cli.quant.formats import Floats, Int8
 from rwkv_cli.quant.opening import open_source, read_settings
 from rwkv_cli.quant.replacing import check_regular, replacing
@@ -12,6 +12,7 @@ __all__ = [
     "Floats",
     "Int8",
     "Joined",
+    "ModelFile",
     "Source",
     "SourceTensor",
     "Zeros",

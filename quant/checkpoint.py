@@ -6,7 +6,7 @@ import math
 import mmap
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,28 @@ from rwkv_cli.quant.opening import open_source
 from rwkv_cli.quant.replacing import check_regular
 from rwkv_cli.quant.safetensors import is_converted, is_safetensors, read_header
 from rwkv_cli.quant.source import SourceFile
+
+
+class ModelFile(Protocol):
+    """What a model reads its weights from."""
+
+    path: Path
+    digest: str
+
+    def metadata(self, key: str, kind: type, default: Any = None) -> Any:
+        """The JSON value under `key`, of type `kind`. A key that is not there has the default, if there is one."""
+
+    def names(self) -> list[str]:
+        """Names of the model's tensors."""
+
+    def tensor(self, name: str, shape: Shape) -> StoredTensor:
+        """The tensor `name`, whose logical shape must be `shape`."""
+
+    def vector(self, name: str, shape: Shape) -> NDArray[np.float32]:
+        """The float32 tensor `name` of shape `shape`."""
+
+    def read_by_row(self, name: str) -> None:
+        """Have the system read only those pages of a tensor that are asked for, and none around them."""
 
 
 class Checkpoint:

@@ -12,7 +12,7 @@ FORMAT_VERSION = 1
 """The version of the file format, raised when a reader of the old one could misread the new one."""
 
 _ALIGN = 64
-_WIDEST_FACTS = {"unit": -999, "error": 1.234e-300}
+_WIDEST_FACTS = {"unit": -999, "error": 1.234e-300, "effect": 1.234e-300}
 _WIDEST_START = 10**15
 _WIDEST_DIGEST = "sha256:" + "0" * 64
 
@@ -71,9 +71,9 @@ class Header(NamedTuple):
         size = 8 + len(wide._text(dict.fromkeys(self.tensors, _WIDEST_FACTS), _WIDEST_DIGEST))
         return -(-size // _ALIGN) * _ALIGN
 
-    def encoded(self, facts: Mapping[str, Mapping[str, Any]], digest: str) -> bytes:
-        """The header in all of its room, with the facts about each tensor that writing it brought."""
-        text, room = self._text(facts, digest), self.room() - 8
+    def encoded(self, facts: Mapping[str, Mapping[str, Any]], digest: str, room: int) -> bytes:
+        """The header in all of its `room`, with the facts about each tensor that writing it brought."""
+        text, room = self._text(facts, digest), room - 8
         assert len(text) <= room, "the header outgrew its room"
         return room.to_bytes(8, "little") + text.ljust(room)
 

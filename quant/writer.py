@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ class Planned:
     shape: Shape
     derive: Callable[[Block], Block] | None = None
     """A function that turns the values of the source into this tensor; None leaves them as they are."""
+    late: bool = False
+    """True for a tensor that is rounded after all others."""
 
     @property
     def weights(self) -> int:
@@ -75,8 +77,20 @@ class Planned:
 
     @property
     def read_twice(self) -> bool:
-        """True for a quantized tensor of several blocks, which is first measured and then rounded."""
-        return self.format.QUANTIZED and len(self.blocks()) > 1
+        """True for a quantized tensor of several blocks, or a late one: it is first measured and then rounded."""
+        return self.format.QUANTIZED and (self.late or len(self.blocks()) > 1)
+
+    def whole(self) -> Block:
+        """All values of the tensor. Raises FormatError where the source holds NaN or infinity."""
+        whole = self.source.float32()
+        if not np.isfinite(whole).all():  # exp would hide an infinity from later checks
+            raise FormatError(_damaged(self))
+        if self.derive is not None:
+            with np.errstate(over="ignore"):
+                whole = self.derive(whole)
+        if whole.shape != self.shape:
+            raise FormatError(f"{self.source.path}: tensor {self.name} came out as {whole.shape}, not {self.shape}")
+        return whole
 
 
 @dataclass(frozen=True)
@@ -123,22 +137,42 @@ class Written:
     """The metadata that only the numbers tell."""
     error: float | None
     """The relative error ‖stored − source‖ / ‖source‖ (Frobenius), or None for a tensor that stays float."""
+    effect: float | None = None
+    """The relative error of what the model computes with the tensor, where that is known."""
+
+
+class Measured(NamedTuple):
+    """One tensor after it was read."""
+
+    planned: Planned
+    largest: float
+    """Its largest absolute value."""
+    squares: float
+    rows: Block
+    """Its last block."""
+
+
+class Rounding(Protocol):
+    """The way in which the tensors of one file are rounded."""
+
+    def quantizer(self, planned: Planned) -> Any:
+        """The kernel for a tensor, of its format's own signature. Tensors come in the plan's order, late ones last."""
+
+    def effect(self, planned: Planned) -> float | None:
+        """The relative error of what the model computes with a tensor whose rows are rounded; None if not known."""
+
+    def measured(self, part: Path) -> Mapping[str, Any]:
+        """Metadata that only the written file tells, which is `part` for now. The contents hold a wider value."""
 
 
 def write(
-    path: Path,
-    contents: Contents,
-    quantizer_of: Callable[[Planned], Any],
-    *,
-    overwrite: bool,
-    progress: Callable[[int], object],
+    path: Path, contents: Contents, rounding: Rounding, *, overwrite: bool, progress: Callable[[int], object]
 ) -> list[Written]:
     """Write a converted file.
 
-    `quantizer_of` gives the kernel that rounds a tensor, as its format calls it. `progress` is called with the source
-    bytes done since the last call. The file appears under `path` only when it is whole and on disk, and a failure
-    leaves nothing behind. Raises FormatError for NaN or infinity, and OSError where the system refuses
-    (FileExistsError if `path` is there and not `overwrite`).
+    `progress` is called with the source bytes done since the last call. The file appears under `path` only when it is
+    whole and on disk, and a failure leaves nothing behind. Raises FormatError for NaN or infinity, and OSError where
+    the system refuses (FileExistsError if `path` is there and not `overwrite`).
     """
     need, free = contents.file_bytes, shutil.disk_usage(path.parent).free
     if need > free:
@@ -154,20 +188,38 @@ def write(
     with replacing(path, overwrite) as file, Behind() as behind, Ahead(_reads(contents.plan)) as ahead:
         file.truncate(max(room + place.stop for place in header.places.values()))
         stream = _Stream(file, starts, ahead, behind)
-        written = []
+        written: dict[str, Written] = {}
+        late = []
         for planned in contents.plan:
-            written.append(stream.copy(planned, quantizer_of(planned)))
+            measured = stream.measure(planned)
+            if not planned.format.QUANTIZED:
+                written[planned.name] = Written(planned, {}, None)
+            elif planned.late:
+                written[planned.name] = Written(planned, {}, None)  # it keeps its place in the table
+                late.append(measured)
+                continue
+            else:
+                written[planned.name] = stream.round(measured, rounding)
             progress(planned.source_bytes)
+        for measured in late:
+            written[measured.planned.name] = stream.round(measured, rounding)
+            progress(measured.planned.source_bytes)
         for name, array in contents.arrays.items():
             stream.append(name, array)
         behind.finish()
         for source in contents.files:
             source.check()
-        facts = {item.planned.name: item.facts for item in written}
+        facts = {name: item.facts for name, item in written.items()}
+        digest = f"sha256:{stream.digest.hexdigest()}"
         file.seek(0)
-        file.write(header.encoded(facts, f"sha256:{stream.digest.hexdigest()}"))
+        file.write(header.encoded(facts, digest, room))
+        file.flush()
+        more = rounding.measured(Path(file.name))
+        if more:
+            file.seek(0)
+            file.write(header._replace(metadata={**contents.metadata, **more}).encoded(facts, digest, room))
     _forget(path)
-    return written
+    return list(written.values())
 
 
 def _forget(path: Path) -> None:
@@ -183,13 +235,12 @@ class _Stream:
         self._file, self._ends, self._ahead, self._behind = file, dict(starts), ahead, behind
         self.digest = hashlib.sha256()
 
-    def copy(self, planned: Planned, quantizer: Any) -> Written:
-        """Bring one tensor into the file."""
-        format, blocks = planned.format, planned.blocks()
+    def measure(self, planned: Planned) -> Measured:
+        """Read one tensor for the digest and for what rounding has to know. A float one is written, too."""
         self._behind.do(self.digest.update, f"{planned.name}{list(planned.shape)}".encode())
-        largest, squares, squared_error = 0.0, 0.0, 0.0
+        largest, squares = 0.0, 0.0
         rows = np.empty(0, np.float32)
-        for _ in blocks:
+        for _ in planned.blocks():
             rows = self._ahead.block()
             # both are NaN if one number is
             low, high = (float(rows.min()), float(rows.max())) if rows.size else (0.0, 0.0)
@@ -198,21 +249,29 @@ class _Stream:
             largest = max(largest, -low, high)
             squares += float(np.vdot(rows, rows))
             self._behind.do(self.digest.update, np.ascontiguousarray(rows).data)
-            if not format.QUANTIZED:
-                self._encode(planned, rows, {}, quantizer)
+            if not planned.format.QUANTIZED:
+                self._encode(planned, rows, {}, None)
         if largest > 1e10:
             raise FormatError(
                 f"{planned.source.path}: tensor {planned.name} holds a value of {largest:.1e}; the file is damaged, "
                 "download it again"
             )
-        if not format.QUANTIZED:
-            return Written(planned, {}, None)
-        facts = format.facts_of(largest)
-        for _ in blocks:
-            rows = self._ahead.block() if planned.read_twice else rows
+        return Measured(planned, largest, squares, rows)
+
+    def round(self, measured: Measured, rounding: Rounding) -> Written:
+        """Bring a tensor that is to be quantized into the file."""
+        planned, squared_error = measured.planned, 0.0
+        facts = planned.format.facts_of(measured.largest)
+        quantizer = rounding.quantizer(planned)
+        for _ in planned.blocks():
+            rows = self._ahead.block() if planned.read_twice else measured.rows
             squared_error += self._encode(planned, rows, facts, quantizer)
-        error = float(np.sqrt(squared_error / squares)) if squares else 0.0
-        return Written(planned, {**facts, "error": float(f"{error:.4g}")}, error)
+        error = float(np.sqrt(squared_error / measured.squares)) if measured.squares else 0.0
+        effect = rounding.effect(planned)
+        facts = {**facts, "error": float(f"{error:.4g}")}
+        if effect is not None:
+            facts["effect"] = float(f"{effect:.4g}")
+        return Written(planned, facts, error, effect)
 
     def _encode(self, planned: Planned, rows: Block, facts: Facts, quantizer: Any) -> float:
         """Append rows in their format. Returns the squared error of that."""
@@ -232,30 +291,21 @@ class _Stream:
 
 
 def _reads(plan: Sequence[Planned]) -> Iterator[Callable[[], Block]]:
-    """A call for each block, in the order in which `_Stream.copy` asks for them."""
+    """A call for each block, in the order in which `write` asks for them."""
+    late: list[Callable[[], Block]] = []
     for planned in plan:
-        whole = functools.cache(functools.partial(_derived, planned))
+        whole = functools.cache(planned.whole)
 
         def rows(start: int, stop: int, planned: Planned = planned, whole: Callable[[], Block] = whole) -> Block:
             return planned.source.float32(start, stop) if planned.derive is None else whole()[start:stop]
 
-        for start, stop in planned.blocks() * (2 if planned.read_twice else 1):
-            yield functools.partial(rows, start, stop)
-
-
-def _derived(planned: Planned) -> Block:
-    """The whole tensor, made from its source."""
-    assert planned.derive is not None
-    whole = planned.source.float32()
-    if not np.isfinite(whole).all():  # exp would hide an infinity from later checks
-        raise FormatError(_damaged(planned))
-    with np.errstate(over="ignore"):
-        whole = planned.derive(whole)
-    if whole.shape != planned.shape:
-        raise FormatError(
-            f"{planned.source.path}: tensor {planned.name} came out as {whole.shape}, not {planned.shape}"
-        )
-    return whole
+        reads = [functools.partial(rows, start, stop) for start, stop in planned.blocks()]
+        yield from reads
+        if planned.late:
+            late += reads
+        elif planned.read_twice:
+            yield from reads
+    yield from late
 
 
 def _damaged(planned: Planned) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from rwkv_cli.errors import pasted
 from rwkv_cli.terminal.output import columns, note, one_line
 
 if TYPE_CHECKING:
-    from rwkv_cli.engine.conversion import Conversion
+    from rwkv_cli.engine.conversion import Conversion, Converted
     from rwkv_cli.quant.writer import Written
 
 
@@ -52,6 +53,12 @@ if TYPE_CHECKING:
     help="What a LoRA is multiplied by: alpha / rank. Default: as adapter_config.json or train_log.txt beside it say, "
     "else 32 / rank.",
 )
+@click.option(
+    "--calibrate",
+    metavar="self|none|FILE",
+    help="Fit the rounding to what the model computes on a text, and measure what it costs: self has the model write "
+    "one, FILE is one of yours. Default: none.",
+)
 @click.option("--force", is_flag=True, help="Replace DST if it is there.")
 @click.option("--dry-run", is_flag=True, help="Check SRC and show what would be written, but write nothing.")
 def command(
@@ -64,6 +71,7 @@ def command(
     eos: int | None,
     adapters: tuple[Path, ...],
     adapter_scale: float | None,
+    calibrate: str | None,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -83,6 +91,8 @@ def command(
 
     dst = dst or default_destination(src, quant, adapters)
     conversion = Conversion.of(src, quant, tokenizer, template, eos=eos, adapters=adapters, scale=adapter_scale)
+    if calibrate is not None:
+        conversion = conversion.calibrated(calibrate)
     check_destination(dst, conversion, overwrite=force or dry_run)
     if conversion.contents.metadata["tokenizer"] == "none":
         vocab = conversion.config.vocab
@@ -91,11 +101,13 @@ def command(
             "Give one with --tokenizer PATH.",
             err=True,
         )
-    done: list[Written] = []
+    done: Converted | None = None
     if not dry_run:
         load_kernels(conversion.kernels)
         done = conversion.write(dst, overwrite=force, bar=converting_bar)
     click.echo(_report(conversion, done))
+    if done is not None:
+        _warn(done)
     metadata = conversion.contents.metadata
     if metadata["template_from"] == "guess" and metadata["tokenizer"] != "none":
         note(
@@ -116,9 +128,9 @@ def command(
         note(f"To chat with it: {one_line(pasted('rwkv', 'chat', '-m', dst))}")
 
 
-def _report(conversion: Conversion, done: list[Written]) -> str:
+def _report(conversion: Conversion, done: Converted | None) -> str:
     """The model and what became of it, as tables."""
-    config, contents = conversion.config, conversion.contents
+    config, contents = conversion.config, done.contents if done else conversion.contents
     tokenizer, template = contents.metadata["tokenizer"], contents.metadata["template"]
     heads = f", {config.heads} heads of {config.head_size}" if config.version != "4" else ""
     rows = [
@@ -131,11 +143,35 @@ def _report(conversion: Conversion, done: list[Written]) -> str:
         ("size", f"{contents.source_bytes / 1e6:,.1f} MB → {contents.file_bytes / 1e6:,.1f} MB"),
         ("bits per weight", f"{contents.tensor_bytes * 8 / contents.weights:.2f}"),
     ]
-    return "\n\n".join(filter(None, [columns(rows), _errors(done)]))
+    if done is not None and done.text is not None and done.loss is not None:
+        text = "a text of the model's own" if done.text.origin == "self" else one_line(done.text.origin)
+        rows += [
+            ("calibrated on", f"{len(done.text.learned)} tokens of {text}"),
+            ("KL to the source", f"{done.loss.kl:.2e} on {done.text.held_out} more tokens of it"),
+            ("same likeliest token", f"{done.loss.top1:.2%}"),
+        ]
+    return "\n\n".join(filter(None, [columns(rows), _errors(done.written) if done else ""]))
 
 
-def _errors(done: list[Written]) -> str:
-    """The size and the error of the quantized tensors by kind, as a table; "" if there are none."""
+def _warn(done: Converted) -> None:
+    """Say what is not as it usually is."""
+    from rwkv_cli.engine.calibration import USUAL_KL, alarming
+
+    if done.spoilt is not None:
+        note(
+            f"The embedding was kept as it is: rounded, it would be off by {done.spoilt.itself:.1%}, but by "
+            f"{done.spoilt.after_norm:.1%} after its norm (ln0)."
+        )
+    quantization = done.contents.metadata["quantization"]
+    if done.loss is not None and alarming(done.loss, quantization):
+        note(
+            f"Warning: a KL of {done.loss.kl:.1e} is far more than {quantization} usually costs, which is about "
+            f"{USUAL_KL[quantization]:.0e}. Convert with --quant none, and compare with rwkv ppl --compare."
+        )
+
+
+def _errors(done: Sequence[Written]) -> str:
+    """The size and the errors of the quantized tensors by kind, as a table; "" if there are none."""
     from rwkv_cli.models.naming import kind_of
 
     kinds: dict[str, list[tuple[Written, float]]] = defaultdict(list)
@@ -144,11 +180,13 @@ def _errors(done: list[Written]) -> str:
             kinds[kind_of(item.planned.name)].append((item, item.error))
     if not kinds:
         return ""
-    rows = [("tensor", "MB", "bits", "mean error", "worst error")]
+    rows = [("tensor", "MB", "bits", "mean error", "worst error", "of outputs")]
     for kind, items in kinds.items():
         stored = sum(item.planned.stored_bytes for item, _ in items)
         bits = stored * 8 / sum(item.planned.weights for item, _ in items)
         errors = [error for _, error in items]
         mean = sum(errors) / len(errors)
-        rows.append((kind, f"{stored / 1e6:,.2f}", f"{bits:.2f}", f"{mean:.3%}", f"{max(errors):.3%}"))
-    return columns(rows, right=range(1, 5))
+        effects = [item.effect for item, _ in items if item.effect is not None]
+        of_outputs = f"{sum(effects) / len(effects):.3%}" if effects else ""
+        rows.append((kind, f"{stored / 1e6:,.2f}", f"{bits:.2f}", f"{mean:.3%}", f"{max(errors):.3%}", of_outputs))
+    return columns(rows, right=range(1, 6))

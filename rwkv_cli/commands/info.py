@@ -105,6 +105,7 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
         *((key, ", ".join(facts[key])) for key in ("styles", "think") if facts[key]),
         ("source", facts["source"]),
         *(("adapter", adapter) for adapter in facts["adapters"]),
+        *_calibration(facts["calibration"]),
         ("digest", facts["digest"]),
     ]))  # fmt: skip
     if tensors:
@@ -119,3 +120,11 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
         ]
         header = "tensor", "layout", "dtype", "shape", "bytes", "error"
         click.echo("\n" + columns([header, *rows], right=[4, 5]))
+
+
+def _calibration(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The rows about a calibration."""
+    if found is None:
+        return []
+    cost = f"{found['kl']:.2e}, on the end of {found['tokens']} tokens: {found['text']}"
+    return [("KL to the source", cost), ("same likeliest token", f"{found['top1']:.2%}")]

@@ -5,42 +5,64 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.engine.bars import WRITING, Bars, no_bars
+from rwkv_cli.engine.calibration import (
+    Calibrated,
+    Text,
+    facts,
+    first_token,
+    own_text,
+    read_text,
+)
 from rwkv_cli.engine.inside import check_kind, template_inside, tokenizer_inside
 from rwkv_cli.engine.json_tokenizer import JsonTokenizer
 from rwkv_cli.engine.recipes import RECIPES
+from rwkv_cli.engine.rounding import ROUNDING_KERNELS, Judgement, Loss, Plain, judge_embedding
 from rwkv_cli.engine.stored import template_beside
 from rwkv_cli.engine.templates import recognize
 from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
 from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
 from rwkv_cli.kernels.contract import Loadable
-from rwkv_cli.kernels.cpu import quantize_packed, quantize_weights
-from rwkv_cli.models import Config, registry
+from rwkv_cli.kernels.cpu.feedback import KERNELS as FEEDBACK
+from rwkv_cli.models import Config, Model, registry
 from rwkv_cli.models.adapters import Adapter, read_adapters
 from rwkv_cli.models.config import Entry
 from rwkv_cli.models.huggingface import check_unquantized
 from rwkv_cli.quant import SourceTensor, check_regular, open_source, read_settings
 from rwkv_cli.quant.formats import FORMATS, layout_for
-from rwkv_cli.quant.formats.packed import PackedFormat
+from rwkv_cli.quant.formats import float as floats
+from rwkv_cli.quant.unconverted import Unconverted
 from rwkv_cli.quant.writer import Contents, Planned, Written, write
 
 ENDINGS = {".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".st", ".gguf", ".ggml"}
 """Endings of checkpoints' and adapters' names."""
 
-Bar = Callable[[int], AbstractContextManager[Callable[[int], object]]]
-"""A function of the source's bytes. Its block wraps the work and gets a function to call with bytes just done."""
+TOKENS = 4800
+"""Tokens of a text to calibrate on. Twice as many gain nothing measurable (docs/quantization.md)."""
+
+CALIBRATED = dict.fromkeys(FORMATS, "none")
+"""What a format is calibrated on unless one says otherwise."""
 
 
-def _no_bar(_: int) -> AbstractContextManager[Callable[[int], object]]:
-    return nullcontext(lambda _: None)
+@dataclass(frozen=True)
+class Converted:
+    """What became of a conversion."""
+
+    contents: Contents
+    written: Sequence[Written]
+    spoilt: Judgement | None
+    """What rounding would have done to the embedding, if it was kept from it."""
+    text: Text | None
+    loss: Loss | None
+    """What quantizing cost on a part of the text, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,9 @@ class Conversion:
     config: Config
     contents: Contents
     adapters: Sequence[Adapter]
+    tokenizer: Tokenizer | None
+    calibrate: str
+    """What it is calibrated on: `self`, `none` or the name of a text."""
 
     @classmethod
     def of(
@@ -96,30 +121,55 @@ class Conversion:
             metadata["ends"] = ends
         if found_adapters:
             metadata["adapters"] = [str(adapter) for adapter in found_adapters]
-        return cls(config, Contents(plan, metadata, arrays), found_adapters)
+        return cls(config, Contents(plan, metadata, arrays), found_adapters, found, CALIBRATED[quantization])
+
+    def calibrated(self, on: str) -> Conversion:
+        """The conversion with another thing to calibrate on: `self`, `none` or the name of a text."""
+        if on != "none" and self.contents.metadata["quantization"] == "none":
+            raise FormatError(f"--calibrate {on}: with --quant none there is nothing to round; leave one of them out")
+        return replace(self, calibrate=on)
+
+    @functools.cached_property
+    def source_model(self) -> Model:
+        """The model with the source's own values, on the CPU."""
+        return Model(Unconverted(self.contents))
 
     @property
     def kernels(self) -> list[Loadable]:
         """The kernels that `write` needs."""
-        names = {planned.format.NAME for planned in self.contents.plan}
-        return list(dict.fromkeys(kernel for name in sorted(names) for kernel in _KERNELS.get(name, ())))
+        names = sorted({planned.format.NAME for planned in self.contents.plan})
+        kernels = [kernel for name in names for kernel in ROUNDING_KERNELS.get(name, ())]
+        if self.calibrate != "none":
+            kernels += [*FEEDBACK, *self.source_model.kernels("last", "every")]
+        return list(dict.fromkeys(kernels))
 
-    def write(self, dst: Path, *, overwrite: bool, bar: Bar = _no_bar) -> list[Written]:
+    def write(self, dst: Path, *, overwrite: bool, bar: Bars = no_bars) -> Converted:
         """Write `dst`. A failure leaves nothing behind."""
-        with bar(self.contents.source_bytes) as progress:
-            return write(dst, self.contents, quantizer_of, overwrite=overwrite, progress=progress)
+        contents = self.contents
+        judgement = judge_embedding(contents.plan, self.config)
+        effects = {} if judgement is None else {"emb.weight": judgement.after_norm}
+        spoilt = judgement if judgement is not None and judgement.spoilt else None
+        if spoilt:
+            whole = floats.LAYOUTS["table"]
+            plan = [replace(p, layout=whole) if p.name == "emb.weight" else p for p in contents.plan]
+            contents, effects = replace(contents, plan=plan), {}
+        rounding: Plain = Plain(effects)
+        text = None
+        if self.calibrate != "none":
+            text = self._text(bar)
+            rounding = Calibrated(self.source_model, text, effects, bar)
+            contents = replace(contents, metadata={**contents.metadata, "calibration": facts(text)})
+        with bar("Converting", contents.source_bytes) as progress:
+            written = write(dst, contents, rounding, overwrite=overwrite, progress=progress)
+        return Converted(contents, written, spoilt, text, rounding.loss)
 
-
-_KERNELS = {"int8": quantize_weights.KERNELS, **dict.fromkeys(("q4", "q5", "q6"), quantize_packed.KERNELS)}
-"""The kernels that round to each format."""
-
-
-def quantizer_of(planned: Planned) -> Any:
-    """The kernel that rounds rows of a tensor, as its format calls it."""
-    format = planned.format
-    if isinstance(format, PackedFormat):
-        return functools.partial(quantize_packed.pack_rows, bits=format.bits)
-    return quantize_weights.quantize_rows
+    def _text(self, bar: Bars) -> Text:
+        """The text to calibrate on."""
+        if self.calibrate != "self":
+            return read_text(Path(self.calibrate), self.tokenizer, TOKENS)
+        ends = self.contents.metadata.get("ends", [END_OF_TEXT])
+        with bar(WRITING, TOKENS) as progress:
+            return own_text(self.source_model, first_token(ends), TOKENS, progress)
 
 
 def _planned(name: str, entry: Entry, source: SourceTensor, quantization: str) -> Planned:
@@ -129,7 +179,8 @@ def _planned(name: str, entry: Entry, source: SourceTensor, quantization: str) -
         return (entry.derive(a) if entry.derive else a).reshape(entry.shape)
 
     derive = derived if entry.derive or entry.kind == "vector" else None
-    return Planned(name, source, layout_for(entry.kind, quantization), entry.shape, derive)
+    layout = layout_for(entry.kind, quantization)
+    return Planned(name, source, layout, entry.shape, derive, late=name == "head.weight")
 
 
 def _ends(eos: int | None, stated: Any, tokenizer: Tokenizer | None, vocab: int) -> list[int]:

@@ -4,7 +4,7 @@ from math import prod
 from typing import Any
 
 from rwkv_cli.engine.stored import StoredTemplate
-from rwkv_cli.errors import ConversationError
+from rwkv_cli.errors import ConversationError, FormatError
 from rwkv_cli.quant import Checkpoint
 
 
@@ -28,9 +28,19 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         **_template(checkpoint),
         "source": checkpoint.metadata("source", str),
         "adapters": checkpoint.metadata("adapters", list, []),
+        "calibration": _calibration(checkpoint),
         "digest": checkpoint.digest,
         "tensors": rows,
     }
+
+
+def _calibration(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Tell what the rounding was fitted to and what quantizing cost; None for a file that was not calibrated."""
+    found: dict[str, Any] = checkpoint.metadata("calibration", dict, {})
+    kinds = {"text": str, "tokens": int, "held_out": int, "kl": float, "top1": float}
+    if found and any(type(found.get(key)) is not kind for key, kind in kinds.items()):
+        raise FormatError(f"{checkpoint.path}: metadata 'calibration' is damaged; convert the model again")
+    return found or None
 
 
 def _template(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rwkv_cli.errors import ModelNameError, NotConvertedError
 from rwkv_cli.quant import Checkpoint
 
 if TYPE_CHECKING:
-    from rwkv_cli.engine.conversion import Bar
+    from rwkv_cli.engine.bars import Bars
     from rwkv_cli.kernels.contract import Loadable
 
     LoadKernels = Callable[[list[Loadable]], object]
@@ -23,7 +23,7 @@ STORYTELLER = "storyteller"
 """The word for the bundled model."""
 
 
-def model_file(word: str, bar: Bar, load_kernels: LoadKernels, quantization: str | None = "int8") -> Path:
+def model_file(word: str, bar: Bars, load_kernels: LoadKernels, quantization: str | None = "int8") -> Path:
     """Return the converted file that a path, a name or the unique beginning of a name stands for.
 
     A checkpoint is converted into the models folder the first time, and whenever it has changed. `bar` shows how far
@@ -48,7 +48,7 @@ def model_file(word: str, bar: Bar, load_kernels: LoadKernels, quantization: str
     return path
 
 
-def convert_into(source: Path, origin: library.Origin, bar: Bar, load_kernels: LoadKernels) -> Path:
+def convert_into(source: Path, origin: library.Origin, bar: Bars, load_kernels: LoadKernels) -> Path:
     """Convert a checkpoint into the models folder, if that was not done before."""
     known = library.made_from(origin)
     if known is not None and library.is_current(known, origin):

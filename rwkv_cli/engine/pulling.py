@@ -21,7 +21,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 from huggingface_hub.file_download import http_get
 
 from rwkv_cli.engine import library
-from rwkv_cli.engine.conversion import ENDINGS, Bar
+from rwkv_cli.engine.bars import Bar
+from rwkv_cli.engine.conversion import ENDINGS
 from rwkv_cli.errors import PullError, reason
 from rwkv_cli.quant.replacing import lock
 

@@ -16,7 +16,7 @@ from rwkv_cli.engine.model import LanguageModel, check_finite
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.program import Count, CrossEntropy, Divergence, Input, InputMatrix, Program, Value
-from rwkv_cli.models import State
+from rwkv_cli.models import Model, State
 from rwkv_cli.models.base import chunks
 
 _BLOCK = 1 << 16
@@ -332,7 +332,7 @@ def _obey(read: int) -> None:
 
 
 def compare(
-    models: Sequence[LanguageModel], inputs: NDArray[np.int64], targets: NDArray[np.int64], states: Sequence[State]
+    models: Sequence[Model], inputs: NDArray[np.int64], targets: NDArray[np.int64], states: Sequence[State]
 ) -> list[NDArray[Any]]:
     """Compare two models on the same tokens: losses of both, KL of the first from the second, agreeing maxima."""
     logits = [m.advance(inputs, s, all_logits=True, watch=_obey) for m, s in zip(models, states, strict=True)]
@@ -342,7 +342,7 @@ def compare(
     return [executable.read(result)[:, 0] for result in results]
 
 
-def comparing_kernels(models: Sequence[LanguageModel]) -> list[Loadable]:
+def comparing_kernels(models: Sequence[Model]) -> list[Loadable]:
     """The kernels of `compare`."""
     first = models[0]
     program, _ = _comparison(1, first.config.vocab)

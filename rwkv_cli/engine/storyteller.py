@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from rwkv_cli.engine.conversion import Bar, Conversion
+from rwkv_cli.engine.bars import Bars
+from rwkv_cli.engine.conversion import Conversion
 from rwkv_cli.kernels.cache import cache_folder
 from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.quant import replacing
@@ -14,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "storyteller.pth"
 TOKENIZER = SOURCE.with_name("storyteller.tokenizer.json")
 
 
-def storyteller(bar: Bar, load_kernels: Callable[[list[Loadable]], object]) -> Path:
+def storyteller(bar: Bars, load_kernels: Callable[[list[Loadable]], object]) -> Path:
     """The converted file. It lies in the user's cache folder, beside the kernels that it was quantized with."""
     digest = hashlib.sha256(f"{FORMAT_VERSION}".encode())
     for file in (SOURCE, TOKENIZER):

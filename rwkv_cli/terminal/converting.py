@@ -2,33 +2,31 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
+from rwkv_cli.engine.bars import OF_TOKENS, Bar
 from rwkv_cli.terminal.output import progress_bar
 
 
-def byte_bar(label: str) -> Callable[[int], AbstractContextManager[Callable[[int], object]]]:
+def byte_bar(label: str) -> Bar:
     """A progress bar for work with a label: a function of how many bytes there are to do."""
-    return partial(_bar, label)
+    return partial(converting_bar, label)
 
 
 @contextmanager
-def _bar(label: str, size: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar over `size` bytes of a source. Its block gets a function to call with the bytes just done.
+def converting_bar(label: str, size: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar over `size` bytes, or over tokens. Its block gets a function to call with how many are just done.
 
     A signal that would end the process becomes an exception here, so that no half file stays behind.
     """
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    parts = label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    count = (MofNCompleteColumn(), "tokens") if label in OF_TOKENS else (DownloadColumn(), TransferSpeedColumn())
+    parts = label, BarColumn(), *count, TimeRemainingColumn()
     with _signals_as_exceptions(), progress_bar(*parts) as progress:
         task = progress.add_task("", total=size)
         yield lambda done: progress.advance(task, done)
-
-
-converting_bar = byte_bar("Converting")
-"""The bar of a conversion."""
 
 
 @contextmanager

@@ -33,21 +33,21 @@ def test_it_is_small_and_plain() -> None:
 def test_it_is_converted_once(cache: Path) -> None:
     done: list[int] = []
     kernels: list[object] = []
-    path = storyteller.storyteller(lambda _: nullcontext(done.append), kernels.extend)
+    path = storyteller.storyteller(lambda *_: nullcontext(done.append), kernels.extend)
     assert kernels
     assert sum(done) == Conversion.of(storyteller.SOURCE, "int8").contents.source_bytes
     before = path.stat().st_mtime_ns
-    assert storyteller.storyteller(lambda _: pytest.fail("converted again"), pytest.fail) == path
+    assert storyteller.storyteller(lambda *_: pytest.fail("converted again"), pytest.fail) == path
     assert path.stat().st_mtime_ns == before
     assert {file for file in cache.rglob("*") if file.is_file()} == {path, path.with_suffix(".sha256")}
 
 
 @pytest.mark.parametrize("size", [0, 40_000])
 def test_a_damaged_one_is_converted_again(size: int) -> None:
-    path = storyteller.storyteller(lambda _: nullcontext(lambda _: None), list)
+    path = storyteller.storyteller(lambda *_: nullcontext(lambda _: None), list)
     whole = path.read_bytes()
     path.write_bytes(whole[:size] + bytes(len(whole) - size) if size else b"")
-    assert storyteller.storyteller(lambda _: nullcontext(lambda _: None), list) == path
+    assert storyteller.storyteller(lambda *_: nullcontext(lambda _: None), list) == path
     assert path.read_bytes() == whole
 
 

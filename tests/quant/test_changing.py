@@ -51,7 +51,7 @@ def test_a_source_that_changes_is_not_converted(
         dst.write_bytes(b"the old one")
 
     @contextlib.contextmanager
-    def bar(_: int) -> Iterator[Callable[[int], object]]:
+    def bar(_: str, __: int) -> Iterator[Callable[[int], object]]:
         done: list[int] = []
 
         def progress(count: int) -> None:
@@ -92,7 +92,7 @@ def test_an_adapter_that_changes_is_not_merged(tmp_path: Path) -> None:
     adapter = tiny.write_pth(tmp_path / "adapter.pth", low_rank)
 
     @contextlib.contextmanager
-    def bar(_: int) -> Iterator[Callable[[int], object]]:
+    def bar(_: str, __: int) -> Iterator[Callable[[int], object]]:
         os.utime(adapter, ns=(0, 0))
         yield lambda _: None
 

@@ -1,0 +1,19 @@
+"""What shows how far long work is."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+Bar = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+"""A function of how many bytes there are to do. Its block wraps the work and gets a function to call with those just
+done."""
+
+Bars = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""A bar for each part of the work, by its label."""
+
+OF_TOKENS = WRITING, MEASURING = "Writing a text", "Measuring"
+"""The parts of a conversion that count tokens in place of bytes."""
+
+
+def no_bars(_: str, __: int) -> AbstractContextManager[Callable[[int], object]]:
+    """Show nothing."""
+    return nullcontext(lambda _: None)

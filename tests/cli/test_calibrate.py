@@ -1,0 +1,149 @@
+"""rwkv convert --calibrate: the same file every time, what it cost is said and kept, and nothing is left behind."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from click.testing import Result
+
+from rwkv_cli.engine import calibration, conversion
+from rwkv_cli.quant import Checkpoint, open_source
+
+Run = Callable[..., Result]
+WEIGHTS = tiny.weights("7", vocab=256, layers=2, width=32, head=16, ffn=64)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny.write_pth(tmp_path / "rwkv7-g1.pth", WEIGHTS)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrate on few tokens, which is as much work as a test needs."""
+    monkeypatch.setattr(conversion, "TOKENS", 640)
+
+
+@pytest.mark.usefixtures("few")
+def test_it_says_what_it_cost_and_does_it_again(rwkv: Run, tmp_path: Path, source: Path) -> None:
+    result = rwkv("convert", source, tmp_path / "a", "--calibrate", "self")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"calibrated on +384 tokens of a text of the model's own\n", result.stdout)
+    shown = re.search(r"KL to the source +([0-9.e-]+) on 256 more tokens of it\n", result.stdout)
+    assert shown
+    assert 0 < float(shown[1]) < 1e-3
+    assert re.search(r"same likeliest token +[0-9.]+%\n", result.stdout)
+    assert all(re.search(rf"{kind} .*%.*%.*%\n", result.stdout) for kind in ("emb", "head", r"ffn\.value", r"att\.w1"))
+    rwkv("convert", source, tmp_path / "b", "--calibrate", "self")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    facts = json.loads(rwkv("info", tmp_path / "a", "--json").stdout)["calibration"]
+    assert facts == {"text": "self", "tokens": 640, "held_out": 256, "kl": pytest.approx(float(shown[1]), rel=0.01),
+                     "top1": facts["top1"]}  # fmt: skip
+    told = rwkv("info", tmp_path / "a").stdout
+    assert re.search(r"KL to the source +[0-9.e-]+, on the end of 640 tokens: self\n", told)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6", "7a", "8-rc00"])
+def test_every_version_calibrates(rwkv: Run, tmp_path: Path, version: str) -> None:
+    """The outputs of matrices are nearer to the source's than their own numbers are."""
+    weights = tiny.weights(version, vocab=256, layers=2, width=32, head=16, ffn=64)
+    source = tiny.write_pth(tmp_path / "m.pth", weights, "F32")
+    result = rwkv("convert", source, tmp_path / "m", "--calibrate", "self")
+    assert result.exit_code == 0, result.output
+    model = Checkpoint(tmp_path / "m")
+    matrices = [name for name in model.names() if model.layout(name)["layout"] in ("tile", "columns")]
+    assert len(matrices) > 10
+    facts = [model.layout(name) for name in matrices]
+    assert sum(fact["effect"] for fact in facts) < sum(fact["error"] for fact in facts)
+    assert model.metadata("calibration", dict)["kl"] < 1e-3
+
+
+@pytest.mark.usefixtures("few")
+def test_a_text_of_the_users(rwkv: Run, tmp_path: Path, source: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("Es war einmal ein König, der hatte drei Töchter. " * 20)
+    result = rwkv("convert", source, tmp_path / "a", "--calibrate", text)
+    assert result.exit_code == 0, result.output
+    assert "calibrated on         384 tokens of text\n" in result.stdout
+    assert Checkpoint(tmp_path / "a").metadata("calibration", dict)["text"] == "text"
+    for content, says in (
+        ("too short", "text: has only 9 tokens; to calibrate takes 512 or more"),
+        ("", "text: has only 0 tokens"),
+    ):
+        text.write_text(content)
+        tiny.refused(rwkv("convert", source, tmp_path / "b", "--calibrate", text), says)
+    tiny.refused(rwkv("convert", source, tmp_path / "b", "--calibrate", tmp_path / "none"), "none: No such file")
+    tiny.refused(rwkv("convert", source, tmp_path / "b", "--calibrate", "self", "--quant", "none"), "nothing to round")
+    odd = tiny.write_pth(tmp_path / "odd.pth", tiny.weights("7", vocab=99, layers=1, width=32, head=16, ffn=64))
+    assert rwkv("convert", odd, tmp_path / "b", "--calibrate", text).exit_code == 1
+    assert not (tmp_path / "b").exists()
+    assert rwkv("convert", odd, tmp_path / "b", "--calibrate", "self").exit_code == 0
+
+
+def spoilt_by_rounding() -> tiny.Tensors:
+    """A model whose ln0 makes small channels of the embedding large, as much as its float results need."""
+    weights = dict(tiny.weights("7", vocab=256, layers=2, width=64, head=16, ffn=64))
+    large = np.arange(64) % 8 == 0
+    factor = np.where(large, 1, 1e-3).astype(np.float32)
+    emb = weights["emb.weight"] * factor
+    emb[:, large] -= emb.sum(axis=1, keepdims=True) / large.sum()  # else small channels would tell the mean alone
+    weights["emb.weight"] = emb
+    weights["blocks.0.ln0.weight"] = weights["blocks.0.ln0.weight"] / factor
+    return weights
+
+
+def test_an_embedding_that_rounding_would_spoil_is_kept(rwkv: Run, tmp_path: Path) -> None:
+    source = tiny.write_pth(tmp_path / "m.pth", spoilt_by_rounding())
+    result = rwkv("convert", source, tmp_path / "m")
+    assert re.search(r"The embedding was kept as it is: rounded, it would be off by 0\.\d%, but by \d\d", result.stderr)
+    model = Checkpoint(tmp_path / "m")
+    assert model.layout("emb.weight")["layout"] == "float"
+    np.testing.assert_array_equal(
+        model.tensor("emb.weight", (256, 64)).float32(), open_source(source)["emb.weight"].float32()
+    )
+    assert model.layout("head.weight")["layout"] == "tile"
+    assert rwkv("generate", "a", "-m", tmp_path / "m", "-n", "3").exit_code == 0
+
+
+def test_a_usual_embedding_is_rounded_and_its_effect_shown(rwkv: Run, tmp_path: Path, source: Path) -> None:
+    result = rwkv("convert", source, tmp_path / "m")
+    assert re.search(r"\nemb .* 0\.\d+% +0\.\d+% +0\.\d+%\n", result.stdout)
+    assert 0.003 < Checkpoint(tmp_path / "m").layout("emb.weight")["effect"] < 0.01
+    assert "kept" not in result.stderr
+
+
+@pytest.mark.usefixtures("few")
+def test_a_great_loss_is_a_warning(rwkv: Run, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(calibration.USUAL_KL, "int8", 1e-12)
+    result = rwkv("convert", source, tmp_path / "m", "--calibrate", "self")
+    assert re.search(r"Warning: a KL of [0-9.e-]+ is far more than int8 usually costs", result.stderr)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_calibration_leaves_nothing(tmp_path: Path, source: Path, number: signal.Signals) -> None:
+    """The signal comes while the whole file is measured, just before it would appear."""
+    folder, mark = tmp_path / "models", tmp_path / "mark"
+    folder.mkdir()
+    code = (
+        "import time, pathlib; from rwkv_cli.engine import calibration, conversion; conversion.TOKENS = 512;"
+        f"calibration.loss = lambda *_: (pathlib.Path({str(mark)!r}).touch(), time.sleep(60));"
+        "from rwkv_cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, "convert", source, folder / "m", "--calibrate", "self"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not mark.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert [path.suffix for path in folder.iterdir()] == [".part"]
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    assert list(folder.iterdir()) == []

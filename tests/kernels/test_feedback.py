@@ -1,0 +1,88 @@
+"""Rounding with feedback against GPTQ as its paper writes it, in float64, and against plain rounding."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rwkv_cli.kernels.cpu.feedback import Feedback, factorize
+from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
+
+Floats = NDArray[np.float64]
+UNIT = -14
+
+
+def inputs(tokens: int, columns: int, seed: int = 0) -> NDArray[np.float32]:
+    """Rows whose columns hang together and are of many sizes, one of them always zero."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.standard_normal((tokens, columns)) @ rng.standard_normal((columns, columns))
+    mixed *= rng.uniform(0.05, 3, columns)
+    mixed[:, 5] = 0
+    return mixed.astype(np.float32)
+
+
+def stored(values: NDArray[np.int8], scales: NDArray[np.uint16], columns: int) -> Floats:
+    """The rows that a quantizer's values and scales stand for."""
+    wide = np.repeat(scales.view(np.float16).astype(np.float64), 32, axis=1) * 2.0**UNIT
+    rows: Floats = (values * wide)[:, :columns]
+    return rows
+
+
+def gptq(w: Floats, h: Floats, scales: Floats) -> Floats:
+    """Algorithm 1 of arXiv 2210.17323, with these scales [N, K/32]: the rounded rows."""
+    w, q = w.copy(), np.zeros_like(w)
+    u = np.linalg.cholesky(np.linalg.inv(h)).T
+    for k in range(w.shape[1]):
+        s = scales[:, k // 32]
+        q[:, k] = np.clip(np.rint(w[:, k] / s), -128, 127) * s
+        w[:, k + 1 :] -= np.outer((w[:, k] - q[:, k]) / u[k, k], u[k, k + 1 :])
+    return q
+
+
+@pytest.mark.parametrize("columns", [32, 70, 300, 600])
+def test_it_is_gptq(columns: int) -> None:
+    """With the scales that it chose, nearly every value is the one of the algorithm that inverts XᵀX."""
+    x, w = inputs(2000, columns), np.random.default_rng(1).standard_normal((24, columns)).astype(np.float32)
+    products = x.T @ x
+    feedback = Feedback(products.copy())
+    values, scales, squares = feedback(w, UNIT)
+    h = products.astype(np.float64) + float(feedback.damping) * np.eye(columns)
+    expected = gptq(w.astype(np.float64), h, scales.view(np.float16).astype(np.float64) * 2.0**UNIT)
+    found = stored(values, scales, columns)
+    other = np.abs(found - expected) > 1e-6
+    assert other.mean() < 0.01  # a value beside a tie may fall on its other side, and those after it follow
+    assert squares == pytest.approx(np.square(found - w).sum(), rel=1e-4)
+    assert (values[:, columns:] == 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(2000, 70), (40, 300), (1, 64), (3000, 288)])
+def test_no_row_is_worse_than_plain(tokens: int, columns: int) -> None:
+    x, w = inputs(tokens, columns).astype(np.float64), np.random.default_rng(2).standard_normal((40, columns))
+    w = w.astype(np.float32)
+    feedback = Feedback((x.T @ x).astype(np.float32))
+    found = stored(*feedback(w, UNIT)[:2], columns)
+    plain = stored(*quantize_rows(w, UNIT)[:2], columns)
+    ours, theirs = (np.square((w - q) @ x.T).sum(axis=1) for q in (found, plain))
+    assert (ours <= theirs * 1.01).all()
+    assert ours.sum() < 0.75 * theirs.sum()
+    outputs = np.square(w.astype(np.float64) @ x.T).sum()
+    if tokens > 1:  # with one token, λ is nearly all that rounding leaves
+        assert feedback.effect == pytest.approx(np.sqrt(ours.sum() / outputs), rel=0.02)
+
+
+def test_a_column_that_is_never_used_keeps_its_weights() -> None:
+    x, w = inputs(2000, 64), np.random.default_rng(3).standard_normal((16, 64)).astype(np.float32)
+    found = stored(*Feedback(x.T @ x)(w, UNIT)[:2], 64)
+    assert np.abs(found[:, 5] - w[:, 5]).max() < 0.03
+    nothing = Feedback(np.zeros((64, 64), np.float32))
+    assert np.abs(stored(*nothing(w, UNIT)[:2], 64) - w).max() < 0.03
+    assert nothing.effect == 0
+
+
+@pytest.mark.parametrize("size", [1, 31, 256, 700])
+def test_a_factor_is_upper_triangular(size: int) -> None:
+    x = inputs(2 * size + 40, max(size, 6))[:, :size].astype(np.float64)
+    h = x.T @ x + np.eye(size)
+    root = h.copy()
+    factorize(root)
+    root = np.triu(root)
+    np.testing.assert_allclose(root @ root.T, h, rtol=1e-9, atol=1e-9 * np.abs(h).max())
