@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,24 @@ _PRESETS = "presets"
 
 
 class Defaults(dict[str, Any]):
-    """What Click takes for the options of a command that are not given, by the names of their parameters."""
+    """What Click takes for the options of a command that are not given, by the names of their parameters.
 
-    def __init__(self) -> None:
+    Those of the commands in a group are made when they are asked for, so that no other command is loaded.
+    """
+
+    def __init__(self, child: Callable[[str], Defaults | None] = lambda _: None) -> None:
         super().__init__()
+        self._child = child
         self.keys_in_file: dict[str, str] = {}
         """The key in the file that each value is from."""
         self.presets: dict[str, dict[str, Any]] = {}
         """The presets of models. The defaults of `rwkv` itself have them."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a value, or the defaults of a command with this name."""
+        if name not in self and (found := self._child(name)) is not None:
+            self[name] = found
+        return super().get(name, default)
 
     def take(self, param: click.Parameter, key: str, value: Any) -> None:
         """Have the value that the file has under this key. Raises PreferencesError for one of a wrong kind."""
@@ -41,9 +51,8 @@ def read_defaults(ctx: click.Context) -> Defaults:
     presets = data.pop(_PRESETS, {})
     shared = {key: value for key, value in data.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in data.items() if isinstance(value, dict)}
-    known = {option for command in _all_commands(ctx.command, ctx) for option in options(command)}
     for key in shared:
-        _check_known(key, key, list(known))
+        _check_some_option(ctx, key, key)
     found = _defaults(ctx.command, ctx, shared, tables, "")
     if not isinstance(presets, dict) or not all(isinstance(preset, dict) for preset in presets.values()):
         raise _wrong(_PRESETS, f'holds tables only, each with the beginning of a name: [{_PRESETS}."rwkv7-g1a"]')
@@ -51,7 +60,7 @@ def read_defaults(ctx: click.Context) -> Defaults:
         for key, value in preset.items():
             if isinstance(value, dict):
                 raise _wrong(f"{_PRESETS}.{name}.{key}", "is a table; a name with a dot stands in quotes")
-            _check_known(key, f"{_PRESETS}.{name}.{key}", list(known))
+            _check_some_option(ctx, key, f"{_PRESETS}.{name}.{key}")
     found.presets = presets
     return found
 
@@ -88,7 +97,7 @@ def parsed(command: click.Command, name: str, parent: click.Context, args: Seque
 
 def leaves(ctx: click.Context) -> Iterator[tuple[str, click.Command, click.Context]]:
     """Yield every command that is no group, with its name and the context of the group that it is in."""
-    for name, child in _children(ctx.command, ctx).items():
+    for name, child in _children(ctx.command, ctx):
         if isinstance(child, click.Group):
             yield from leaves(click.Context(child, ctx, name))
         else:
@@ -119,8 +128,15 @@ def worded(error: click.UsageError) -> str | None:
 def _defaults(
     command: click.Command, ctx: click.Context, shared: Mapping[str, Any], table: Mapping[str, Any], where: str
 ) -> Defaults:
-    """Collect the defaults of a command: those that all share, and those of its own table. So do the commands in it."""
-    found, known, children = Defaults(), options(command), _children(command, ctx)
+    """Collect the defaults of a command: those that all share, and those of its own table."""
+    children = command.list_commands(ctx) if isinstance(command, click.Group) else []
+
+    def child(name: str) -> Defaults | None:
+        """Collect the defaults of a command in this one."""
+        inner = command.get_command(ctx, name) if isinstance(command, click.Group) else None
+        return None if inner is None else _defaults(inner, ctx, shared, table.get(name, {}), f"{where}{name}.")
+
+    found, known = Defaults(child), options(command)
     for key, value in shared.items():
         if _spelt(key) in known:
             found.take(known[_spelt(key)], key, value)
@@ -131,24 +147,37 @@ def _defaults(
             raise _wrong(key, f"is no command{_near(key, [*children, _PRESETS])}")
         _check_known(key, f"{where}{key}", [*known])
         found.take(known[_spelt(key)], f"{where}{key}", value)
-    for name, child in children.items():
-        found[name] = _defaults(child, ctx, shared, table.get(name, {}), f"{where}{name}.")
     return found
 
 
-def _children(command: click.Command, ctx: click.Context) -> dict[str, click.Command]:
-    """Find the commands of a group by their names."""
-    if not isinstance(command, click.Group):
-        return {}
-    found = {name: command.get_command(ctx, name) for name in command.list_commands(ctx)}
-    return {name: child for name, child in found.items() if child is not None}
+def _children(
+    command: click.Command, ctx: click.Context, only: str | None = None
+) -> Iterator[tuple[str, click.Command]]:
+    """Yield the commands of a group with their names, each loaded when its turn comes; or only the one of a name."""
+    if isinstance(command, click.Group):
+        for name in command.list_commands(ctx):
+            child = command.get_command(ctx, name) if only in (None, name) else None
+            if child is not None:
+                yield name, child
 
 
 def _all_commands(command: click.Command, ctx: click.Context) -> Iterator[click.Command]:
     """Yield a command and all in it."""
     yield command
-    for child in _children(command, ctx).values():
+    for _, child in _children(command, ctx):
         yield from _all_commands(child, ctx)
+
+
+def _check_some_option(ctx: click.Context, key: str, where: str) -> None:
+    """Refuse a key that no command has as an option. The running command is asked first, as it is loaded already."""
+    running = _children(ctx.command, ctx, only=ctx.invoked_subcommand)
+    if not any(_spelt(key) in options(inner) for _, command in running for inner in _all_commands(command, ctx)):
+        known: list[str] = []
+        for command in _all_commands(ctx.command, ctx):
+            known += options(command)
+            if _spelt(key) in known:
+                return
+        _check_known(key, where, known)
 
 
 def _spelt(key: str) -> str:
