@@ -81,3 +81,7 @@ class TaskError(RwkvError):
 
 class WorkerError(RwkvError):
     """Work cannot be spread over other machines, or a piece of it fails there."""
+
+
+class GrammarError(RwkvError):
+    """A text cannot follow the grammar that was asked for."""

@@ -124,7 +124,8 @@ class Prefixes:
             if kept.state is not None:
                 kept.size, self._memory = kept.size + logits.nbytes, self._memory + logits.nbytes
         if kept.state is None:
-            self._hold(key, kept, state.clone())
+            copies = (np.array(array) for array in state.arrays().values())  # in this machine's memory
+            self._hold(key, kept, State(state.version, *copies, digest=state.digest))
 
     def close(self) -> None:
         """Write what is in memory, the last used first, for some seconds at most."""

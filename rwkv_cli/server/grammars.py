@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rwkv_cli.engine.json_tokenizer import JsonTokenizer
 from rwkv_cli.engine.model import LanguageModel
+from rwkv_cli.errors import GrammarError
 from rwkv_cli.server.errors import ApiError
 from rwkv_cli.server.fields import Fields
 from rwkv_cli.server.tools import FENCE, MARK
@@ -33,12 +34,17 @@ class Language:
         self._model = model
         self._tokenizer = _tokenizer(model)
         grammars = [{"name": "inner", **inner}]
+        text_alone = json.dumps({"grammars": grammars})
         if begun is not None:
             grammars.insert(0, {"name": "outer", "lark_grammar": _before(begun)})
         self._grammar = json.dumps({"grammars": grammars})
         says = LLMatcher.validate_grammar(self._grammar, self._tokenizer)
         if says and not says.startswith("WARNING"):
             raise ApiError(400, f"'{param}' cannot be followed: {says:.300}", param)
+        try:
+            Guide(model, LLMatcher(self._tokenizer, text_alone, log_level=0)).allowed()
+        except GrammarError:
+            raise ApiError(400, f"'{param}' cannot be followed: no text is of this form", param) from None
 
     def guide(self) -> "Guide":
         """Begin to follow an answer."""
@@ -69,9 +75,10 @@ class Guide:
         return [*forced, self._ends[0]] if self._matcher.is_stopped() else forced
 
     def _check(self) -> None:
-        """Raise RuntimeError where the library has given up, such as for a grammar that takes too long."""
+        """Raise GrammarError where the library has given up, such as for a grammar that takes too long."""
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar cannot be followed ({self._matcher.get_error():.300})")
+            why = self._matcher.get_error().partition("\n")[0]
+            raise GrammarError(f"the answer cannot follow its grammar any further ({why:.200})")
 
 
 def wanted_language(fields: Fields, tool_names: list[str]) -> tuple[dict[str, Any], str] | None:

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from rwkv_cli.engine.work import Work
-from rwkv_cli.errors import BusyError
+from rwkv_cli.errors import BusyError, GrammarError
 from rwkv_cli.server.errors import ApiError
 from rwkv_cli.server.hosting import Host
 
@@ -97,6 +97,8 @@ class Running:
     def _error(self) -> ApiError | None:
         """Return what went wrong with the work, if anything has."""
         for work in self._reply.works:
+            if isinstance(work.error, GrammarError):
+                return ApiError(400, str(work.error))
             if work.error is not None:
                 self._host.log(f"an answer failed: {type(work.error).__name__}: {work.error}")
                 return ApiError(500, "the answer failed; the server's operator sees why")

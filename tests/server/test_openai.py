@@ -295,6 +295,7 @@ def test_a_form_comes_after_reasoning(model: LanguageModel) -> None:
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "cannot be followed"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}}, "no text is of this"),
         ({"grammar": "start: nothing"}, "cannot be followed"),
         ({"grammar": "start: 'a'", "response_format": {"type": "json_object"}}, "exclude each other"),
     ],
