@@ -10,6 +10,7 @@ the GPTQ of arXiv 2210.17323, which inverts H.) A group's scale is the one of `q
 over the group is least, with the feedback between the group's own columns.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,23 +19,28 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels.contract import Loadable
-from rwkv_cli.kernels.cpu.args import F32_1, F32_2, F64_1, I8_2, U16_2, unpack
-from rwkv_cli.kernels.cpu.compile import kernel
+from rwkv_cli.kernels.cpu.args import F32_1, F32_2, F64_1, I8_2, U8_2, U16_2, Int, unpack
+from rwkv_cli.kernels.cpu.compile import Kernel, kernel
 from rwkv_cli.kernels.cpu.cores import usable_cores
 from rwkv_cli.kernels.cpu.elementwise import address_of, span
 from rwkv_cli.kernels.cpu.llvm.bits import bits_of, float_of
 from rwkv_cli.kernels.cpu.llvm.emitter import F32 as FLOAT
 from rwkv_cli.kernels.cpu.llvm.emitter import I64, Emitter, vector
+from rwkv_cli.kernels.cpu.quantize_packed import best_scale, nearest, pack_rows
 from rwkv_cli.kernels.cpu.quantize_weights import CANDIDATES, STEP, quantize_rows
 from rwkv_cli.kernels.cpu.steps import Share, Steps
-from rwkv_cli.numbers import GROUP
+from rwkv_cli.numbers import GROUP, LEVELS
 
 _BLOCK = 256
 """Columns whose feedback on each other the kernel computes. That of earlier blocks is one matrix product."""
 _DAMPING = 0.01
 """λ as a share of the mean of XᵀX's diagonal (arXiv 2210.17323, section 3.3)."""
+_ROOM = 1.05
+"""Room in a row's factor for weights that feedback makes larger than the largest one."""
 _SAMPLED = 64
 """Rows of a block that tell how large the outputs of a matrix are."""
+
+_LEVELS4, _LEVELS5, _LEVELS6 = (np.array(LEVELS[bits], np.float32) for bits in (4, 5, 6))
 
 Floats32 = NDArray[np.float32]
 
@@ -141,8 +147,70 @@ def _round(args: int, part: int, parts: int) -> None:
     gone[0], now[0, 0] = 0, 0
 
 
-KERNELS: list[Loadable] = [_round]
-"""The kernels of `Feedback`, beside those of `quantize_rows`."""
+class PackFeedbackArgs(NamedTuple):
+    """As FeedbackArgs in the source's own unit, with codes [R, B] of `bits` in place of values, and each row's factor
+    rows [R]."""
+
+    w: F32_2
+    x: F32_2
+    carry: F32_2
+    weight: F32_1
+    rows: F32_1
+    bits: Int
+    codes: U8_2
+    scales: I8_2
+    lost: F32_2
+    errors: F64_1
+
+
+@kernel(PackFeedbackArgs)
+def _pack(args: int, part: int, parts: int) -> None:
+    """Round each row with feedback. A group's scale is found before feedback between its own columns."""
+    a = unpack(args, PackFeedbackArgs)
+    w, x, carry, weight, lost, bits = a.w, a.x, a.carry, a.weight, a.lost, a.bits
+    levels = _LEVELS4 if bits == 4 else _LEVELS5 if bits == 5 else _LEVELS6
+    group, scaled = np.empty(GROUP, np.float32), np.empty(GROUP, np.float32)
+    found = np.empty(GROUP, np.uint8)
+    begin, end = span(part, parts, len(w))
+    for n in range(begin, end):
+        inverse = np.float32(1) / a.rows[n] if a.rows[n] else np.float32(0)
+        for start in range(0, w.shape[1], GROUP):
+            for i in range(GROUP):
+                group[i] = x[n, start + i]
+            for k in range(start):
+                for i in range(GROUP):
+                    group[i] += lost[n, k] * carry[k, start + i]
+            for i in range(GROUP):
+                scaled[i] = group[i] * inverse
+            scale = best_scale(scaled, weight[start : start + GROUP], bits)
+            by = np.float32(scale) * a.rows[n]
+            a.scales[n, start // GROUP] = scale
+            for i in range(GROUP):
+                for j in range(i, GROUP):
+                    scaled[j] = group[j] * inverse
+                nearest(scaled, scale, bits, found)
+                a.codes[n, start + i] = found[i]
+                q = levels[found[i]] * by
+                a.errors[n] += np.float64(weight[start + i]) * np.float64(group[i] - q) ** 2
+                gone = w[n, start + i] - q
+                lost[n, start + i] = gone
+                for j in range(i + 1, GROUP):
+                    group[j] += gone * carry[start + i, start + j]
+
+
+KERNELS: list[Loadable] = [_round, _pack]
+"""The kernels of `Feedback`, beside those of `quantize_rows` and `pack_rows`."""
+
+
+class _Block(NamedTuple):
+    """Some columns of rows in work: what FeedbackArgs and PackFeedbackArgs have in common."""
+
+    w: Floats32
+    x: Floats32
+    carry: Floats32
+    weight: Floats32
+    lost: Floats32
+    errors: NDArray[np.float64]
 
 
 class Feedback:
@@ -161,54 +229,91 @@ class Feedback:
         self.error, self.energy = 0.0, 0.0
         """Σ (Δ·x)² and Σ (w·x)² over the rows so far and all inputs x, for `effect`."""
 
-    def __call__(self, w: Floats32, unit: int) -> tuple[NDArray[np.int8], NDArray[np.uint16], float]:
+    def quantize_rows(self, w: Floats32, unit: int) -> tuple[NDArray[np.int8], NDArray[np.uint16], float]:
         """What `quantize_rows` gives, rounded with feedback. A row that plain rounding hurts less stays plain."""
         by = np.float32(2.0**-unit)
         w = np.ascontiguousarray(w * by)
-        values, scales, lost, errors = self._rounded(w)
-        errors -= self._damped(lost)
-        plain_values, plain_scales, _ = quantize_rows(w, 0)
-        plain_lost = w - _dequantized(plain_values, plain_scales)[:, : w.shape[1]]
+        values, scales = np.zeros((len(w), _padded(w)), np.int8), np.zeros((len(w), _padded(w) // GROUP), np.uint16)
+
+        def round_(part: slice, groups: slice, block: _Block) -> None:
+            out, factors = values[:, part].copy(), scales[:, groups].copy()
+            _run(_round, FeedbackArgs(**block._asdict(), values=out, scales=factors))
+            values[:, part], scales[:, groups] = out, factors
+
+        lost, errors = self._rounded(w, round_)
+        plain = quantize_rows(w, 0)[:2]
+        plain_lost = w - _dequantized(*plain)[:, : w.shape[1]]
+        squares = self._keep_better(w, (lost, errors), plain_lost, (values, scales), plain)
+        return values, scales, squares / float(by) ** 2
+
+    def pack_rows(
+        self, w: Floats32, bits: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.float32], float]:
+        """What `pack_rows` gives, rounded with feedback. A row that plain rounding hurts less stays plain."""
+        w = np.ascontiguousarray(w)
+        levels = np.array(LEVELS[bits], np.float32)
+        rows = np.abs(w).max(axis=1) * np.float32(_ROOM) / (levels[-1] * np.float32(127))
+        codes, scales = np.zeros((len(w), _padded(w)), np.uint8), np.zeros((len(w), _padded(w) // GROUP), np.int8)
+
+        def round_(part: slice, groups: slice, block: _Block) -> None:
+            out, factors = codes[:, part].copy(), scales[:, groups].copy()
+            _run(_pack, PackFeedbackArgs(**block._asdict(), rows=rows, bits=bits, codes=out, scales=factors))
+            codes[:, part], scales[:, groups] = out, factors
+
+        lost, errors = self._rounded(w, round_)
+        plain_codes, plain_scales, plain_rows, _ = pack_rows(w, bits)
+        plain = plain_codes, plain_scales, plain_rows
+        by = plain_scales.astype(np.float32) * plain_rows[:, None]
+        stored = levels[plain_codes] * np.repeat(by, GROUP, axis=1)
+        squares = self._keep_better(w, (lost, errors), w - stored[:, : w.shape[1]], (codes, scales, rows), plain)
+        return codes, scales, rows, squares
+
+    def _keep_better(
+        self,
+        w: Floats32,
+        found: tuple[Floats32, NDArray[np.float64]],
+        plain_lost: Floats32,
+        arrays: Sequence[NDArray[Any]],
+        plain: Sequence[NDArray[Any]],
+    ) -> float:
+        """Put plain rounding's arrays in place where its error is less. Returns the squared error of the rows."""
+        lost, errors = found
+        errors = errors - self._damped(lost)
         plain_errors = self._effects(plain_lost)
         worse = errors > plain_errors
-        values[worse], scales[worse], lost[worse] = plain_values[worse], plain_scales[worse], plain_lost[worse]
-        self.error += float(np.minimum(errors, plain_errors).sum()) / float(by) ** 2
-        self.energy += float(self._effects(w[:: max(1, len(w) // _SAMPLED)]).mean()) * len(w) / float(by) ** 2
-        return values, scales, float(np.vdot(lost, lost)) / float(by) ** 2
+        lost[worse] = plain_lost[worse]
+        for array, other in zip(arrays, plain, strict=True):
+            array[worse] = other[worse]
+        self.error += float(np.minimum(errors, plain_errors).sum())
+        self.energy += float(self._effects(w[:: max(1, len(w) // _SAMPLED)]).mean()) * len(w)
+        return float(np.vdot(lost, lost))
 
     @property
     def effect(self) -> float:
         """The relative error of the outputs."""
         return float(np.sqrt(max(self.error, 0.0) / self.energy)) if self.energy > 0 else 0.0
 
-    def _rounded(self, w: Floats32) -> tuple[NDArray[np.int8], NDArray[np.uint16], Floats32, NDArray[np.float64]]:
-        """Values, scales, Δ and Σ d·(x − q)² of rows [R, K]."""
-        (R, K), threads = w.shape, usable_cores().physical
-        values = np.zeros((R, -(-K // GROUP) * GROUP), np.int8)
-        scales = np.zeros((R, -(-K // GROUP)), np.uint16)
-        lost, errors = np.empty_like(w), np.zeros(R)
+    def _rounded(
+        self, w: Floats32, round_: Callable[[slice, slice, _Block], object]
+    ) -> tuple[Floats32, NDArray[np.float64]]:
+        """Δ and Σ d·(x − q)² of rows [R, K]. `round_` rounds some columns, whose places and groups' places it gets."""
+        K, padded = w.shape[1], _padded(w)
+        lost, errors = np.zeros((len(w), padded), np.float32), np.zeros(len(w))
         for start, stop in _blocks(K):
-            padded = -(-stop // GROUP) * GROUP
+            end = min(start + _BLOCK, padded)
             before = w[:, start:stop]
-            x = before + lost[:, :start] @ self.carry[:start, start:stop]
-            more = ((0, 0), (0, padded - stop))
-            record = FeedbackArgs(
-                w=np.pad(before, more),
-                x=np.pad(x, more),
-                carry=np.pad(np.triu(self.carry[start:stop, start:stop], 1), (more[1], more[1])),
-                weight=np.pad(self.weight[start:stop], more[1]),
-                values=np.empty((R, padded - start), np.int8),
-                scales=np.empty((R, (padded - start) // GROUP), np.uint16),
-                lost=np.empty((R, padded - start), np.float32),
+            more = (0, end - stop)
+            block = _Block(
+                w=np.pad(before, ((0, 0), more)),
+                x=np.pad(before + lost[:, :start] @ self.carry[:start, start:stop], ((0, 0), more)),
+                carry=np.pad(np.triu(self.carry[start:stop, start:stop], 1), (more, more)),
+                weight=np.pad(self.weight[start:stop], more),
+                lost=np.empty((len(w), end - start), np.float32),
                 errors=errors,
             )
-            steps = Steps()
-            steps.add(_round, record, Share.fixed(min(R, 8 * threads)))
-            steps.finish().run(threads)
-            values[:, start:padded] = record.values
-            scales[:, start // GROUP : padded // GROUP] = record.scales
-            lost[:, start:stop] = record.lost[:, : stop - start]
-        return values, scales, lost, errors
+            round_(slice(start, end), slice(start // GROUP, end // GROUP), block)
+            lost[:, start:end] = block.lost
+        return np.ascontiguousarray(lost[:, :K]), errors
 
     def _effects(self, rows: Floats32) -> NDArray[np.float64]:
         """Σ_t (row · x[t])² of each row."""
@@ -240,6 +345,20 @@ def factorize(h: NDArray[Any]) -> None:
         h[:start, start:stop] = above
         for left, right in _blocks(start):
             h[:right, left:right] -= above[:right] @ above[left:right].T
+
+
+def _run(kernel: Kernel, record: NamedTuple) -> None:
+    """Run a kernel over the rows of its errors."""
+    threads, steps = usable_cores().physical, Steps()
+    rows = len(record.errors)  # type: ignore[attr-defined]
+    steps.add(kernel, record, Share.fixed(min(rows, 8 * threads)))
+    steps.finish().run(threads)
+
+
+def _padded(w: Floats32) -> int:
+    """The columns of w in whole groups."""
+    _, K = w.shape
+    return int(-(-K // GROUP) * GROUP)
 
 
 def _blocks(columns: int) -> list[tuple[int, int]]:

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     "--calibrate",
     metavar="self|none|FILE",
     help="Fit the rounding to what the model computes on a text, and measure what it costs: self has the model write "
-    "one, FILE is one of yours. Default: none.",
+    "one, FILE is one of yours. Default: self for q4, q5 and q6, else none.",
 )
 @click.option("--force", is_flag=True, help="Replace DST if it is there.")
 @click.option("--dry-run", is_flag=True, help="Check SRC and show what would be written, but write nothing.")

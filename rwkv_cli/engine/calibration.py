@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from rwkv_cli.models import Model, State
 from rwkv_cli.models.base import chunks
 from rwkv_cli.models.layerwise import Layerwise
 from rwkv_cli.quant import Checkpoint, check_regular
+from rwkv_cli.quant.formats.packed import PackedFormat
 from rwkv_cli.quant.writer import Planned
 
 _TEXTS = 16
@@ -112,9 +114,13 @@ class Calibrated(Plain):
             self._feedback.clear()
             self._products = Products()
             self._way.outputs(self._products.add)
-        if name not in self._products or planned.format.NAME != "int8":
+        if name not in self._products:
             return super().quantizer(planned)
-        return self._feedback.setdefault(name, self._products.feedback(name))
+        feedback = self._feedback[name] = self._products.feedback(name)
+        format = planned.format
+        if isinstance(format, PackedFormat):
+            return functools.partial(feedback.pack_rows, bits=format.bits)
+        return feedback.quantize_rows
 
     def _layers(self, name: str) -> int:
         """The number of layers that have run when a tensor's inputs are known."""

@@ -48,7 +48,7 @@ ENDINGS = {".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".st", ".gguf", ".ggm
 TOKENS = 4800
 """Tokens of a text to calibrate on. Twice as many gain nothing measurable (docs/quantization.md)."""
 
-CALIBRATED = dict.fromkeys(FORMATS, "none")
+CALIBRATED = {"int8": "none", "q6": "self", "q5": "self", "q4": "self", "none": "none"}
 """What a format is calibrated on unless one says otherwise."""
 
 

@@ -52,19 +52,24 @@ def test_it_says_what_it_cost_and_does_it_again(rwkv: Run, tmp_path: Path, sourc
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6", "7a", "8-rc00"])
-def test_every_version_calibrates(rwkv: Run, tmp_path: Path, version: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "quant"),
+    [("4", "int8"), ("5.0", "q6"), ("5.2", "int8"), ("6", "q4"), ("7", "q5"), ("7a", "int8"), ("8-rc00", "int8")],
+)
+def test_every_version_calibrates(rwkv: Run, tmp_path: Path, version: str, quant: str) -> None:
     """The outputs of matrices are nearer to the source's than their own numbers are."""
     weights = tiny.weights(version, vocab=256, layers=2, width=32, head=16, ffn=64)
     source = tiny.write_pth(tmp_path / "m.pth", weights, "F32")
-    result = rwkv("convert", source, tmp_path / "m", "--calibrate", "self")
+    result = rwkv(
+        "convert", source, tmp_path / "m", "--quant", quant, *(["--calibrate", "self"] if quant == "int8" else [])
+    )
     assert result.exit_code == 0, result.output
     model = Checkpoint(tmp_path / "m")
-    matrices = [name for name in model.names() if model.layout(name)["layout"] in ("tile", "columns")]
+    matrices = [name for name in model.names() if model.layout(name)["layout"].startswith(("tile", "columns"))]
     assert len(matrices) > 10
     facts = [model.layout(name) for name in matrices]
     assert sum(fact["effect"] for fact in facts) < sum(fact["error"] for fact in facts)
-    assert model.metadata("calibration", dict)["kl"] < 1e-3
+    assert model.metadata("calibration", dict)["kl"] < 0.1
 
 
 @pytest.mark.usefixtures("few")

@@ -1,11 +1,15 @@
 """Rounding with feedback against GPTQ as its paper writes it, in float64, and against plain rounding."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels.cpu.feedback import Feedback, factorize
+from rwkv_cli.kernels.cpu.quantize_packed import pack_rows
 from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
+from rwkv_cli.numbers import LEVELS
 
 Floats = NDArray[np.float64]
 UNIT = -14
@@ -44,7 +48,7 @@ def test_it_is_gptq(columns: int) -> None:
     x, w = inputs(2000, columns), np.random.default_rng(1).standard_normal((24, columns)).astype(np.float32)
     products = x.T @ x
     feedback = Feedback(products.copy())
-    values, scales, squares = feedback(w, UNIT)
+    values, scales, squares = feedback.quantize_rows(w, UNIT)
     h = products.astype(np.float64) + float(feedback.damping) * np.eye(columns)
     expected = gptq(w.astype(np.float64), h, scales.view(np.float16).astype(np.float64) * 2.0**UNIT)
     found = stored(values, scales, columns)
@@ -59,7 +63,7 @@ def test_no_row_is_worse_than_plain(tokens: int, columns: int) -> None:
     x, w = inputs(tokens, columns).astype(np.float64), np.random.default_rng(2).standard_normal((40, columns))
     w = w.astype(np.float32)
     feedback = Feedback((x.T @ x).astype(np.float32))
-    found = stored(*feedback(w, UNIT)[:2], columns)
+    found = stored(*feedback.quantize_rows(w, UNIT)[:2], columns)
     plain = stored(*quantize_rows(w, UNIT)[:2], columns)
     ours, theirs = (np.square((w - q) @ x.T).sum(axis=1) for q in (found, plain))
     assert (ours <= theirs * 1.01).all()
@@ -71,10 +75,10 @@ def test_no_row_is_worse_than_plain(tokens: int, columns: int) -> None:
 
 def test_a_column_that_is_never_used_keeps_its_weights() -> None:
     x, w = inputs(2000, 64), np.random.default_rng(3).standard_normal((16, 64)).astype(np.float32)
-    found = stored(*Feedback(x.T @ x)(w, UNIT)[:2], 64)
+    found = stored(*Feedback(x.T @ x).quantize_rows(w, UNIT)[:2], 64)
     assert np.abs(found[:, 5] - w[:, 5]).max() < 0.03
     nothing = Feedback(np.zeros((64, 64), np.float32))
-    assert np.abs(stored(*nothing(w, UNIT)[:2], 64) - w).max() < 0.03
+    assert np.abs(stored(*nothing.quantize_rows(w, UNIT)[:2], 64) - w).max() < 0.03
     assert nothing.effect == 0
 
 
@@ -86,3 +90,27 @@ def test_a_factor_is_upper_triangular(size: int) -> None:
     factorize(root)
     root = np.triu(root)
     np.testing.assert_allclose(root @ root.T, h, rtol=1e-9, atol=1e-9 * np.abs(h).max())
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+@pytest.mark.parametrize(("tokens", "columns"), [(2000, 70), (40, 300)])
+def test_no_packed_row_is_worse_than_plain(bits: int, tokens: int, columns: int) -> None:
+    x, w = inputs(tokens, columns).astype(np.float64), np.random.default_rng(4).standard_normal((40, columns))
+    w = w.astype(np.float32)
+    w[3] = 0
+    levels = np.array(LEVELS[bits], np.float64)
+
+    def packed(codes: Any, scales: Any, rows: Any, squares: float) -> Floats:
+        by = np.repeat(scales.astype(np.float64) * rows[:, None], 32, axis=1)
+        stored: Floats = (levels[codes] * by)[:, :columns]
+        assert squares == pytest.approx(np.square(stored - w).sum(), rel=1e-4)
+        return stored
+
+    feedback = Feedback((x.T @ x).astype(np.float32))
+    found, plain = packed(*feedback.pack_rows(w, bits)), packed(*pack_rows(w, bits))
+    ours, theirs = (np.square((w - q) @ x.T).sum(axis=1) for q in (found, plain))
+    assert (ours <= theirs * 1.01).all()
+    assert ours.sum() < 0.75 * theirs.sum()
+    assert (found[3] == 0).all()
+    outputs = np.square(w.astype(np.float64) @ x.T).sum()
+    assert feedback.effect == pytest.approx(np.sqrt(ours.sum() / outputs), rel=0.02)
