@@ -180,7 +180,9 @@ def throughput(model: str, clients: int, tokens: int) -> None:
 def turns(model: str, tokens: int) -> None:
     async def first_token(port: int, messages: list[dict[str, str]]) -> tuple[float, str, int]:
         start, text, known, first = time.perf_counter(), "", 0, 0.0
-        body = {"messages": messages, "max_tokens": 32, "seed": 1, "think": False}
+        # a trained model spells its answers as its tokenizer does, and so does the grammar where weights are random
+        said = 'start: "The little dog ran home to the old house by the river, and there it found a ball."'
+        body = {"messages": messages, "max_tokens": 32, "seed": 1, "think": False, "grammar": said}
         async for event in ask(port, "/v1/chat/completions", body):
             for choice in event["choices"]:
                 if choice["delta"].get("content"):
@@ -188,7 +190,7 @@ def turns(model: str, tokens: int) -> None:
                     text += choice["delta"]["content"]
             if event.get("usage"):
                 known = event["usage"]["prompt_tokens_details"]["cached_tokens"]
-        return first, text or "Yes.", known
+        return first, text, known
 
     for options, says in (((), "with"), (("--cache", "0"), "without")):
         with server(model, *options) as at:
