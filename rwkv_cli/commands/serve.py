@@ -132,8 +132,8 @@ def command(
         note,
     )
     at = f"[{host}]" if ":" in host else host
-    note(f"Serving {', '.join(hosted)} at http://{at}:{listening.getsockname()[1]}/v1 (Ctrl-C stops).")
-    serve(inside, listening, grace)
+    said = f"Serving {', '.join(hosted)} at http://{at}:{listening.getsockname()[1]}/v1 (Ctrl-C stops)."
+    serve(inside, listening, grace, lambda: note(said))
 
 
 def _is_loopback(host: str) -> bool:

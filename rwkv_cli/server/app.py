@@ -4,7 +4,7 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -63,12 +63,19 @@ def bind(address: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """A server that ends at once on Ctrl-C, and on SIGTERM when what it has begun is done."""
 
+    on_start: Callable[[], object] = staticmethod(lambda: None)
+    """What is called once requests are answered and signals are heard."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_start()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         self.force_exit = self.force_exit or sig == signal.SIGINT
 
 
-def make_server(host: Host, grace: int) -> uvicorn.Server:
+def make_server(host: Host, grace: int) -> _Server:
     """Make the server of a host. After SIGTERM, what was begun has `grace` seconds to end."""
     return _Server(
         uvicorn.Config(
@@ -85,10 +92,12 @@ def make_server(host: Host, grace: int) -> uvicorn.Server:
     )
 
 
-def serve(host: Host, listening: socket.socket, grace: int) -> None:
-    """Answer requests until a signal comes."""
+def serve(host: Host, listening: socket.socket, grace: int, on_start: Callable[[], object]) -> None:
+    """Answer requests until a signal comes. `on_start` is called when a signal ends this in good order."""
+    server = make_server(host, grace)
+    server.on_start = on_start
     with _signals_once():
-        make_server(host, grace).run(sockets=[listening])
+        server.run(sockets=[listening])
     host.scheduler.close(0)
 
 
