@@ -1,4 +1,4 @@
-"""y[T, N] = x[T, K] · wᵀ for weights in int8 (tiles or columns) and float. The layouts are in docs/format.md.
+"""y[T, N] = x[T, K] · wᵀ for weights in int8 tiles and in float. The layouts are in docs/format.md.
 
 int8: x is rounded (see `rounding`), and sums are exact integers. One token or many, VNNI or portable: the numbers are
 the same but for float32 rounding.
@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rwkv_cli.kernels.cpu.args import F32, F32_2, I8_3, U16_2, U16_3, U32_2, Address, Int, unpack
+from rwkv_cli.kernels.cpu.args import F32, F32_2, U16_2, U32_2, Address, Int, unpack
 from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.elementwise import activate, address_of, span, widen
 from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP, LevelGroup, WeightGroup, group_step
-from rwkv_cli.kernels.cpu.llvm.levels import CACHE_LINE, interleave, prefetch
+from rwkv_cli.kernels.cpu.llvm.levels import CACHE_LINE, prefetch
 from rwkv_cli.kernels.cpu.rounding import LEVEL_BYTES, VNNI
 from rwkv_cli.numbers import GROUP
 
-_STRIPS, _TOKENS = (2, 6) if VNNI else (1, 2)
-"""Strips and tokens whose sums fit into registers together."""
+_STRIPS = 2 if VNNI else 1
+_MANY, _SOME, _TWO = 6, 4, 2
+"""Strips and tokens that are multiplied together. The sums of the most fit into registers."""
 GROUP_BYTES = STRIP * GROUP
 """A strip's weights in one group of 32 columns."""
 _SCALE_BYTES = STRIP * 2
@@ -78,6 +79,12 @@ class Ending(NamedTuple):
 
 
 @function()
+def _together(tokens):
+    """How many of some tokens are multiplied together."""
+    return _MANY if tokens >= _MANY else _SOME if tokens >= _SOME else _TWO if tokens >= _TWO else 1
+
+
+@function()
 def start(sums, y, bias, add):
     """sums = y if `add`, else the bias if there is one, else 0."""
     for i in range(len(sums)):
@@ -89,7 +96,8 @@ def start(sums, y, bias, add):
 
 def multiplier(halves: bool) -> Any:
     """The function that multiplies by strips whose scales are float16 if they are `halves`, and float32 if not."""
-    block, single = group_step(_STRIPS, _TOKENS, VNNI, halves), group_step(1, 1, VNNI, halves)
+    many, some, two = (group_step(_STRIPS, tokens, VNNI, halves) for tokens in (_MANY, _SOME, _TWO))
+    single = group_step(1, 1, VNNI, halves)
     scale_bytes = _SCALE_BYTES if halves else 2 * _SCALE_BYTES
 
     @function(FIXED_ORDER)
@@ -97,10 +105,10 @@ def multiplier(halves: bool) -> Any:
         """The product of x (Activations) and w (Strips) to some columns of y [T, N]; bias [1, N] or none."""
         G, T = w.groups, x.tokens
         w_strip, scale_strip = G * GROUP_BYTES, G * scale_bytes
-        level_token, row = G * LEVEL_BYTES, G * 4
-        sums = np.zeros((_TOKENS, _STRIPS * STRIP), np.float32)
+        level_token, row, y_row = G * LEVEL_BYTES, G * 4, _STRIPS * STRIP * 4
+        sums = np.zeros((_MANY, _STRIPS * STRIP), np.float32)
         flat, out = sums.reshape(-1), address_of(sums)
-        together = max(_TOKENS, _BLOCK_BYTES // level_token // _TOKENS * _TOKENS)
+        together = max(_MANY, _BLOCK_BYTES // level_token // _MANY * _MANY)
         for begin in range(0, T, together):
             stop = min(begin + together, T)
             for strip in range(0, w.strips, _STRIPS):
@@ -109,20 +117,23 @@ def multiplier(halves: bool) -> Any:
                 first_bias = bias[0, here] if len(bias) else y[0, :0]
                 t = begin
                 while t < stop:
-                    tokens = _TOKENS if t + _TOKENS <= stop and strips == _STRIPS else 1
+                    tokens = _together(stop - t) if strips == _STRIPS else 1
                     for i in range(tokens):
                         start(sums[i, : strips * STRIP], y[t + i, here], first_bias, ending.add)
                     values, scales = w.values + strip * w_strip, w.scales + strip * scale_strip
                     levels, factors, offsets = x.levels + t * level_token, x.factors + t * row, x.offsets + t * row
-                    if tokens == _TOKENS:
-                        for g in range(G):
-                            weights = WeightGroup(
-                                values + g * GROUP_BYTES, w_strip, scales + g * scale_bytes, scale_strip, w.unit
-                            )
-                            group = LevelGroup(
-                                levels + g * LEVEL_BYTES, level_token, factors + g * 4, offsets + g * 4, row
-                            )
-                            block(weights, group, out, _STRIPS * STRIP * 4)
+                    if tokens > 1:
+                        for _ in range(G):
+                            weights = WeightGroup(values, w_strip, scales, scale_strip, w.unit)
+                            group = LevelGroup(levels, level_token, factors, offsets, row)
+                            if tokens == _MANY:
+                                many(weights, group, out, y_row)
+                            elif tokens == _SOME:
+                                some(weights, group, out, y_row)
+                            else:
+                                two(weights, group, out, y_row)
+                            values, scales = values + GROUP_BYTES, scales + scale_bytes
+                            levels, factors, offsets = levels + LEVEL_BYTES, factors + 4, offsets + 4
                     else:
                         for s in range(strips):
                             for g in range(G):
@@ -145,7 +156,7 @@ def multiplier(halves: bool) -> Any:
     return multiply
 
 
-_multiply = multiplier(halves=True)
+multiply = multiplier(halves=True)
 
 
 @kernel(TilesArgs, FIXED_ORDER)
@@ -156,49 +167,7 @@ def tiles(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     values, scales = a.values + first * a.groups * GROUP_BYTES, a.scales + first * a.groups * _SCALE_BYTES
     w = Strips(values, scales, last - first, a.groups, a.unit)
     x = Activations(a.levels, a.factors, a.offsets, a.tokens)
-    _multiply(w, x, a.y, a.bias, Ending(first * STRIP, a.add, a.activation))
-
-
-class ColumnsArgs(NamedTuple):
-    """values [B, K, W], scales [B, K/32, W]; y [T, B·W]."""
-
-    values: I8_3
-    scales: U16_3
-    unit: F32
-    levels: Address
-    factors: Address
-    offsets: Address
-    tokens: Int
-    y: F32_2
-    add: Int
-
-
-@kernel(ColumnsArgs, FIXED_ORDER)
-def columns(args: int, part: int, parts: int) -> None:  # noqa: ARG001
-    """y = x · wᵀ, or y += x · wᵀ with `add`.
-
-    A part is two strips of 16 outputs, or one where W is no more. They are put into tile order once and serve all
-    tokens.
-    """
-    a = unpack(args, ColumnsArgs)
-    values, scales = a.values, a.scales
-    K, W, G = values.shape[1], values.shape[2], scales.shape[1]
-    strips = min(2, W // STRIP)
-    width = strips * STRIP
-    b, start = part * width // W, part * width % W
-    tile, scale = np.empty((strips, G * GROUP_BYTES), np.int8), np.empty((strips, G, STRIP), np.uint16)
-    for s in range(strips):
-        source = address_of(values) + b * K * W + start + s * STRIP
-        for k in range(0, K, 4):
-            interleave(source + k * W, W, address_of(tile) + s * G * GROUP_BYTES + k * STRIP)
-        for g in range(G):
-            for i in range(STRIP):
-                scale[s, g, i] = scales[b, g, start + s * STRIP + i]
-    w = Strips(address_of(tile), address_of(scale), strips, G, a.unit)
-    x = Activations(a.levels, a.factors, a.offsets, a.tokens)
-    _multiply(w, x, a.y, a.y[:0], Ending(b * W + start, a.add, 0))
-    # these must live until here, and their addresses alone do not keep them
-    tile[0, 0], scale[0, 0, 0] = 0, 0
+    multiply(w, x, a.y, a.bias, Ending(first * STRIP, a.add, a.activation))
 
 
 class FloatsArgs(NamedTuple):

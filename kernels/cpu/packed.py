@@ -1,19 +1,21 @@
 """y[T, N] = x[T, K] · wᵀ for weights in codes of 4, 5 or 6 bits. The layouts are in docs/format.md.
 
-x is rounded as for int8. One token takes codes as they are read. Many tokens take two strips of 16 outputs that were
-turned into int8 tiles before. The numbers are the same.
+x is rounded as for int8. One token takes codes as they are read, and so do a few in columns. Many take two strips of 16
+outputs that were turned into int8 tiles before. The numbers are the same bits.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_cli.kernels.cpu.args import F32_1, F32_2, I8_2, I8_3, I16_2, I64_1, I64_2, U8_3, Address, Int, unpack
-from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, kernel
+from rwkv_cli.kernels.cpu.args import F32_1, F32_2, I8_2, I8_3, I16_3, I64_1, I64_2, U8_3, Address, Int, unpack
+from rwkv_cli.kernels.cpu.columns import FEW, MOST
+from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.elementwise import activate, address_of, span
 from rwkv_cli.kernels.cpu.llvm.codes import (
     CodeGroup,
     CodeRows,
+    code_pair_step,
     code_rows_step,
     code_step,
     expand_columns,
@@ -27,6 +29,8 @@ from rwkv_cli.numbers import GROUP, LEVELS
 
 BLOCK = 128
 """Outputs of a block of columns."""
+PAIRS = BLOCK // (2 * STRIP)
+"""Pairs of strips in a block."""
 _FAR = 2048
 """How many bytes ahead the product of one token asks for."""
 _AHEAD = 1
@@ -35,6 +39,7 @@ _BITS = (4, 5, 6)
 
 _one4, _one5, _one6 = (code_step(bits, VNNI) for bits in _BITS)
 _rows4, _rows5, _rows6 = (code_rows_step(bits, VNNI) for bits in _BITS)
+_pair4, _pair5, _pair6 = (code_pair_step(bits, VNNI, FEW) for bits in _BITS)
 _tile4, _tile5, _tile6 = map(expand_tile, _BITS)
 _columns4, _columns5, _columns6 = map(expand_columns, _BITS)
 _multiply = multiplier(halves=False)
@@ -42,9 +47,9 @@ _LEVELS4, _LEVELS5, _LEVELS6 = (np.array(LEVELS[bits], np.float32) for bits in _
 
 
 class CodesArgs(NamedTuple):
-    """Weights as tiles [S, G, 64·bits] or columns [B, K, 16·bits], and scales [S or B, G, 16 or 128]; rows, as many.
+    """Weights as tiles [S, G, 64·bits], scales [S, G, 16], rows [S, 16]; levels, factors and offsets of x.
 
-    levels, factors and offsets of x; y [T, N padded]; bias [1, N] or none. A part is `strips_per_part` strips.
+    y [T, N padded]; bias [1, N] or none. A part is `strips_per_part` strips.
     """
 
     bits: Int
@@ -98,101 +103,157 @@ def tiles_one(args: int, part: int, parts: int) -> None:  # noqa: ARG001
 
 
 @kernel(CodesArgs, FIXED_ORDER)
-def expanded(args: int, part: int, parts: int) -> None:  # noqa: ARG001
-    """`tiles_one` for any number of tokens, and for columns as well. Two strips at a time are turned into tiles."""
+def tiles_many(args: int, part: int, parts: int) -> None:  # noqa: ARG001
+    """`tiles_one` for any number of tokens. Two strips at a time are turned into int8 tiles."""
     a = unpack(args, CodesArgs)
-    bits, W, G = a.bits, a.scales.shape[2], a.scales.shape[1]
+    bits, G = a.bits, a.scales.shape[1]
     bytes_, tile_bytes = a.values.shape[2], G * GROUP_BYTES
-    first, last = part * a.strips_per_part, min((part + 1) * a.strips_per_part, len(a.scales) * W // STRIP)
+    first, last = part * a.strips_per_part, min((part + 1) * a.strips_per_part, len(a.scales))
     tile, scale = np.empty((2, tile_bytes), np.int8), np.empty((2, G, STRIP), np.float32)
     x = Activations(a.levels, a.factors, a.offsets, a.tokens)
     for s in range(first, last, 2):
         strips = min(2, last - s)
-        b, row = s * STRIP // W, s * STRIP % W
-        source = address_of(a.values) + b * a.values.shape[1] * bytes_
-        if W == BLOCK:
-            for k in range(0, G * GROUP, 4):
-                to = address_of(tile) + k * STRIP
-                if bits == 4:
-                    _columns4(source + k * bytes_, bytes_, row // 32, to, tile_bytes)
-                elif bits == 5:
-                    _columns5(source + k * bytes_, bytes_, row // 32, to, tile_bytes)
-                else:
-                    _columns6(source + k * bytes_, bytes_, row // 32, to, tile_bytes)
-        else:
-            for i in range(strips * G):
-                at, to = source + i * bytes_, address_of(tile) + i * GROUP_BYTES
-                if bits == 4:
-                    _tile4(at, to)
-                elif bits == 5:
-                    _tile5(at, to)
-                else:
-                    _tile6(at, to)
+        source = address_of(a.values) + s * G * bytes_
+        for i in range(strips * G):
+            at, to = source + i * bytes_, address_of(tile) + i * GROUP_BYTES
+            if bits == 4:
+                _tile4(at, to)
+            elif bits == 5:
+                _tile5(at, to)
+            else:
+                _tile6(at, to)
         for i in range(strips):
-            b, row = (s + i) * STRIP // W, (s + i) * STRIP % W
             for g in range(G):
                 for j in range(STRIP):
-                    scale[i, g, j] = np.float32(a.scales[b, g, row + j]) * a.rows[b, row + j]
+                    scale[i, g, j] = np.float32(a.scales[s + i, g, j]) * a.rows[s + i, j]
         w = Strips(address_of(tile), address_of(scale), strips, G, 0.0)
         _multiply(w, x, a.y, a.bias, Ending(s * STRIP, a.add, a.activation))
     # these must live until here, and their addresses alone do not keep them
     tile[0, 0], scale[0, 0, 0] = 0, 0
 
 
-class SparseCodesArgs(NamedTuple):
-    """values [B, K, 16·bits], scales [B, K/32, 128], rows [B, 128]; the columns to read as `sparse.find_nonzero` lists
-    them; factors [1, K/32]; y [1, B·128]. A part is a block."""
+class CodeColumnsArgs(NamedTuple):
+    """values [B, K, 16·bits], scales [B, K/32, 128], rows [B, 128]; the rest as in `columns.ColumnsArgs`.
+
+    A part is `pairs` pairs of strips.
+    """
 
     bits: Int
     values: U8_3
     scales: I8_3
-    rows: F32_2
-    columns: I64_2
-    nonzero: I16_2
-    count: I64_1
+    by_row: F32_2
+    levels: Address
     factors: F32_2
+    offsets: Address
+    tokens: Int
+    rows: I64_2
+    nonzero: I16_3
+    count: I64_1
     y: F32_2
     add: Int
+    pairs: Int
 
 
-@kernel(SparseCodesArgs, FIXED_ORDER)
-def sparse_codes(args: int, part: int, parts: int) -> None:  # noqa: ARG001
-    """`expanded` of columns for one token: reads only the columns whose input is not zero."""
-    a = unpack(args, SparseCodesArgs)
-    bits, columns, count, stride = a.bits, a.columns, a.count, a.values.shape[2]
-    G = a.scales.shape[1]
-    here = part * BLOCK
-    total = np.empty(BLOCK, np.float32)
-    for i in range(BLOCK):
-        total[i] = a.y[0, here + i] if a.add else np.float32(0)
-    values, scales = address_of(a.values) + part * a.values.shape[1] * stride, address_of(a.scales) + part * G * BLOCK
-    rows, out = address_of(a.rows) + here * 4, address_of(total)
+@kernel(CodeColumnsArgs, FIXED_ORDER)
+def columns(args: int, part: int, parts: int) -> None:  # noqa: ARG001
+    """y = x · wᵀ, or y += x · wᵀ with `add`."""
+    a = unpack(args, CodeColumnsArgs)
+    first = part * a.pairs
+    if a.tokens <= a.nonzero.shape[1]:
+        _few(a, first // PAIRS, first % PAIRS)
+    else:
+        for pair in range(first, first + a.pairs):
+            _many(a, pair // PAIRS, pair % PAIRS)
+
+
+@function(FIXED_ORDER)
+def _many(a, b, pair):
+    """The product with two strips of block b. They are turned into tiles, which serve all tokens."""
+    bits, G, stride, tile_bytes = a.bits, a.scales.shape[1], a.values.shape[2], a.scales.shape[1] * GROUP_BYTES
+    tile, scale = np.empty((2, tile_bytes), np.int8), np.empty((2, G, STRIP), np.float32)
+    source, to = address_of(a.values) + b * a.values.shape[1] * stride, address_of(tile)
+    for _ in range(0, G * GROUP, 4):
+        if bits == 4:
+            _columns4(source, stride, pair, to, tile_bytes)
+        elif bits == 5:
+            _columns5(source, stride, pair, to, tile_bytes)
+        else:
+            _columns6(source, stride, pair, to, tile_bytes)
+        source, to = source + 4 * stride, to + 4 * STRIP
+    for i in range(2):
+        for g in range(G):
+            for j in range(STRIP):
+                row = (2 * pair + i) * STRIP + j
+                scale[i, g, j] = np.float32(a.scales[b, g, row]) * a.by_row[b, row]
+    w = Strips(address_of(tile), address_of(scale), 2, G, 0.0)
+    x = Activations(a.levels, address_of(a.factors), a.offsets, a.tokens)
+    _multiply(w, x, a.y, a.y[:0], Ending(b * BLOCK + 2 * pair * STRIP, a.add, 0))
+    # these must live until here, and their addresses alone do not keep them
+    tile[0, 0], scale[0, 0, 0] = 0, 0
+
+
+@function(FIXED_ORDER)
+def _few(a, b, first):
+    """The product with some pairs of strips of block b, from `first` on: reads only the columns that count."""
+    bits, rows, count, stride = a.bits, a.rows, a.count, a.values.shape[2]
+    G, T, room = a.scales.shape[1], a.tokens, a.nonzero.shape[1]
+    together = 1 if T == 1 else FEW
+    total, factor = np.zeros((-(-T // together) * together, BLOCK), np.float32), np.zeros(MOST, np.float32)
+    begin, width = b * BLOCK + first * 2 * STRIP, a.pairs * 2 * STRIP
+    if a.add:
+        for t in range(T):
+            for i in range(width):
+                total[t, first * 2 * STRIP + i] = a.y[t, begin + i]
+    values = address_of(a.values) + b * a.values.shape[1] * stride
     for g in range(G):
         # which columns come is not what a CPU's own prefetcher could guess
         if g + _AHEAD < G:
             for n in range(count[g + _AHEAD]):
                 for i in range(0, stride, CACHE_LINE):
-                    prefetch(values + columns[g + _AHEAD, n] * stride + i)
-        factor = a.factors[0, g]
+                    prefetch(values + rows[g + _AHEAD, n] * stride + i)
+        for t in range(T):
+            factor[t] = a.factors[t, g]
         if count[g] == 0:
             # a factor that is NaN must reach the output though every activation beside it is zero
-            if factor != factor:
-                for i in range(BLOCK):
-                    total[i] = np.nan
+            for t in range(T):
+                if factor[t] != factor[t]:
+                    total[t] = np.nan
             continue
-        numbers, levels = address_of(columns) + g * GROUP * 8, address_of(a.nonzero) + g * GROUP * 2
-        group = CodeRows(values, stride, numbers, levels, count[g], scales + g * BLOCK, rows, out)
-        if bits == 4:
-            _rows4(group, factor)
-        elif bits == 5:
-            _rows5(group, factor)
-        else:
-            _rows6(group, factor)
-    y = a.y[0, here : here + BLOCK]
-    for i in range(BLOCK):
-        y[i] = total[i]
-    # the sums must live until here, and their address alone does not keep them
-    total[0] = 0
+        for t in range(0, T, together):
+            group = CodeRows(
+                values=values,
+                stride=stride,
+                rows=address_of(rows) + g * GROUP * 8,
+                levels=address_of(a.nonzero) + (g * room + t) * GROUP * 2,
+                level_stride=GROUP * 2,
+                length=count[g],
+                scales=address_of(a.scales) + (b * G + g) * BLOCK,
+                by_row=address_of(a.by_row) + b * BLOCK * 4,
+                factors=address_of(factor) + t * 4,
+                factor_stride=4,
+                totals=address_of(total) + t * BLOCK * 4,
+                total_stride=BLOCK * 4,
+            )
+            if together == 1:
+                if bits == 4:
+                    _rows4(group)
+                elif bits == 5:
+                    _rows5(group)
+                else:
+                    _rows6(group)
+            else:
+                for pair in range(first, first + a.pairs):
+                    if bits == 4:
+                        _pair4(group, pair)
+                    elif bits == 5:
+                        _pair5(group, pair)
+                    else:
+                        _pair6(group, pair)
+    for t in range(T):
+        for i in range(width):
+            a.y[t, begin + i] = total[t, first * 2 * STRIP + i]
+    # these must live until here, and their addresses alone do not keep them
+    total[0, 0], factor[0] = 0, 0
 
 
 class EmbedCodesArgs(NamedTuple):

@@ -4,7 +4,7 @@
 - Products of one `Linear` run at the same time, with one barrier after all of them.
 - Bias and activation are taken in the product's own kernel where the weight's rows are whole strips (`_product`).
 - `AddLinear` sums into the residual stream in place where it can.
-- One token reads only the rows of a sparse weight whose input is not zero (`_sparse_product`).
+- A few tokens read only the columns of a sparse weight whose input is not zero (`_sparse_product`).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rwkv_cli.kernels import program as p
-from rwkv_cli.kernels.cpu import elementwise, matmul, packed, rounding, sparse
+from rwkv_cli.kernels.cpu import columns, elementwise, matmul, packed, rounding
 from rwkv_cli.kernels.cpu.args import View
 from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP
 from rwkv_cli.kernels.cpu.lowering import PARTS_A_THREAD, Lowering, by_size
@@ -135,20 +135,14 @@ def _product(low: Lowering, x: View | Rounded, weight: p.Weight, rows: p.Count, 
     assert isinstance(weight, Int8Weight | PackedWeight)
     assert isinstance(x, Rounded)
     padded = _padded_rows(weight)
-    # One token in columns, or int8 ones, have no use for bias and activation in their kernel.
-    ends = not weight.skips_zeros or (isinstance(weight, PackedWeight) and rows.most > 1)
-    # Into place if every output is one of the matrix's own.
-    direct = padded == N and (ends or (ending.bias is None and not ending.activation))
+    # Into place if every output is one of the matrix's own, and the kernel has a use for bias and activation.
+    direct = padded == N and (not weight.skips_zeros or (ending.bias is None and not ending.activation))
     own = ending if direct else Ending()
     y = low.steps.empty((rows, padded)) if own.onto is None else own.onto
-    if weight.skips_zeros and rows.most == 1:
+    if weight.skips_zeros:
         _sparse_product(low, x, weight, y, own.onto is not None)
     elif isinstance(weight, PackedWeight):
         _packed_product(low, x, weight, y, own)
-    elif weight.skips_zeros:
-        columns = matmul.ColumnsArgs(weight.values, weight.scales, weight.unit, *x, rows, y, own.onto is not None)
-        parts = padded // min(2 * STRIP, weight.values.shape[2])
-        low.steps.add(matmul.columns, columns, Share.fixed(parts, rows), barrier=False)
     else:
         _tiled_product(low, x, weight, y, own)
     return y if direct else _finished(low, y, N, ending)
@@ -205,7 +199,7 @@ def _packed_product(low: Lowering, x: Rounded, weight: PackedWeight, y: View, en
         activation=ending.activation,
         strips_per_part=strips,
     )
-    kernel = packed.tiles_one if rows.most == 1 else packed.expanded
+    kernel = packed.tiles_one if rows.most == 1 else packed.tiles_many
     low.steps.add(kernel, arguments, Share.fixed(-(-S // strips), rows), barrier=False)
 
 
@@ -220,45 +214,55 @@ def _strips_per_part(low: Lowering, rows: p.Count, S: int, strip_bytes: int) -> 
 def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight | PackedWeight, y: View, add: bool) -> None:
     rows = y.shape[0]
     assert isinstance(rows, p.Count)
-    G = -(-weight.shape[1] // GROUP)
-    numbers, nonzero = low.steps.empty((G, GROUP), np.int64), low.steps.empty((G, GROUP), np.int16)
-    count = low.steps.empty((G,), np.int64)
+    one, G = rows.most == 1, -(-weight.shape[1] // GROUP)
+    numbers, count = low.steps.empty((G, GROUP), np.int64), low.steps.empty((G,), np.int64)
+    nonzero = low.steps.empty((G, 1 if one else columns.MOST, GROUP), np.int16)
     bytes_, words = (x.levels, None) if rounding.VNNI else (None, x.levels)
-    find = sparse.NonzeroArgs(bytes_, words, numbers, nonzero, count)
-    low.steps.add(sparse.find_nonzero, find, Share.fixed(min(G, 2 * low.threads), rows))
+    find = columns.NonzeroArgs(bytes_, words, rows, numbers, nonzero, count)
+    low.steps.add(columns.find_nonzero, find, Share.fixed(min(G, 2 * low.threads), rows))
     if isinstance(weight, PackedWeight):
-        codes = packed.SparseCodesArgs(
+        pairs = packed.PAIRS if one else packed.PAIRS // 2
+        codes = packed.CodeColumnsArgs(
             bits=weight.bits,
             values=weight.values,
             scales=weight.scales,
-            rows=weight.rows,
-            columns=numbers,
+            by_row=weight.rows,
+            levels=x.levels,
+            factors=x.factors,
+            offsets=x.offsets,
+            tokens=rows,
+            rows=numbers,
             nonzero=nonzero,
             count=count,
-            factors=x.factors,
             y=y,
             add=add,
+            pairs=pairs,
         )
-        low.steps.add(packed.sparse_codes, codes, Share.fixed(len(weight.values), rows))
+        low.steps.add(
+            packed.columns, codes, Share.fixed(len(weight.values) * packed.PAIRS // pairs, rows), barrier=False
+        )
         return
     # blocks are cut until every thread has as many pieces
     B, _, W = weight.values.shape
-    width = W
+    width = W if one else min(W, _NARROW)
     while B * (W // width) % low.threads and width > _NARROW:
         width //= 2
-    arguments = sparse.SparseArgs(
+    arguments = columns.ColumnsArgs(
         values=weight.values,
         scales=weight.scales,
         unit=weight.unit,
+        levels=x.levels,
+        factors=x.factors,
+        offsets=x.offsets,
+        tokens=rows,
         rows=numbers,
         nonzero=nonzero,
         count=count,
-        factors=x.factors,
         y=y,
         add=add,
         width=width,
     )
-    low.steps.add(sparse.sparse_columns, arguments, Share.fixed(B * (W // width), rows))
+    low.steps.add(columns.columns, arguments, Share.fixed(B * (W // width), rows), barrier=False)
 
 
 def _finished(low: Lowering, y: View, N: int, ending: Ending) -> View:

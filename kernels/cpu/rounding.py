@@ -1,7 +1,7 @@
 """Activations rounded to int16 in the weights' own groups of 32: about 15 bits.
 
-They are `levels` (VNNI: int8 [T, K/32, 2, 32], else int16 [T, K/32, 1, 32]), `factors` and `offsets` [T, K/32]. Byte
-strides follow from the number of groups, so kernels get them as addresses.
+They are `levels` (VNNI: int8 [T, K/32, 2, 32], else int16 [T, K/32, 1, 32] in the order of `levels.IN_FOUR`), `factors`
+and `offsets` [T, K/32]. Byte strides follow from the number of groups, so kernels get them as addresses.
 """
 
 from typing import NamedTuple

@@ -383,7 +383,11 @@ def test_what_a_product_reads_and_adds_to(device: str, N: int, K: int, layout: s
     check(lab.run(total), onto.astype(float) + x.astype(float) @ w.T, 1e-4)
 
 
-@cases("layout, T, N, K", [(layout, 19, 80, 200) for layout in LAYOUTS], [("tile", 3, 17, 70)])
+@cases(
+    "layout, T, N, K",
+    [(layout, T, N, 200) for layout in LAYOUTS for T, N in ((19, 80), (2, 256), (3, 80), (5, 16), (8, 80), (9, 150))],
+    [("tile", 3, 17, 70)],
+)
 def test_one_token_or_many_are_the_same_numbers(device: str, layout: str, T: int, N: int, K: int) -> None:
     """One token alone gets the numbers that it gets among others. On the CPU they are the same bits."""
     stored = quantize(normal(N, K, scale=0.1), layout)

@@ -81,29 +81,9 @@ def expand_columns(bits: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
             e, b = Emitter(builder), builder
             values, stride, pair, tiles, tile_stride = args
-            columns = e.places(values, stride, 4)
-            at = b.mul(pair, I64(16))
-
-            def together(offset: Any) -> Any:
-                """16 bytes of each column, so that a row's four lie side by side."""
-                return e.interleaved([e.load(vector(I8, 16), b.add(column, offset)) for column in columns])
-
-            low = together(at)
-            # the pieces of a pair are known when it runs, so that what depends on them is shifted by a variable
-            if bits == 4:
-                for strip in range(2):
-                    tile = levels_of(e, bits, strip, lambda _: low)
-                    e.store(tile, b.add(tiles, b.mul(tile_stride, I64(strip))))
-                return context.get_dummy_value()
-            which = b.lshr(pair, I64(1)) if bits == 6 else I64(0)
-            high = together(b.add(I64(64), b.mul(which, I64(16))))
-            # brought to where piece 0 and 1 have their bits
-            by = b.mul(b.and_(pair, I64(1)), I64(4)) if bits == 6 else b.mul(pair, I64(2))
-            words = b.bitcast(high, vector(I16, 32))
-            high = b.bitcast(b.lshr(words, e.splat(b.trunc(by, I16), 32)), high.type)
+            slices = _pair_slices(e, bits, e.places(values, stride, 4), pair)
             for strip in range(2):
-                tile = levels_of(e, bits, strip, lambda slice_: high if slice_ >= 4 else low)
-                e.store(tile, b.add(tiles, b.mul(tile_stride, I64(strip))))
+                e.store(levels_of(e, bits, strip, slices), b.add(tiles, b.mul(tile_stride, I64(strip))))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate
@@ -143,12 +123,10 @@ def code_step(bits: int, vnni: bool) -> Any:
                     low = e.call("llvm.x86.avx512.vpdpbusd.512", wide, low, tile, planes[1])
                 sums = b.add(b.shl(high, e.constant(I32(8), 16)), low)
             else:
-                pairs = ir.Constant(vector(I32, 32), None)
+                sums = ir.Constant(wide, None)
                 for piece in range(PIECES):
-                    tile = e.widen(levels_of(e, bits, piece, slices), I16)
-                    fours = b.bitcast(e.splat(e.load(I64, a.levels, 8 * piece), 16), vector(I16, 64))
-                    pairs = b.add(pairs, e.pairs(tile, fours))
-                sums = b.add(e.lanes(pairs, range(0, 32, 2)), e.lanes(pairs, range(1, 32, 2)))
+                    tile = e.even_and_odd(levels_of(e, bits, piece, slices))
+                    sums = b.add(sums, e.fours(tile, a.levels, 8 * piece))
             scales = b.fmul(e.bytes_as_floats(w.scales), e.load(vector(F32, 16), w.rows))
             e.add_product(y, sums, b.fmul(scales, e.splat(e.load(F32, a.factors), 16)))
             return context.get_dummy_value()
@@ -159,43 +137,45 @@ def code_step(bits: int, vnni: bool) -> Any:
 
 
 class CodeRows(NamedTuple):
-    """Some columns of a group of 32, of 128 rows, and where they go: int64 addresses, and a stride in bytes."""
+    """Some columns of a group of 32, of a block of 128 rows, and where they go: int64 addresses, strides in bytes."""
 
     values: int
     """The codes of column 0."""
     stride: int
     """From one column to the next."""
-    columns: int
+    rows: int
     """int64, the columns' numbers."""
     levels: int
     """int16, one a column."""
+    level_stride: int
+    """From one token to the next."""
     length: int
     """How many columns: an even number above 0."""
     scales: int
-    """int8 [128]."""
-    rows: int
-    """float32 [128]."""
+    """int8, one a row of the block."""
+    by_row: int
+    """float32, one a row of the block."""
+    factors: int
+    """float32, one a token, `factor_stride` apart."""
+    factor_stride: int
     totals: int
-    """float32 [128]."""
+    """float32, one a row of the block; `total_stride` leads to the next token."""
+    total_stride: int
 
 
 def code_rows_step(bits: int, vnni: bool) -> Any:
-    """step(CodeRows, factor): total[i] += (Σ_n level[columns[n], i] · levels[n]) · (scale[i] · row[i]) · factor.
+    """step(CodeRows): total[i] += (Σ_n level[columns[n], i] · levels[n]) · (scale[i] · row[i]) · factor, one token.
 
-    i runs over 128 rows. It is `int8_dot.rows_step` of codes.
+    i runs over all 128 rows of the block. It is `int8_dot.rows_step` of codes.
     """
 
     @intrinsic
-    def step(typingctx, group, factor):  # noqa: ARG001
+    def step(typingctx, group):  # noqa: ARG001
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-            e, b, wide = Emitter(builder), builder, vector(I32, 16)
-            g, factor = e.record(CodeRows, args[0]), args[1]
+            e, g = Emitter(builder), Emitter(builder).record(CodeRows, args[0])
 
             def two_columns(n: Any, sums: list[Any]) -> list[Any]:
-                numbers = b.add(g.columns, b.mul(n, I64(8)))
-                places = [b.add(g.values, b.mul(e.load(I64, numbers, 8 * i), g.stride)) for i in range(2)]
-                pair = e.load(I32, b.add(g.levels, b.mul(n, I64(2))))
-                levels = b.bitcast(e.splat(pair, 16), vector(I16, 32))
+                places, (levels,) = e.two_rows(g, n, g.values), e.level_pairs(g, n, 1)
                 loaded: dict[int, Any] = {}
 
                 def slices(slice_: int) -> Any:
@@ -203,24 +183,73 @@ def code_rows_step(bits: int, vnni: bool) -> Any:
                         loaded[slice_] = e.interleaved([e.load(vector(I8, 16), place, 16 * slice_) for place in places])
                     return loaded[slice_]
 
-                new = []
-                for piece, total in enumerate(sums):
-                    values = e.widen(levels_of(e, bits, piece, slices), I16)
-                    if vnni:
-                        operands = b.bitcast(values, wide), b.bitcast(levels, wide)
-                        new.append(e.call("llvm.x86.avx512.vpdpwssd.512", wide, total, *operands))
-                    else:
-                        new.append(b.add(total, e.pairs(values, levels)))
-                return new
+                return [
+                    e.add_pairs(total, e.widen(levels_of(e, bits, piece, slices), I16), levels, vnni)
+                    for piece, total in enumerate(sums)
+                ]
 
-            sums = e.loop(I64(0), g.length, 2, [ir.Constant(wide, None)] * PIECES, two_columns)
-            by = e.splat(factor, 16)
-            for i, value in enumerate(sums):
-                rows = e.load(vector(F32, 16), b.add(g.rows, I64(64 * i)))
-                scales = b.fmul(e.bytes_as_floats(b.add(g.scales, I64(16 * i))), rows)
-                e.add_product(b.add(g.totals, I64(64 * i)), value, b.fmul(scales, by))
+            zero = ir.Constant(vector(I32, 16), None)
+            sums = e.loop(I64(0), g.length, 2, [zero] * PIECES, two_columns)
+            scales = [_row_scales(e, g, I64(16 * i)) for i in range(PIECES)]
+            e.add_rows(g, 1, {(0, i): value for i, value in enumerate(sums)}, scales)
             return context.get_dummy_value()
 
-        return types.void(group, types.float32), generate
+        return types.void(group), generate
 
     return step
+
+
+def code_pair_step(bits: int, vnni: bool, tokens: int) -> Any:
+    """step(CodeRows, pair): `code_rows_step` for some tokens and the 32 rows of strips 2·pair and 2·pair + 1 alone."""
+
+    @intrinsic
+    def step(typingctx, group, pair):  # noqa: ARG001
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            e, b = Emitter(builder), builder
+            g, pair = e.record(CodeRows, args[0]), args[1]
+            keys = [(t, i) for i in range(2) for t in range(tokens)]
+
+            def two_columns(n: Any, sums: list[Any]) -> list[Any]:
+                slices = _pair_slices(e, bits, e.two_rows(g, n, g.values), pair)
+                levels = e.level_pairs(g, n, tokens)
+                values = [e.widen(levels_of(e, bits, i, slices), I16) for i in range(2)]
+                return [
+                    e.add_pairs(total, values[i], levels[t], vnni) for total, (t, i) in zip(sums, keys, strict=True)
+                ]
+
+            zero = ir.Constant(vector(I32, 16), None)
+            sums = e.loop(I64(0), g.length, 2, [zero] * len(keys), two_columns)
+            first = b.mul(pair, I64(32))
+            scales = [_row_scales(e, g, b.add(first, I64(16 * i))) for i in range(2)]
+            here = g._replace(totals=b.add(g.totals, b.mul(first, I64(4))))
+            e.add_rows(here, tokens, dict(zip(keys, sums, strict=True)), scales)
+            return context.get_dummy_value()
+
+        return types.void(group, types.int64), generate
+
+    return step
+
+
+def _row_scales(e: Emitter, group: CodeRows, row: Any) -> Any:
+    """scale · factor of 16 rows of a block from `row` on."""
+    by_row = e.load(vector(F32, 16), e.b.add(group.by_row, e.b.mul(row, I64(4))))
+    return e.b.fmul(e.bytes_as_floats(e.b.add(group.scales, row)), by_row)
+
+
+def _pair_slices(e: Emitter, bits: int, columns: list[Any], pair: Any) -> Slices:
+    """The slices of some columns, interleaved, so that pieces 0 and 1 are those of strips 2·pair and 2·pair + 1."""
+    b = e.b
+
+    def together(offset: Any) -> Any:
+        return e.interleaved([e.load(vector(I8, 16), b.add(column, offset)) for column in columns])
+
+    low = together(b.mul(pair, I64(16)))
+    if bits == 4:
+        return lambda _: low
+    # which pieces they are is known when it runs, so their upper bits are brought to where pieces 0 and 1 have theirs
+    slice_ = b.lshr(pair, I64(1)) if bits == 6 else I64(0)
+    by = b.mul(b.and_(pair, I64(1)), I64(4)) if bits == 6 else b.mul(pair, I64(2))
+    high = together(b.add(I64(64), b.mul(slice_, I64(16))))
+    words = b.bitcast(high, vector(I16, high.type.count // 2))
+    high = b.bitcast(b.lshr(words, e.splat(b.trunc(by, I16), words.type.count)), high.type)
+    return lambda slice_: high if slice_ >= 4 else low

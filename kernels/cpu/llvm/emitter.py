@@ -81,6 +81,22 @@ class Emitter:
         ]
         return self.joined(*parts)
 
+    def even_and_odd(self, quads: Any) -> tuple[Any, Any]:
+        """Int8 in fours, as int16 pairs of the first and third of each, and of the second and fourth."""
+        words = self.b.bitcast(quads, vector(I16, quads.type.count // 2))
+        by = self.constant(I16(8), words.type.count)
+        return self.b.ashr(self.b.shl(words, by), by), self.b.ashr(words, by)
+
+    def fours(self, weights: tuple[Any, Any], levels: Any, offset: int) -> Any:
+        """The int32 sums of `even_and_odd` weights times four int16 levels, in that order, at an address."""
+        n = weights[0].type.count
+        pairs = (self.load(I32, levels, offset + 4 * i) for i in range(2))
+        products = (
+            self.pairs(words, self.b.bitcast(self.splat(pair, n // 2), words.type))
+            for words, pair in zip(weights, pairs, strict=True)
+        )
+        return self.b.add(*products)
+
     def halves(self, address: Any) -> Any:
         """16 positive float16 as float32, 2**-112 of their value."""
         bits = self.b.zext(self.load(vector(I16, 16), address), vector(I32, 16))
@@ -141,6 +157,32 @@ class Emitter:
         b, floats = self.b, vector(F32, 16)
         product = b.fmul(b.sitofp(sums, floats), scale, flags=("contract",))
         self.store(b.fadd(self.load(floats, address), product, flags=("contract",)), address)
+
+    def two_rows(self, group: Any, n: Any, first: Any) -> list[Any]:
+        """The addresses of rows n and n + 1 of a RowGroup's or a CodeRows' list, where row 0 is at `first`."""
+        numbers = self.b.add(group.rows, self.b.mul(n, I64(8)))
+        return [self.b.add(first, self.b.mul(self.load(I64, numbers, 8 * i), group.stride)) for i in range(2)]
+
+    def level_pairs(self, group: Any, n: Any, tokens: int) -> list[Any]:
+        """The levels of rows n and n + 1 for each token, as int16 pairs in 16 lanes."""
+        at = self.b.add(group.levels, self.b.mul(n, I64(2)))
+        places = self.places(at, group.level_stride, tokens)
+        return [self.b.bitcast(self.splat(self.load(I32, place), 16), vector(I16, 32)) for place in places]
+
+    def add_pairs(self, total: Any, x: Any, y: Any, vnni: bool) -> Any:
+        """total + x[2i] · y[2i] + x[2i + 1] · y[2i + 1] of 32 int16, as int32."""
+        if not vnni:
+            return self.b.add(total, self.pairs(x, y))
+        operands = (self.b.bitcast(value, total.type) for value in (x, y))
+        return self.call("llvm.x86.avx512.vpdpwssd.512", total.type, total, *operands)
+
+    def add_rows(self, group: Any, tokens: int, sums: dict[tuple[int, int], Any], scales: list[Any]) -> None:
+        """Add sums[t, i] · (scales[i] · factor of token t) to strip i of each token's totals."""
+        factors = self.places(group.factors, group.factor_stride, tokens)
+        for t, totals in enumerate(self.places(group.totals, group.total_stride, tokens)):
+            by = self.splat(self.load(F32, factors[t]), 16)
+            for i, scale in enumerate(scales):
+                self.add_product(self.b.add(totals, I64(64 * i)), sums[t, i], self.b.fmul(scale, by))
 
     def places(self, base: Any, stride: Any, n: int) -> list[Any]:
         """n addresses, `stride` bytes apart. From 3 on they count from there: a CPU adds a stride once, twice or four

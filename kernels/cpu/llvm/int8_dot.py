@@ -10,7 +10,9 @@ Activations are int16 (quantized to ±32512 in the same groups of 32). Two forms
 - AVX-512 VNNI: `vpdpbusd` multiplies unsigned by signed bytes, so a weight w enters as w + 128 (one xor) and an
   activation as two signed planes, a = 256·high + low: of a group, 32 bytes of one and then 32 of the other.
   `offset[t]` = −128 · Σ_c a[t, c] takes the 128 back out.
-- Portable: both are widened to 16 bits, multiplied and added in pairs (`pmaddwd` on x86; LLVM finds `smlal` on Arm).
+- Portable: both are widened to 16 bits, multiplied and added in pairs (`pmaddwd` on x86; LLVM finds `smlal` on Arm). Of
+  each four weights, the first and the third become one pair, since shifts within 16 bits widen them so. Activations
+  are stored in that order.
 """
 
 from collections.abc import Callable
@@ -90,19 +92,15 @@ def _sums_portable(e: Emitter, w: WeightGroup, strips: int, a: LevelGroup, token
 
     def tile(tiles: Any, levels: Any, sums: list[Any], at: int) -> list[Any]:
         weights = [
-            e.widen(e.load(vector(I8, TILE_BYTES), place, at * TILE_BYTES), I16)
+            e.even_and_odd(e.load(vector(I8, TILE_BYTES), place, at * TILE_BYTES))
             for place in e.places(tiles, w.tile_stride, strips)
         ]
-        fours = [
-            b.bitcast(e.splat(e.load(I64, place, at * 8), 16), vector(I16, 64))
-            for place in e.places(levels, a.level_stride, tokens)
-        ]
-        return [b.add(old, e.pairs(weights[s], fours[t])) for old, (s, t) in zip(sums, keys, strict=True)]
+        places = e.places(levels, a.level_stride, tokens)
+        return [b.add(old, e.fours(weights[s], places[t], at * 8)) for old, (s, t) in zip(sums, keys, strict=True)]
 
-    start = [ir.Constant(vector(I32, 32), None)] * len(keys)
+    start = [ir.Constant(vector(I32, 16), None)] * len(keys)
     sums = _over_tiles(e, (w.tiles, a.levels), 8, start, tile=tile, unroll=strips * tokens == 1)
-    both = dict(zip(keys, sums, strict=True))
-    return {key: b.add(e.lanes(pair, range(0, 32, 2)), e.lanes(pair, range(1, 32, 2))) for key, pair in both.items()}
+    return dict(zip(keys, sums, strict=True))
 
 
 def _over_tiles(
@@ -178,50 +176,52 @@ class RowGroup(NamedTuple):
     """int64, the rows' numbers."""
     levels: int
     """int16, one a row."""
+    level_stride: int
+    """From one token to the next."""
     length: int
     """How many rows: an even number above 0."""
     scales: int
     """float16 bits, one an output."""
+    factors: int
+    """float32, one a token, `factor_stride` apart."""
+    factor_stride: int
     totals: int
-    """float32, one an output."""
+    """float32, one an output; `total_stride` leads to the next token."""
+    total_stride: int
 
 
-def rows_step(vnni: bool, width: int) -> Any:
-    """total[i] += (Σ_n w[rows[n], i] · level[n]) · (scale[i] · unit) · factor for `width` outputs i.
+def rows_step(vnni: bool, width: int, tokens: int) -> Any:
+    """total[t, i] += (Σ_n w[rows[n], i] · level[t, n]) · (scale[i] · unit) · factor[t] for `width` outputs i.
 
-    It is callable as step(RowGroup, factor, unit), both float32 (see `group_step`). Bytes of two rows are interleaved,
-    so that one `vpdpwssd` (or `pmaddwd`) adds both products into an output's lane.
+    It is callable as step(RowGroup, unit), float32 (see `group_step`). Bytes of two rows are interleaved, so that one
+    `vpdpwssd` (or `pmaddwd`) adds both products into an output's lane.
     """
 
     @intrinsic
-    def step(typingctx, rows, factor, unit):  # noqa: ARG001
+    def step(typingctx, rows, unit):  # noqa: ARG001
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-            e, b, wide = Emitter(builder), builder, vector(I32, 16)
-            g, (factor, unit) = e.record(RowGroup, args[0]), args[1:]
+            e, b = Emitter(builder), builder
+            g, unit = e.record(RowGroup, args[0]), args[1]
+            keys = [(t, i) for i in range(width // 16) for t in range(tokens)]
 
             def two_rows(n: Any, sums: list[Any]) -> list[Any]:
-                numbers = b.add(g.rows, b.mul(n, I64(8)))
-                places = [b.add(g.weights, b.mul(e.load(I64, numbers, 8 * i), g.stride)) for i in range(2)]
-                pair = e.load(I32, b.add(g.levels, b.mul(n, I64(2))))
-                levels = b.bitcast(e.splat(pair, 16), vector(I16, 32))
-                new = []
-                for i, total in enumerate(sums):
-                    both = e.interleaved([e.load(vector(I8, 16), place, 16 * i) for place in places])
-                    values = e.widen(both, I16)
-                    if vnni:
-                        operands = b.bitcast(values, wide), b.bitcast(levels, wide)
-                        new.append(e.call("llvm.x86.avx512.vpdpwssd.512", wide, total, *operands))
-                    else:
-                        new.append(b.add(total, e.pairs(values, levels)))
-                return new
+                places = e.two_rows(g, n, g.weights)
+                levels = e.level_pairs(g, n, tokens)
+                values = [
+                    e.widen(e.interleaved([e.load(vector(I8, 16), place, 16 * i) for place in places]), I16)
+                    for i in range(width // 16)
+                ]
+                return [
+                    e.add_pairs(total, values[i], levels[t], vnni) for total, (t, i) in zip(sums, keys, strict=True)
+                ]
 
-            sums = e.loop(I64(0), g.length, 2, [ir.Constant(wide, None)] * (width // 16), two_rows)
-            by, by_unit = e.splat(factor, 16), e.splat(unit, 16)
-            for i, value in enumerate(sums):
-                scales = b.fmul(e.halves(b.add(g.scales, I64(32 * i))), by_unit)
-                e.add_product(b.add(g.totals, I64(64 * i)), value, b.fmul(scales, by))
+            zero = ir.Constant(vector(I32, 16), None)
+            sums = e.loop(I64(0), g.length, 2, [zero] * len(keys), two_rows)
+            by_unit = e.splat(unit, 16)
+            scales = [b.fmul(e.halves(b.add(g.scales, I64(32 * i))), by_unit) for i in range(width // 16)]
+            e.add_rows(g, tokens, dict(zip(keys, sums, strict=True)), scales)
             return context.get_dummy_value()
 
-        return types.void(rows, types.float32, types.float32), generate
+        return types.void(rows, types.float32), generate
 
     return step

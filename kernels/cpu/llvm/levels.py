@@ -12,6 +12,8 @@ from rwkv_cli.kernels.cpu.llvm.emitter import F32, I8, I16, I32, I64, Emitter, v
 
 CACHE_LINE = 64
 """Bytes."""
+IN_FOUR = (0, 2, 1, 3)
+"""The order of each four levels without VNNI (`Emitter.even_and_odd`)."""
 
 
 def _interleave(typingctx, w, stride, tile):  # noqa: ARG001
@@ -53,7 +55,7 @@ class ActivationGroup(NamedTuple):
     """Read, as mix is, if the activations are x + delta · mix."""
     mix: int
     levels: int
-    """int8 [2, 32] for VNNI, else int16 [32]."""
+    """int8 [2, 32] for VNNI, else int16 [32] in the order of `IN_FOUR`."""
     factor: int
     """float32: max|x| / most, or NaN if an activation is not finite."""
     offset: int
@@ -90,7 +92,8 @@ def quantize_step(vnni: bool, most: int, lerp: bool) -> Any:
                 e.store(b.trunc(upper, vector(I8, 32)), at.levels)
                 e.store(b.trunc(q, vector(I8, 32)), b.add(at.levels, I64(32)))
             else:
-                e.store(b.trunc(q, vector(I16, 32)), at.levels)
+                order = ir.Constant(ints, [I32(i & ~3 | IN_FOUR[i & 3]) for i in range(32)])
+                e.store(b.trunc(b.shuffle_vector(q, q, order), vector(I16, 32)), at.levels)
             return context.get_dummy_value()
 
         return types.void(group), generate
