@@ -8,6 +8,7 @@ from lab import Lab, linear, normal, outliers, quantize
 from naive import error_ratio
 
 from rwkv_cli.kernels.cpu import elementwise, rounding
+from rwkv_cli.kernels.cpu.llvm.levels import IN_FOUR
 from rwkv_cli.kernels.cpu.lowering import Lowering
 from rwkv_cli.kernels.cpu.products import round_factor
 from rwkv_cli.kernels.cpu.steps import Share, Steps
@@ -89,7 +90,8 @@ def test_activations_keep_fifteen_bits() -> None:
     runnable.run(2, {"x": x})
     levels, factors, offsets = map(runnable.read, rounded)
     levels = levels.astype(int)
-    total = levels[:, :, 0] * 256 + levels[:, :, 1] if rounding.VNNI else levels[:, :, 0]
+    in_order = [i & ~3 | IN_FOUR[i & 3] for i in range(32)]
+    total = levels[:, :, 0] * 256 + levels[:, :, 1] if rounding.VNNI else levels[:, :, 0, in_order]
     assert np.abs(total).max() == 32512
     np.testing.assert_array_equal(offsets, total.sum(-1) * -128)
     back = (total * factors[:, :, None]).reshape(3, 96)
