@@ -223,10 +223,10 @@ def speed(report: Report, plan: Plan, folder: Path, text: Path | None, simulated
     import rwkv_cli
     from rwkv_cli.kernels.cuda import backend as cuda
 
-    bandwidth, peak = cuda.read_bandwidth(1), cuda.int8_peak(1)
+    bandwidth, peak = cuda.read_bandwidth(1), cuda.product_peak(1)
     report.add("copy bandwidth", bandwidth, f"{bandwidth / 1e9:,.0f} GB/s")
     if peak:
-        report.add("int8 peak", peak, f"{peak / 1e12:,.0f} T multiply-adds/s by mma.sync")
+        report.add("product peak", peak, f"{peak / 1e12:,.0f} T products of 8 × 15 bits/s by mma.sync")
     names = list(plan.sizes)
     for name, (layers, width, ranks) in plan.sizes.items():
         path = folder / f"{name}.safetensors"

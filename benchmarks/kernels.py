@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     o = parser.parse_args()
     D, F = o.width, 4 * o.width
-    bandwidth, peak = limits.read_bandwidth(o.threads), limits.int8_peak(o.threads)
+    bandwidth, peak = limits.read_bandwidth(o.threads), limits.product_peak(o.threads)
     most = f"{peak / 1e9:.0f} GMAC/s" if peak else "not measured"
     print(f"{instructions()} path, {o.threads} threads, memory {bandwidth / 1e9:.1f} GB/s, int8 {most}")
     for name, N, K, layout, nonzero in (

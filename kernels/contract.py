@@ -127,7 +127,7 @@ class Backend(Protocol):
         """The kernels that `compile` would load for a program. There are none where the first run loads them."""
 
     def limit_kernels(self) -> Sequence[Loadable]:
-        """The kernels that `read_bandwidth` and `int8_peak` would load."""
+        """The kernels that `read_bandwidth` and `product_peak` would load."""
 
     def describe(self) -> str:
         """The device in a few words."""
@@ -135,5 +135,6 @@ class Backend(Protocol):
     def read_bandwidth(self, threads: int, rounds: int = 5) -> float:
         """Bytes a second that its memory gives at most, measured. On a GPU this counts what a copy reads and writes."""
 
-    def int8_peak(self, threads: int, rounds: int = 5) -> float | None:
-        """int8 multiply-adds a second that it does at most, measured; None where that is not known."""
+    def product_peak(self, threads: int, rounds: int = 5) -> float | None:
+        """Products of an int8 weight and an activation of 15 bits a second that it does at most, measured; None where
+        that is not known."""

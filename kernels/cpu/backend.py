@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.cpu.limits import int8_peak as int8_peak
 from rwkv_cli.kernels.cpu.limits import limit_kernels as limit_kernels
+from rwkv_cli.kernels.cpu.limits import product_peak as product_peak
 from rwkv_cli.kernels.cpu.limits import read_bandwidth as read_bandwidth
 from rwkv_cli.kernels.cpu.lower import kernels as kernels
 from rwkv_cli.kernels.cpu.lower import lower as compile
@@ -20,11 +20,11 @@ __all__ = [
     "compile",
     "describe",
     "device_array",
-    "int8_peak",
     "keeps_states",
     "kernels",
     "limit_kernels",
     "name",
+    "product_peak",
     "read_bandwidth",
     "vector",
     "weight",

@@ -11,7 +11,7 @@ from rwkv_cli.kernels.cuda.array import DeviceArray
 from rwkv_cli.kernels.cuda.device.compile import SIMULATED
 from rwkv_cli.kernels.cuda.executable import CudaProgram
 from rwkv_cli.kernels.cuda.gpus import found
-from rwkv_cli.kernels.cuda.limits import int8_peak as int8_peak
+from rwkv_cli.kernels.cuda.limits import product_peak as product_peak
 from rwkv_cli.kernels.cuda.limits import read_bandwidth as read_bandwidth
 from rwkv_cli.kernels.cuda.lower import lower
 from rwkv_cli.kernels.cuda.weights import weight as weight
@@ -26,11 +26,11 @@ __all__ = [
     "compile",
     "describe",
     "device_array",
-    "int8_peak",
     "keeps_states",
     "kernels",
     "limit_kernels",
     "name",
+    "product_peak",
     "read_bandwidth",
     "vector",
     "weight",

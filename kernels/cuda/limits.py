@@ -45,8 +45,9 @@ def read_bandwidth(threads: int, rounds: int = 5) -> float:  # noqa: ARG001 - th
     return 2 * _REPEATS * size / best(copy, rounds)
 
 
-def int8_peak(threads: int, rounds: int = 5) -> float | None:  # noqa: ARG001 - they are the CPU's
-    """int8 multiply-adds a second that the tensor cores reach by `mma.sync`; None in the simulator."""
+def product_peak(threads: int, rounds: int = 5) -> float | None:  # noqa: ARG001 - they are the CPU's
+    """Products of an int8 weight and an activation a second that tensor cores reach by `mma.sync`, two int8 products
+    for each; None in the simulator."""
     if SIMULATED:
         return None
     blocks = 8 * multiprocessors()
@@ -56,5 +57,5 @@ def int8_peak(threads: int, rounds: int = 5) -> float | None:  # noqa: ARG001 - 
         multiply.dispatcher[blocks, _THREADS, stream()](out.address, _ROUNDS)
         synchronize()
 
-    one = STRIP * TOKENS * GROUP * 2  # the two planes of a level
+    one = STRIP * TOKENS * GROUP
     return _ROUNDS * _CHAINS * blocks * (_THREADS // 32) * one / best(run, rounds)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rwkv_cli.commands.options import model_options, open_model
+from rwkv_cli.commands.options import ModelWord, model_options, open_model
 from rwkv_cli.terminal.output import columns, progress_bar
 from rwkv_cli.terminal.settings import Whole
 
@@ -50,10 +51,17 @@ if TYPE_CHECKING:
     metavar="N",
     help="Tokens that the model has read before.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option(
+    "--compare",
+    type=ModelWord(),
+    metavar="OTHER",
+    help="Measure another model, or the same one in another format, in turns, and show both side by side.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; with --compare one a model.")
 def command(
     *,
     model: str | None,
+    compare: str | None,
     threads: int | None,
     device: str,
     prompt: int,
@@ -65,12 +73,13 @@ def command(
     """Measure how fast a model reads a prompt and writes text, beside the most that this machine can do.
 
     Writing is limited by memory: each token reads the model once. Reading a prompt is limited by multiplications. Both
-    limits are measured in the same run (multiplications with AVX-512 VNNI or a GPU's tensor cores only), and the share
-    is the part of them that was reached. The tokens are random. A model that fits into the CPU's cache may exceed 100 %
+    limits are measured in the same run (multiplications on x86-64 or a GPU's tensor cores only), and the share is the
+    part of them that was reached. The tokens are random. A model that fits into the CPU's cache may exceed 100 %
     of the memory's speed.
 
     \b
     rwkv bench -m RWKV-x070-World-0.1B.int8.safetensors
+    rwkv bench -m RWKV-x070-World-0.1B.int8.safetensors --compare RWKV-x070-World-0.1B.q4.safetensors
     """
     from rwkv_cli.engine.measuring import measure
     from rwkv_cli.terminal.compiling import load_kernels
@@ -85,8 +94,9 @@ def command(
                 shown[0].add_task("")
             shown[0].update(shown[0].task_ids[0], description=what)
 
-        report = measure(
-            lambda: open_model(model, device, threads),
+        words = [model] if compare is None else [model, compare]
+        reports = measure(
+            [partial(open_model, word, device, threads) for word in words],
             load_kernels,
             prompt=prompt,
             generate=generate,
@@ -94,7 +104,27 @@ def command(
             depth=depth,
             progress=show,
         )
-    click.echo(json.dumps(asdict(report)) if as_json else table(report))
+    if as_json:
+        for report in reports:
+            click.echo(json.dumps(asdict(report)))
+    else:
+        click.echo(table(reports[0]) if compare is None else both(*reports))
+
+
+def both(a: Report, b: Report) -> str:
+    """Write what two models have reached, side by side, and how many times the first the second is."""
+    figures = [
+        ("file, MB", a.file_bytes / 1e6, b.file_bytes / 1e6),
+        ("a token reads, MB", a.bytes_per_token / 1e6, b.bytes_per_token / 1e6),
+        (f"read a prompt of {a.prompt}, tokens/s", a.prefill_tokens_per_second, b.prefill_tokens_per_second),
+        (f"write {a.generate} tokens, tokens/s", a.decode_tokens_per_second, b.decode_tokens_per_second),
+    ]
+    shares = [("share of the memory's speed", f"{a.decode_share:.0%}", f"{b.decode_share:.0%}", "")]
+    rows = [(name, f"{x:,.1f}", f"{y:,.1f}", f"{y / x:.2f} ×") for name, x, y in figures] + shares
+    names = columns(
+        [("A", Path(a.model).name), ("B", Path(b.model).name), ("runs on", f"{a.device}, {a.threads} threads")]
+    )
+    return names + "\n\n" + columns([("", "A", "B", "B / A"), *rows], right=[1, 2, 3])
 
 
 def table(r: Report) -> str:
@@ -119,8 +149,7 @@ def table(r: Report) -> str:
             share(r.decode_share),
         ),
     ]
-    # A weight takes two int8 multiplications, as activations have 15 bits.
-    peak = "" if r.int8_peak is None else f", does {r.int8_peak / 2e9:.1f} billion multiplications/s"
+    peak = "" if r.product_peak is None else f", does {r.product_peak / 1e9:.1f} billion multiplications/s"
     skipped = "; the rest is skipped, as its input is zero" if r.bytes_per_token < r.dense_bytes_per_token else ""
     behind = f", after {r.depth} tokens" if r.depth else ""
     facts = [

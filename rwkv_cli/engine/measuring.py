@@ -4,10 +4,12 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.kernels.contract import Loadable
@@ -38,7 +40,7 @@ class Report:
     prefill_deviation: float
     prefill_macs: float
     prefill_share: float | None
-    """The share of the int8 peak, counting both planes of the activations."""
+    """The share of the product peak."""
     decode_tokens_per_second: float
     decode_deviation: float
     decode_bandwidth: float
@@ -47,7 +49,8 @@ class Report:
     bytes_per_token: float
     dense_bytes_per_token: int
     read_bandwidth: float
-    int8_peak: float | None
+    product_peak: float | None
+    """Products of an int8 weight and an activation of 15 bits a second."""
     load_seconds: float
     kernel_seconds: float
     """The time that kernels took to load, or to compile."""
@@ -94,8 +97,56 @@ def traffic(model: LanguageModel, ids: Iterable[int]) -> Traffic:
     return Traffic(statistics.mean(read), dense, sum(macs[:-1]), macs[-1])
 
 
+IdsOf = Callable[[int], NDArray[np.int64]]
+"""A function of a vocabulary's size that gives random tokens of it."""
+
+
+class _Runs:
+    """A loaded model, and how long it took for what."""
+
+    def __init__(
+        self,
+        load: Callable[[], LanguageModel],
+        load_kernels: Callable[[list[Loadable]], object],
+        ids: IdsOf,
+        depth: int,
+    ) -> None:
+        start = time.perf_counter()
+        self.model = load()
+        loaded = time.perf_counter()
+        load_kernels([*self.model.kernels("last"), *self.model.backend.limit_kernels()])
+        self.model.prepare("last")
+        ready = time.perf_counter()
+        self._state = self.model.new_state()
+        self.model.advance([0], self._state)
+        self.load_seconds, self.kernel_seconds = loaded - start, ready - loaded
+        self.first_token_seconds = time.perf_counter() - ready
+        self._ids = ids(self.model.config.vocab)
+        if depth:
+            self.model.advance(self._ids[:depth], self._state, watch=lambda _: None)  # Ctrl-C comes then
+        self.prefill: list[float] = []
+        self.decode: list[float] = []
+
+    def read(self, tokens: int) -> None:
+        """Time the reading of a prompt."""
+        copy, begin = self._state.clone(), time.perf_counter()
+        self.model.advance(self._ids[:tokens], copy, watch=lambda _: None)
+        self.prefill.append(tokens / (time.perf_counter() - begin))
+
+    def write(self, tokens: int) -> None:
+        """Time some tokens, one after the other."""
+        copy, begin = self._state.clone(), time.perf_counter()
+        for token in self._ids[:tokens]:
+            self.model.advance([token], copy)
+        self.decode.append(tokens / (time.perf_counter() - begin))
+
+    def traffic(self) -> Traffic:
+        """What each of a few tokens reads."""
+        return traffic(self.model, self._ids[:_SAMPLE])
+
+
 def measure(
-    load: Callable[[], LanguageModel],
+    loads: Sequence[Callable[[], LanguageModel]],
     load_kernels: Callable[[list[Loadable]], object],
     *,
     prompt: int,
@@ -103,71 +154,68 @@ def measure(
     repetitions: int,
     depth: int,
     progress: Callable[[str], object],
-) -> Report:
-    """Load a model and time it on random tokens."""
-    start = time.perf_counter()
-    model = load()
-    loaded = time.perf_counter()
-    load_kernels([*model.kernels("last"), *model.backend.limit_kernels()])
-    model.prepare("last")
-    ready = time.perf_counter()
-    state = model.new_state()
-    model.advance([0], state)
-    first = time.perf_counter()
-    c = model.config
-    ids = np.random.default_rng(0).integers(0, c.vocab, max(prompt, generate, depth, _SAMPLE))
-    if depth:
-        progress(f"{depth} tokens before")
-        model.advance(ids[:depth], state, watch=lambda _: None)  # Ctrl-C comes then
-    prefill, decode = [], []
+) -> list[Report]:
+    """Load models and time them on random tokens. Runs of several alternate, so that all meet the same machine."""
+
+    def ids(vocab: int) -> NDArray[np.int64]:
+        return np.random.default_rng(0).integers(0, vocab, max(prompt, generate, depth, _SAMPLE))
+
+    runs = [_Runs(load, load_kernels, ids, depth) for load in loads]
     for repetition in range(repetitions):
-        progress(f"reading, {repetition + 1} of {repetitions}")
-        copy, begin = state.clone(), time.perf_counter()
-        model.advance(ids[:prompt], copy, watch=lambda _: None)
-        prefill.append(prompt / (time.perf_counter() - begin))
-        progress(f"writing, {repetition + 1} of {repetitions}")
-        copy, begin = state.clone(), time.perf_counter()
-        for token in ids[:generate]:
-            model.advance([token], copy)
-        decode.append(generate / (time.perf_counter() - begin))
-    rss = peak_rss()
+        for run in runs:
+            progress(f"reading, {repetition + 1} of {repetitions}")
+            run.read(prompt)
+        for run in runs:
+            progress(f"writing, {repetition + 1} of {repetitions}")
+            run.write(generate)
+    rss = peak_rss() if len(runs) == 1 else None
     progress("what the machine can do")
-    seen = traffic(model, ids[:_SAMPLE])
-    path, threads, backend, device = model.path, model.threads, model.backend, model.backend.describe()
-    del model, state, copy  # before there is more: not every device has room beside a model
-    bandwidth, peak = backend.read_bandwidth(threads), backend.int8_peak(threads)
-    prefill_rate, decode_rate = statistics.median(prefill), statistics.median(decode)
-    prefill_macs = (seen.layers + seen.head / prompt) * prefill_rate
+    facts = [_facts(run, prompt) for run in runs]
+    model = runs[0].model
+    threads, backend, device = model.threads, model.backend, model.backend.describe()
+    del model, runs  # before there is more: not every device has room beside a model
+    bandwidth, peak = backend.read_bandwidth(threads), backend.product_peak(threads)
+    return [
+        Report(
+            **known,
+            device=device,
+            threads=threads,
+            prompt=prompt,
+            generate=generate,
+            depth=depth,
+            repetitions=repetitions,
+            prefill_share=known["prefill_macs"] / peak if peak else None,
+            decode_share=known["decode_bandwidth"] / bandwidth,
+            read_bandwidth=bandwidth,
+            product_peak=peak,
+            peak_rss=rss,
+        )
+        for known in facts
+    ]
+
+
+def _facts(run: _Runs, prompt: int) -> dict[str, Any]:
+    """The fields of a report that are known without the machine's limits."""
+    seen, path = run.traffic(), run.model.path
     checkpoint = Checkpoint(path)
-    parameters = sum(math.prod(checkpoint.layout(name)["shape"]) for name in checkpoint.names())
-    return Report(
-        model=str(path),
-        device=device,
-        version=c.version,
-        parameters=parameters,
-        file_bytes=path.stat().st_size,
-        threads=threads,
-        prompt=prompt,
-        generate=generate,
-        depth=depth,
-        repetitions=repetitions,
-        prefill_tokens_per_second=prefill_rate,
-        prefill_deviation=_deviation(prefill),
-        prefill_macs=prefill_macs,
-        prefill_share=2 * prefill_macs / peak if peak else None,
-        decode_tokens_per_second=decode_rate,
-        decode_deviation=_deviation(decode),
-        decode_bandwidth=seen.read * decode_rate,
-        decode_share=seen.read * decode_rate / bandwidth,
-        bytes_per_token=seen.read,
-        dense_bytes_per_token=seen.dense,
-        read_bandwidth=bandwidth,
-        int8_peak=peak,
-        load_seconds=loaded - start,
-        kernel_seconds=ready - loaded,
-        first_token_seconds=first - ready,
-        peak_rss=rss,
-    )
+    prefill, decode = statistics.median(run.prefill), statistics.median(run.decode)
+    return {
+        "model": str(path),
+        "version": run.model.config.version,
+        "parameters": sum(math.prod(checkpoint.layout(name)["shape"]) for name in checkpoint.names()),
+        "file_bytes": path.stat().st_size,
+        "prefill_tokens_per_second": prefill,
+        "prefill_deviation": _deviation(run.prefill),
+        "prefill_macs": (seen.layers + seen.head / prompt) * prefill,
+        "decode_tokens_per_second": decode,
+        "decode_deviation": _deviation(run.decode),
+        "decode_bandwidth": seen.read * decode,
+        "bytes_per_token": seen.read,
+        "dense_bytes_per_token": seen.dense,
+        "load_seconds": run.load_seconds,
+        "kernel_seconds": run.kernel_seconds,
+        "first_token_seconds": run.first_token_seconds,
+    }
 
 
 def _deviation(rates: list[float]) -> float:

@@ -28,7 +28,7 @@ def test_the_figures(rwkv: Run, byte_model: Path) -> None:
     assert 0 < r["bytes_per_token"] <= r["dense_bytes_per_token"] < r["file_bytes"]
     assert r["decode_bandwidth"] == pytest.approx(r["bytes_per_token"] * r["decode_tokens_per_second"])
     assert r["decode_share"] == pytest.approx(r["decode_bandwidth"] / r["read_bandwidth"])
-    assert (r["int8_peak"] is None) == (r["prefill_share"] is None) == (limits.int8_peak(1, 1) is None)
+    assert (r["product_peak"] is None) == (r["prefill_share"] is None) == (limits.product_peak(1, 1) is None)
     for name in ("prefill_tokens_per_second", "load_seconds", "first_token_seconds", "prefill_macs", "peak_rss"):
         assert r[name] > 0
 
@@ -41,14 +41,29 @@ def test_the_table(rwkv: Run, byte_model: Path) -> None:
     assert rwkv("bench", "-m", byte_model, "-p", 1).exit_code == 2
 
 
+def test_two_models_side_by_side(rwkv: Run, byte_model: Path) -> None:
+    options = ("-m", byte_model, "--compare", byte_model, "-p", 4, "-n", 2, "-r", 2)
+    lines = rwkv("bench", *options).stdout.splitlines()
+    assert lines[:2] == [f"A        {byte_model.name}", f"B        {byte_model.name}"]
+    size = f"{byte_model.stat().st_size / 1e6:,.1f}"
+    assert [size, size, "1.00", "×"] == next(line for line in lines if line.startswith("file, MB")).split()[-4:]
+    assert max(map(len, lines)) < 80
+    first, second = map(json.loads, rwkv("bench", *options, "--json").stdout.splitlines())
+    assert first["bytes_per_token"] == second["bytes_per_token"]
+    assert first["read_bandwidth"] == second["read_bandwidth"]
+    missing = rwkv("bench", "-m", byte_model, "--compare", byte_model.with_name("none"))
+    assert missing.exit_code == 1
+    assert "none" in missing.stderr
+
+
 def test_the_table_of_a_large_model_fits_a_terminal() -> None:
     report = Report(
         model=f"/{'a' * 60}/RWKV-x070-World-2.9B.int8.safetensors", device="the CPU", version="7", parameters=2 * 10**9,
         file_bytes=3 * 10**9, threads=16, prompt=4096, generate=1024, depth=0, repetitions=5,
         prefill_tokens_per_second=1234.56, prefill_deviation=123.45, prefill_macs=9.9e11, prefill_share=0.5,
         decode_tokens_per_second=123.4, decode_deviation=12.3, decode_bandwidth=9.9e10, decode_share=1.01,
-        bytes_per_token=3e9, dense_bytes_per_token=3 * 10**9, read_bandwidth=9.9e10, int8_peak=1e12, load_seconds=10.0,
-        kernel_seconds=10.0, first_token_seconds=1.0, peak_rss=10**10,
+        bytes_per_token=3e9, dense_bytes_per_token=3 * 10**9, read_bandwidth=9.9e10, product_peak=1e12,
+        load_seconds=10.0, kernel_seconds=10.0, first_token_seconds=1.0, peak_rss=10**10,
     )  # fmt: skip
     assert max(map(len, table(report).splitlines())) < 80
 

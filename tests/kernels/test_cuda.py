@@ -126,7 +126,7 @@ def test_what_limits_are_measured_with() -> None:
     cuda_limits.multiply.dispatcher[1, 32](out.address, 0)
     assert (np.frombuffer((ctypes.c_int32 * 32).from_address(out.address), np.int32) == 0).all()
     assert cuda.read_bandwidth(1, 1) > 1e6
-    assert cuda.int8_peak(1) is None
+    assert cuda.product_peak(1) is None
 
 
 def test_arrays_have_numpys_manners() -> None:
