@@ -1,7 +1,7 @@
 # make test    set up .venv and run the tests, WORKERS (default 2) at a time
 # make demo    set up .venv, convert the bundled storyteller (or CHECKPOINT=…), measure it on a text, let it write,
 #              chat if there is a terminal
-# make pictures  the terminal pictures of README (needs tmux)
+# make pictures  the pictures of README (needs tmux, chromium and chromium-driver)
 # make coverage  the tests, and how much of the code they reach: fails below the floor in .coveragerc
 # make fuzz    damaged inputs of every kind, RWKV_FUZZ of each (default 2000)
 # make lint    formatting, style, types
@@ -46,6 +46,7 @@ docs: setup
 
 pictures: setup
 	$(BIN)/python tools/make_pictures.py
+	$(BIN)/python tools/make_page_picture.py
 
 demo: setup
 	mkdir -p demo

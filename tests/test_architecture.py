@@ -163,6 +163,23 @@ def test_every_source_folder_is_packaged() -> None:
     }
 
 
+def test_every_data_file_is_packaged() -> None:
+    listed = set()
+    for package, patterns in SETUPTOOLS["package-data"].items():
+        for pattern in patterns:
+            listed |= set(ROOT.joinpath(*package.split(".")).glob(pattern))
+    files = {path for path in (ROOT / "rwkv_cli").rglob("*") if path.is_file()}
+    assert listed == {path for path in files if path.suffix not in (".py", ".pyc")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rwkv_cli" / "server" / "page").iterdir()), ids=lambda path: path.name)
+def test_a_file_of_the_page_stays_readable_and_makes_no_markup_of_texts(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "://cdn", "https://"):
+        assert word not in text
+
+
 def test_generic_names_are_not_ours() -> None:
     for name in ("kernels", "quant", "models"):
         spec = importlib.util.find_spec(name)

@@ -131,8 +131,8 @@ def command(
         ),
         note,
     )
-    at = f"[{host}]" if ":" in host else host
-    said = f"Serving {', '.join(hosted)} at http://{at}:{listening.getsockname()[1]}/v1 (Ctrl-C stops)."
+    at = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    said = f"Serving {', '.join(hosted)} at {at}/v1, and a page for chats at {at} (Ctrl-C stops)."
     serve(inside, listening, grace, lambda: note(said))
 
 

@@ -5,30 +5,25 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from rwkv_cli.server import small
+from rwkv_cli.server import pages, small
 from rwkv_cli.server.chat import answer_chat
 from rwkv_cli.server.completions import complete
 from rwkv_cli.server.errors import ApiError, on_api_error, on_bug, on_http_error
 from rwkv_cli.server.guard import Guard
 from rwkv_cli.server.hosting import Host
 
-PAGE = Path(__file__).parent / "page"
-"""The files of the page at /."""
-
 
 def application(host: Host) -> ASGIApp:
     """Make the application of a server."""
-    routes: list[BaseRoute] = [
+    routes = [
         Route("/v1/models", small.list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", small.show_model, methods=["GET"]),
         Route("/v1/chat/completions", answer_chat, methods=["POST"]),
@@ -38,9 +33,8 @@ def application(host: Host) -> ASGIApp:
         Route("/detokenize", small.detokenize, methods=["POST"]),
         Route("/health", small.health, methods=["GET"]),
         Route("/metrics", small.metrics, methods=["GET"]),
+        *pages.routes(),
     ]
-    if PAGE.is_dir():
-        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
     app = Starlette(routes=routes)
     app.state.host = host
     app.add_exception_handler(ApiError, on_api_error)

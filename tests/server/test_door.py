@@ -147,6 +147,23 @@ def test_what_is_no_request_is_refused(
     assert json.loads(answer)["error"]["message"]
 
 
+def test_the_page_and_its_files(served: Any) -> None:
+    status, headers, page = ask(served.port, "GET", "/", headers={"Content-Type": ""})
+    assert status == 200
+    assert headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'; script-src 'self'" in headers["content-security-policy"]
+    types = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+    names = set(re.findall(r'(?:href|src)="([^"#]+)"', page.decode()))
+    assert {name.rpartition(".")[2] for name in names} == set(types)
+    for name in names:
+        status, headers, _ = ask(served.port, "GET", f"/{name}")
+        assert status == 200
+        assert headers["content-type"].startswith(types[name.rpartition(".")[2]])
+        assert headers["x-content-type-options"] == "nosniff"
+    for path in ("/page/", "/../app.py", "/app.py", "/page.js/../../app.py"):
+        assert ask(served.port, "GET", path)[0] == 404
+
+
 def test_small_endpoints(served: Any) -> None:
     text = "Grüße ✿"
     _, _, body = ask(served.port, "POST", "/tokenize", {"content": text})
