@@ -3,8 +3,8 @@
 import numpy as np
 
 from rwkv_cli.kernels.cpu.limits import best
+from rwkv_cli.kernels.cuda.device.codes import STRIP
 from rwkv_cli.kernels.cuda.device.compile import SIMULATED, Address, Int, cuda, kernel, products, put_i32
-from rwkv_cli.kernels.cuda.device.fragments import STRIP
 from rwkv_cli.kernels.cuda.device.levels import TOKENS
 from rwkv_cli.kernels.cuda.driver import Block, move, multiprocessors, stream, synchronize
 from rwkv_cli.numbers import GROUP
@@ -22,12 +22,11 @@ _THREADS = 256
 def multiply(out: Address, rounds: Int) -> None:
     """Do `rounds` × `_CHAINS` tensor-core products a warp, on numbers that change. Each thread puts a sum of them."""
     lane, total = np.int64(cuda.threadIdx.x % 32), np.int64(0)
-    at = out + 16 * lane
     for i in range(rounds):
         word = np.int32(i)
         for chain in range(_CHAINS):
             level = np.int32(i + chain)
-            p0, p1, p2, p3 = products((word, word, word, word), (level, level, level, level), at, at, lane)
+            p0, p1, p2, p3 = products((word, word, word, word), (level, level, level, level), lane, out, 8, out)
             total += p0 ^ p1 ^ p2 ^ p3
     put_i32(out + 4 * np.int64(cuda.grid(1)), total)
 

@@ -16,7 +16,7 @@ from rwkv_cli.kernels.cuda.executable import CudaProgram
 from rwkv_cli.kernels.cuda.launches import AddressOf, Argument, Between, Blocks, Place, Table, Tiles
 from rwkv_cli.kernels.cuda.lowering import Levels, Lowering, forms_of
 from rwkv_cli.kernels.cuda.rules import FloatProduct, Int8Products, Multiply, NormShift, RoundFactors, Step, steps_of
-from rwkv_cli.kernels.cuda.weights import FloatMatrix, Fragments, Int8Table
+from rwkv_cli.kernels.cuda.weights import CodeTable, FloatMatrix, Fragments, Int8Table
 from rwkv_cli.numbers import FLOAT_DTYPES, GROUP
 
 
@@ -40,6 +40,10 @@ def _embed(low: Lowering, op: p.Embed) -> None:
     if isinstance(table, FloatMatrix):
         kind = FLOAT_DTYPES.index(table.dtype)
         low.by_columns(elementwise.embed_float, op.out, ids=ids, table=table.bits, kind=kind, out=out, D=D)
+        return
+    if isinstance(table, CodeTable):
+        codes = {name: getattr(table, name) for name in ("values", "scales", "rows", "levels", "bits")}
+        low.by_columns(elementwise.embed_codes, op.out, ids=ids, **codes, out=out, D=D)
         return
     assert isinstance(table, Int8Table)
     values, scales, unit, width = table.values, table.scales, table.unit, table.width
@@ -155,20 +159,30 @@ def _plain(low: Lowering, x: p.Value | p.Columns) -> dict[str, Any]:
 
 
 def _int8_products(low: Lowering, step: Int8Products) -> None:
+    """Launches for the parts whose weights have as many bits."""
+    by_bits: dict[int, list[Multiply]] = {}
+    for part in step.parts:
+        assert isinstance(part.product.weight, Fragments)
+        by_bits.setdefault(part.product.weight.bits, []).append(part)
+    for bits, parts in by_bits.items():
+        _products_of(low, bits, parts)
+
+
+def _products_of(low: Lowering, bits: int, parts: list[Multiply]) -> None:
     """A launch for one token, and one for each form of `matmul` that several tokens may need."""
-    table = Table(tuple(_product_row(low, part) for part in step.parts))
-    first, *_ = step.parts
-    rows, count = first.out.rows, len(step.parts)
-    strips, groups = (max(getattr(part.product.weight, name) for part in step.parts) for name in ("strips", "groups"))
+    table = Table(tuple(_product_row(low, part) for part in parts))
+    first, *_ = parts
+    rows, count = first.out.rows, len(parts)
+    strips, groups = (max(getattr(part.product.weight, name) for part in parts) for name in ("strips", "groups"))
     # A warp for each group of columns, as far as that goes.
     warps = min(groups, matmul.warps(strips * count))
     one = Blocks((-(-strips // 2), count), 64 * warps, Between(rows, 1, 1))
-    low.launches.add(matmul.matvec, one, table=table)
+    low.launches.add(matmul.matvec(bits), one, table=table)
     for form, only in forms_of(rows):
         if only.first <= only.last:
             grid = -(-strips // form.strips), Tiles(rows, form.tokens), count
             many = Blocks(grid, 32 * (min(groups, form.warps) if form.shares else form.warps), only)
-            low.launches.add(form.kernel, many, table=table, T=rows)
+            low.launches.add(form.kernel(bits), many, table=table, T=rows)
 
 
 def _product_row(low: Lowering, part: Multiply) -> matmul.ProductRow:
@@ -187,6 +201,7 @@ def _product_row(low: Lowering, part: Multiply) -> matmul.ProductRow:
         levels=x.levels,
         factors=x.factors,
         unit=weight.unit,
+        rows=weight.rows,
         bias=product.bias,
         activation=p.ACTIVATIONS.index(product.activation),
         add=part.add,

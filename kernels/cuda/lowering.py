@@ -1,6 +1,7 @@
 """A program being lowered: its launches so far, and where each value and its levels lie."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from rwkv_cli.kernels import program as p
@@ -72,7 +73,8 @@ class Lowering:
 class ProductForm(NamedTuple):
     """A kernel for products with several tokens, and the shape of its blocks."""
 
-    kernel: Kernel
+    kernel: Callable[[int], Kernel]
+    """The kernel for weights of so many bits."""
     strips: int
     tokens: int
     warps: int
@@ -86,7 +88,7 @@ def forms_of(rows: p.Count) -> Iterator[tuple[ProductForm, Between]]:
     for shape in matmul.SHAPES:
         last = min(shape.tokens, rows.most)
         yield (
-            ProductForm(matmul.matmul(shape), shape.strips, shape.tokens, shape.warps, True),
+            ProductForm(partial(matmul.matmul, shape), shape.strips, shape.tokens, shape.warps, True),
             Between(rows, first, last),
         )
         if last == rows.most:

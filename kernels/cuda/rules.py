@@ -1,8 +1,9 @@
 """Rules that say what is one launch: they turn a program's operations into steps. None of them needs a GPU.
 
 1. `join_norms`: a layer norm and the token shift of its result are one launch.
-2. `gather_products`: all int8 products of one `Linear` are one launch.
-3. `insert_rounding`: the factors of that launch are rounded in one launch before it. A factor whose own kernel can put
+2. `gather_products`: all products of one `Linear` that are made in int8 are one step, a launch for each number of bits
+   that the weights have.
+3. `insert_rounding`: the factors of that step are rounded in one launch before it. A factor whose own kernel can put
    its levels is not among them.
 """
 
@@ -41,7 +42,7 @@ class RoundFactors:
 
 @dataclass(frozen=True, eq=False)
 class Int8Products:
-    """Products of the same rows with int8 matrices."""
+    """Products of the same rows with matrices of int8 or codes."""
 
     parts: tuple[Multiply, ...]
 
@@ -74,7 +75,7 @@ def join_norms(steps: Sequence[Step]) -> list[Step]:
 
 
 def gather_products(steps: Sequence[Step]) -> list[Step]:
-    """Gather the int8 products of each Linear, and do those with float matrices one by one."""
+    """Gather the products in int8 of each Linear, and do those with float matrices one by one."""
     gathered: list[Step] = []
     for step in steps:
         if not isinstance(step, p.Linear | p.AddLinear):

@@ -1,4 +1,4 @@
-"""Weights in the GPU's memory: int8 in the order of fragments (docs/cuda.md), floats as they are stored."""
+"""Weights in the GPU's memory: matrices in the order of fragments (docs/cuda.md), the others as stored."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,30 +7,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.errors import DeviceError
-from rwkv_cli.kernels.contract import StoredFloats, StoredInt8, StoredMatrix
+from rwkv_cli.kernels.contract import StoredFloats, StoredInt8, StoredMatrix, StoredPacked
 from rwkv_cli.kernels.cuda.device import fragments
+from rwkv_cli.kernels.cuda.device.codes import STRIP
+from rwkv_cli.kernels.cuda.device.compile import Kernel
 from rwkv_cli.kernels.cuda.driver import Block, stream, synchronize, upload
+from rwkv_cli.numbers import LEVELS
 
 _REPACK_BLOCKS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class Fragments:
-    """An int8 matrix [N, K] that multiplies."""
+    """A matrix [N, K] that multiplies: int8 (8 bits) or codes."""
 
     shape: tuple[int, int]
+    bits: int
     values: Block
     scales: Block
     strips: int
     groups: int
-    unit: float
+    unit: float = 1.0
     """A power of two that all scales are multiplied by."""
+    rows: Block | None = None
+    """A factor of each row of codes."""
     skips_zeros = False
 
     @property
     def nbytes(self) -> int:
-        return self.values.size + self.scales.size
+        return self.values.size + self.scales.size + (self.rows.size if self.rows else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +56,24 @@ class Int8Table:
 
 
 @dataclass(frozen=True, eq=False)
+class CodeTable:
+    """A matrix [V, K] of codes that is read by row."""
+
+    shape: tuple[int, int]
+    bits: int
+    values: Block
+    scales: Block
+    rows: Block
+    levels: Block
+    """float32, what each code stands for."""
+    skips_zeros = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.size + self.scales.size + self.rows.size
+
+
+@dataclass(frozen=True, eq=False)
 class FloatMatrix:
     """A float matrix [N, K], which multiplies or is read by row."""
 
@@ -64,13 +87,11 @@ class FloatMatrix:
         return self.bits.size
 
 
-CudaWeight = Fragments | Int8Table | FloatMatrix
+CudaWeight = Fragments | Int8Table | CodeTable | FloatMatrix
 
 
 def weight(stored: StoredMatrix) -> CudaWeight:
     """The matrix for kernels."""
-    if stored.format not in _FORMATS:
-        raise DeviceError(f"the GPU has no kernels for weights in {stored.format} yet; use int8, or --device cpu")
     return _FORMATS[stored.format](stored)
 
 
@@ -84,29 +105,47 @@ def _int8(stored: StoredInt8) -> Int8Table | Fragments:
     if stored.layout == "rows":
         _, width = stored.values.shape
         return Int8Table((N, K), _uploaded(stored.values), _uploaded(stored.scales), width, 2.0**stored.unit)
-    return _fragments((N, K), stored)
+    return _fragments(stored, 8, unit=2.0**stored.unit)
 
 
-def _fragments(shape: tuple[int, int], stored: StoredInt8) -> Fragments:
+def _codes(stored: StoredPacked) -> CodeTable | Fragments:
+    N, K = stored.shape
+    bits, rows = stored.bits, _uploaded(stored.rows)
+    if stored.layout.startswith("rows"):
+        levels = _uploaded(np.array(LEVELS[bits], np.float32))
+        return CodeTable((N, K), bits, _uploaded(stored.values), _uploaded(stored.scales), rows, levels)
+    return _fragments(stored, bits, rows=rows)
+
+
+def _fragments(stored: StoredInt8 | StoredPacked, bits: int, unit: float = 1.0, rows: Block | None = None) -> Fragments:
     """A matrix that is stored as tiles or columns, repacked on the GPU."""
+    N, K = stored.shape
     blocks, groups, width = stored.scales.shape
-    strips = blocks * width // fragments.STRIP
+    strips = blocks * width // STRIP
     values, scales = _uploaded(stored.values), _uploaded(stored.scales)
-    out = Fragments(shape, Block(values.size), Block(scales.size), strips, groups, 2.0**stored.unit)
+    out = Fragments((N, K), bits, Block(values.size), Block(scales.size), strips, groups, unit, rows)
     threads = min(fragments.REPACK_THREADS, 32 * strips)
-    tiles = stored.layout == "tile"
-    for kernel, source, to, wide, words in (
-        (fragments.repack, values, out.values, 0 if tiles else width, values.size // 4),
-        (fragments.repack_scales, scales, out.scales, width, scales.size // 2),
-    ):
-        grid = min(_REPACK_BLOCKS, -(-words // (8 * threads)))
-        kernel.dispatcher[grid, threads, stream()](source.address, wide, to.address, strips, groups)
+
+    def repack(kernel: Kernel, units: int, *arguments: int) -> None:
+        """Launch a kernel whose threads take so many units in turns."""
+        kernel.dispatcher[min(_REPACK_BLOCKS, -(-units // (8 * threads))), threads, stream()](*arguments)
+
+    source = values.address, 0 if stored.layout.startswith("tile") else width, out.values.address, strips, groups
+    if bits == 8:
+        repack(fragments.repack, values.size // 4, *source)
+    else:
+        repack(fragments.repack_codes, strips * groups * 32, *source, bits)
+    of_scales = scales.address, width, out.scales.address, strips, groups, stored.scales.itemsize
+    repack(fragments.repack_scales, stored.scales.size, *of_scales)
     synchronize()  # before what was stored is freed
     return out
 
 
-_FORMATS: dict[str, Callable[[Any], CudaWeight]] = {"int8": _int8, "float": _floats}
-"""The formats of stored matrices that the GPU has kernels for."""
+_FORMATS: dict[str, Callable[[Any], CudaWeight]] = {
+    "int8": _int8,
+    "float": _floats,
+    **dict.fromkeys(("q4", "q5", "q6"), _codes),
+}
 
 
 def _uploaded(values: NDArray[Any]) -> Block:

@@ -26,8 +26,14 @@ def main(capabilities: list[Capability]) -> None:
     from rwkv_cli.kernels.cuda.device import matmul as cuda_matmul
     from rwkv_cli.kernels.cuda.device.compile import KERNELS
 
+    for bits in (4, 5, 6, 8):
+        cuda_matmul.matvec(bits)
     for shape in cuda_matmul.SHAPES:
-        cuda_matmul.matmul(shape)
+        cuda_matmul.matmul(shape, 8)
+    cuda_matmul.matmul_wide(8)
+    # For many tokens, codes of 5 bits stand for the others too: they need the most registers.
+    cuda_matmul.matmul(cuda_matmul.SHAPES[-1], 5)
+    cuda_matmul.matmul_wide(5)
     for width in (768, 4096):
         cuda_elementwise.layer_norm(width)
         cuda_elementwise.norm_shift(width)

@@ -4,6 +4,7 @@ Odd sizes, several blocks, sequences without rows, decay over its real range, an
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import naive
@@ -327,7 +328,14 @@ LAYOUTS = (*INT8, *(f"{layout}{bits}" for bits in BITS for layout in INT8))
 @cases(
     "T, N, K, layout, room",
     with_each(with_each(SHAPES, *LAYOUTS), 0, 9),
-    [*with_each(with_each(FEW_SHAPES + GPU_SHAPES, *INT8), 0), (2, 5, 7, "tile", 9), (66, 20, 40, "tile", 0)],
+    [
+        *with_each(with_each(FEW_SHAPES, *INT8), 0),
+        *with_each(with_each(GPU_SHAPES, *LAYOUTS), 0),
+        *((2, 33, 70, layout, 0) for layout in ("columns4", "columns5", "tile6")),
+        (2, 5, 7, "tile", 9),
+        (66, 20, 40, "tile", 0),
+        (66, 5, 40, "tile5", 0),
+    ],
 )
 def test_quantized_linear(device: str, T: int, N: int, K: int, layout: str, room: int) -> None:
     """Beside the weights' own rounding only the activations' 15 bits remain, outlier or not."""
@@ -386,7 +394,7 @@ def test_what_a_product_reads_and_adds_to(device: str, N: int, K: int, layout: s
 @cases(
     "layout, T, N, K",
     [(layout, T, N, 200) for layout in LAYOUTS for T, N in ((19, 80), (2, 256), (3, 80), (5, 16), (8, 80), (9, 150))],
-    [("tile", 3, 17, 70)],
+    [("tile", 3, 17, 70), ("tile4", 3, 17, 70)],
 )
 def test_one_token_or_many_are_the_same_numbers(device: str, layout: str, T: int, N: int, K: int) -> None:
     """One token alone gets the numbers that it gets among others. On the CPU they are the same bits."""
@@ -397,6 +405,19 @@ def test_one_token_or_many_are_the_same_numbers(device: str, layout: str, T: int
     whole = linear(x, stored, device=device)
     single = np.concatenate([linear(x[t : t + 1], stored, device=device) for t in range(T)])
     (np.testing.assert_array_equal if device == "cpu" else check)(whole, single)
+
+
+CODES = [layout for layout in LAYOUTS if layout not in INT8]
+
+
+@cases("layout, T", with_each([(layout,) for layout in CODES], 1, 3), [("tile4", 1), ("tile5", 1), ("columns6", 1)])
+def test_any_code_and_scale(device: str, layout: str, T: int) -> None:
+    """Every code in every place of a group, with scales of both signs up to their ends."""
+    stored = quantize(normal(128, 128), layout)
+    values, scales = RNG.integers(0, 256, stored.values.shape), RNG.integers(-127, 128, stored.scales.shape)
+    stored = replace(stored, values=values.astype(np.uint8), scales=scales.astype(np.int8))
+    x = normal(T, 128)
+    check(linear(x, stored, device=device), x @ stored.float32().astype(float).T, 1e-4)
 
 
 BAD = (np.nan, np.inf, -np.inf)
@@ -417,6 +438,8 @@ BAD = (np.nan, np.inf, -np.inf)
         ("tile", np.nan, 2, "relu_squared"),
         ("columns", -np.inf, 1, ""),
         ("columns", -np.inf, 2, ""),
+        ("tile4", np.inf, 1, ""),
+        ("tile5", np.nan, 2, ""),
     ],
 )
 def test_what_is_not_finite_reaches_every_output(device: str, layout: str, bad: float, T: int, activation: str) -> None:
@@ -473,7 +496,10 @@ def test_round_to(device: str, dtype: str, bits: int, T: int) -> None:
     np.testing.assert_array_equal(lab.run(value), np.tile(want, (T, 1)))
 
 
-@cases("layout", [("rows",), ("rows4",), ("rows5",), ("rows6",)], [("rows",)])
+TABLES: Cases = [("rows",), *((f"rows{bits}",) for bits in BITS)]
+
+
+@cases("layout", TABLES, TABLES)
 def test_quantized_embedding(device: str, layout: str) -> None:
     stored, ids, lab = quantize(normal(9, 50), layout), np.array([8, 0, 3]), Lab(device)
     table = lab.run(lab.ops.add(Embed(lab.ids(ids), lab.weight(stored))))

@@ -25,7 +25,7 @@ STARTS = p.Input("starts", (2,), "I64")
 
 
 def int8(N: int = 32, K: int = 32) -> Fragments:
-    return Fragments((N, K), NOTHING, NOTHING, N // 16, K // 32, 1.0)
+    return Fragments((N, K), 8, NOTHING, NOTHING, N // 16, K // 32)
 
 
 def floats(N: int = 32, K: int = 32) -> FloatMatrix:
@@ -219,7 +219,7 @@ def test_a_layer_of_rwkv_7_with_one_token_is_ten_launches() -> None:
 
 
 SOURCES = Path(rules.__file__).parent / "device"
-UPLOADING = {"repack", "repack_scales"}
+UPLOADING = {"repack", "repack_codes", "repack_scales"}
 """Kernels that are in no graph."""
 
 

@@ -77,6 +77,7 @@ put_f32, put_f64 = primitives.put_f32, primitives.put_f64
 put_i16, put_i32, put_u8 = primitives.put_i16, primitives.put_i32, primitives.put_u8
 bits, float_of, rounded = primitives.bits, primitives.float_of, primitives.rounded
 through_half, dp4a, products = primitives.through_half, primitives.dp4a, primitives.products
+low_word, permute = primitives.low_word, primitives.permute
 four, quad_sum = primitives.four, primitives.quad_sum
 warp_sum, warp_sums, warp_max = primitives.warp_sum, primitives.warp_sums, primitives.warp_max
 wait_for_previous, let_next_begin = primitives.wait_for_previous, primitives.let_next_begin

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_cli.kernels.cuda.device.codes import code_at
 from rwkv_cli.kernels.cuda.device.compile import (
     MOST_WARPS,
     Address,
@@ -353,6 +354,26 @@ def embed_int8(ids: Address, values: Address, scales: Address, unit: Float, out:
         row = i64(ids + 8 * t)
         scale = f16(scales + 2 * (row * (width // GROUP) + d // GROUP)) * unit
         put_f32(out + 4 * (D * t + d), np.float32(i8(values + row * width + d)) * scale)
+
+
+@kernel(THREADS)
+def embed_codes(
+    ids: Address, values: Address, scales: Address, rows: Address, levels: Address, bits: Int, out: Address, D: Int
+) -> None:
+    """out[t] = row ids[t] of a table: levels[code] · (scale · row). Blocks: (D, T), a thread a column.
+
+    ids is int64 [T], values are codes [V, G, 4·bits] with G = ⌈D/GROUP⌉, scales int8 [V, G], rows float32 [V], levels
+    float32 [2^bits], out [T, D].
+    """
+    let_next_begin()
+    wait_for_previous()
+    d, t = np.int64(cuda.grid(1)), np.int64(cuda.blockIdx.y)
+    if d < D:
+        row = i64(ids + 8 * t)
+        group = row * ((D + GROUP - 1) // GROUP) + d // GROUP
+        code = code_at(values + 4 * bits * group, 4, d % GROUP // 4, d % 4, bits)
+        scale = np.float32(i8(scales + group)) * f32(rows + 4 * row)
+        put_f32(out + 4 * (D * t + d), f32(levels + 4 * code) * scale)
 
 
 @kernel(THREADS)

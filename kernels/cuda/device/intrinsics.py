@@ -193,6 +193,22 @@ def rounded(b: Any, x: Any) -> Any:
     return b.call(ir.InlineAsm(ir.FunctionType(I32, [F32]), "cvt.rni.s32.f32 $0, $1;", "=r,f"), [x])
 
 
+@_emits(types.int32, types.int64)
+def low_word(b: Any, x: Any) -> Any:
+    """The lower 32 bits of an int64."""
+    return b.trunc(x, I32)
+
+
+@_emits(types.int32, types.int32, types.int32, types.int32)
+def permute(b: Any, first: Any, second: Any, selectors: Any) -> Any:
+    """Four of the eight bytes of `first` and then `second`, by the lower four nibbles of `selectors`.
+
+    Three bits of a nibble are the byte's number. If the fourth is set, the byte becomes eight copies of its sign.
+    """
+    kind = ir.FunctionType(I32, [I32] * 3)
+    return b.call(ir.InlineAsm(kind, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"), [first, second, selectors])
+
+
 @_emits(types.int32, types.int32, types.int32, types.int32)
 def dp4a(b: Any, left: Any, right: Any, onto: Any) -> Any:
     """onto + Σ of the products of the four int8 in `left` and in `right`."""
@@ -229,13 +245,21 @@ def _add_products(b: Any, weights: list[Any], levels: list[Any], sums: list[Any]
     return [*upper, *_mma(b, "m8n8k16", [right_8], [second], lower)]
 
 
-@_emits(_FOUR, _FOUR, _FOUR, types.int64, types.int64, types.int64)
-def products(b: Any, weights: Any, levels: Any, weights_at: Any, levels_at: Any, lane: Any) -> list[Any]:  # noqa: ARG001
+@_emits(_FOUR, _FOUR, _FOUR, types.int64, types.int64, types.int64, types.int64)
+def products(
+    b: Any,
+    weights: Any,
+    levels: Any,
+    lane: Any,  # noqa: ARG001
+    weights_at: Any,  # noqa: ARG001
+    bits: Any,  # noqa: ARG001
+    levels_at: Any,  # noqa: ARG001
+) -> list[Any]:
     """A warp's 16 rows × 8 tokens over 32 columns: Σ w·(256·high + low), int32, four of them in each lane.
 
-    weights and levels are this lane's words of a weight and an activation fragment (docs/cuda.md). These lie at
-    weights_at and levels_at, which only the simulator reads. Lane 4g + t gets (row g, token 2t), (g, 2t + 1),
-    (g + 8, 2t), (g + 8, 2t + 1).
+    weights and levels are this lane's int8 of a weight and an activation fragment (docs/cuda.md). These begin at
+    weights_at, stored in so many bits, and at levels_at, which only the simulator reads. Lane 4g + t gets (row g,
+    token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
     """
     w = [b.extract_value(weights, i) for i in range(4)]
     high_0, high_1, low_0, low_1 = (b.extract_value(levels, i) for i in range(4))

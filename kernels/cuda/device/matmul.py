@@ -1,7 +1,7 @@
-"""y = x · wᵀ on the GPU: x [T, K], w [N, K] in int8 or float, y [T, N]. Fragments are those of docs/cuda.md.
+"""y = x · wᵀ on the GPU: x [T, K], w [N, K] in int8 or codes of 4, 5 or 6 bits, y [T, N]. docs/cuda.md has the order.
 
-int8: x is rounded to levels (`levels`), and sums of a group are exact integers. One token is a matter of reading the
-weights (dp4a), many of multiplying (tensor cores). One launch does all int8 products of a `Linear`.
+x is rounded to levels (`levels`), and sums of a group are exact integers. One token is a matter of reading the weights
+(dp4a), many of multiplying (tensor cores). One launch does all products of a `Linear` with weights of as many bits.
 """
 
 import functools
@@ -9,6 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rwkv_cli.kernels.cuda.device.codes import (
+    STRIP,
+    both_scales,
+    fragment_bytes,
+    levels_of,
+    scale_bytes,
+    scales_at,
+    weights_at,
+)
 from rwkv_cli.kernels.cuda.device.compile import (
     Address,
     Float,
@@ -19,8 +28,6 @@ from rwkv_cli.kernels.cuda.device.compile import (
     f32,
     float_of,
     function,
-    half,
-    i32,
     i64,
     kernel,
     let_next_begin,
@@ -33,7 +40,6 @@ from rwkv_cli.kernels.cuda.device.compile import (
     words,
 )
 from rwkv_cli.kernels.cuda.device.elementwise import activate
-from rwkv_cli.kernels.cuda.device.fragments import FRAGMENT_BYTES, SCALE_BYTES, STRIP
 from rwkv_cli.kernels.cuda.device.levels import FACTOR_BYTES, LEVEL_BYTES, TOKENS, levels_at, put_group
 
 
@@ -47,6 +53,8 @@ class ProductRow(NamedTuple):
     levels: Address
     factors: Address
     unit: Float
+    rows: Address
+    """A factor of each row of codes, float32; 0 for none."""
     bias: Address
     """0 for none."""
     activation: Int
@@ -99,8 +107,11 @@ _WIDE_SCALES = (2, _WIDE_STRIPS)
 
 @function
 def _finish(row: Address, total: Float, t: Int, n: Int) -> Any:
-    """Put output (t, n) of the product that `row` describes, and return it. `total` lacks the weights' unit."""
+    """Put output (t, n) of the product that `row` describes, and return it. `total` lacks what the row's own factor."""
     y = total * float_of(i64(row + PRODUCT.unit))
+    rows = i64(row + PRODUCT.rows)
+    if rows != 0:
+        y *= f32(rows + 4 * n)
     bias = i64(row + PRODUCT.bias)
     if bias != 0:
         y += f32(bias + 4 * n)
@@ -124,73 +135,82 @@ def _dots(weights: Any, levels: Any) -> Any:
 
 
 @function
-def _added(a: Float, a_8: Float, dots: Any, scales: Int, factor: Float) -> Any:
-    """The sums a and a_8 of rows g and g + 8, with a group's `_dots` added. `scales` has both rows' float16 bits."""
+def _added(a: Float, a_8: Float, dots: Any, scales: Any, factor: Float) -> Any:
+    """The sums a and a_8 of rows g and g + 8, with a group's `_dots` added."""
     dot, dot_8 = dots
-    return a + np.float32(dot) * (half(scales) * factor), a_8 + np.float32(dot_8) * (half(scales >> 16) * factor)
+    scale, scale_8 = scales
+    return a + np.float32(dot) * (scale * factor), a_8 + np.float32(dot_8) * (scale_8 * factor)
 
 
-@kernel(_VECTOR_THREADS)
-def matvec(table: Address) -> None:
-    """All products of a table of `ProductRow` with one token. Blocks: (pairs of strips, products).
+@functools.cache
+def matvec(bits: int) -> Kernel:
+    """The kernel for one token and weights of so many bits."""
+    BYTES, SCALE_BYTES = fragment_bytes(bits), scale_bytes(bits)
 
-    Half of a block's warps have one strip, half the other, and they share the groups. So a block's outputs are a group
-    of what reads them, and their levels can be put here.
-    """
-    let_next_begin()
-    sums = cuda.shared.array(_PAIRS, types.float32)
-    row = table + _PRODUCT_ROW_BYTES * np.int64(cuda.blockIdx.y)
-    pair, groups, tid = np.int64(cuda.blockIdx.x), i64(row + PRODUCT.groups), np.int64(cuda.threadIdx.x)
-    if 2 * pair >= i64(row + PRODUCT.strips):
-        return
-    lane, warps = tid % 32, np.int64(cuda.blockDim.x // 64)
-    half_of_block = 1 if tid >= 32 * warps else 0
-    strip = 2 * pair + half_of_block
-    w = i64(row + PRODUCT.weights) + FRAGMENT_BYTES * strip * groups + 16 * lane
-    s = i64(row + PRODUCT.scales) + SCALE_BYTES * strip * groups + lane // 4 * 4
-    x, f = i64(row + PRODUCT.levels) + lane % 4 * 16, i64(row + PRODUCT.factors)
-    a, a_8 = np.float32(0), np.float32(0)
-    g = tid // 32 - warps * half_of_block
-    if strip >= i64(row + PRODUCT.strips):  # the last block of an odd number has one
-        g = groups
-    # The first weights come while the launch before ends.
-    for i in range(4):
-        if lane % 8 == 0 and g + i * warps < groups:
-            prefetch(w + FRAGMENT_BYTES * (g + i * warps))
-    wait_for_previous()
-    # Four groups at a time: their loads are under way together.
-    while g + 3 * warps < groups:
-        g1, g2, g3 = g + warps, g + 2 * warps, g + 3 * warps
-        w0, w1 = words(w + FRAGMENT_BYTES * g), words(w + FRAGMENT_BYTES * g1)
-        w2, w3 = words(w + FRAGMENT_BYTES * g2), words(w + FRAGMENT_BYTES * g3)
-        s0, s1 = i32(s + SCALE_BYTES * g), i32(s + SCALE_BYTES * g1)
-        s2, s3 = i32(s + SCALE_BYTES * g2), i32(s + SCALE_BYTES * g3)
-        f0, f1 = f32(f + FACTOR_BYTES * g), f32(f + FACTOR_BYTES * g1)
-        f2, f3 = f32(f + FACTOR_BYTES * g2), f32(f + FACTOR_BYTES * g3)
-        a, a_8 = _added(a, a_8, _dots(w0, words(x + LEVEL_BYTES * g)), s0, f0)
-        a, a_8 = _added(a, a_8, _dots(w1, words(x + LEVEL_BYTES * g1)), s1, f1)
-        a, a_8 = _added(a, a_8, _dots(w2, words(x + LEVEL_BYTES * g2)), s2, f2)
-        a, a_8 = _added(a, a_8, _dots(w3, words(x + LEVEL_BYTES * g3)), s3, f3)
-        g += 4 * warps
-    while g < groups:
-        scales, factor = i32(s + SCALE_BYTES * g), f32(f + FACTOR_BYTES * g)
-        a, a_8 = _added(a, a_8, _dots(words(w + FRAGMENT_BYTES * g), words(x + LEVEL_BYTES * g)), scales, factor)
-        g += warps
-    a, a_8 = quad_sum(a), quad_sum(a_8)
-    if lane % 4 == 0:
-        sums[0, tid // 4], sums[1, tid // 4] = a, a_8
-    cuda.syncthreads()
-    out = np.float32(0)
-    if tid < 32:
-        n, first = 32 * pair + tid, tid // 16 * warps
-        if n < i64(row + PRODUCT.N):
-            total = np.float32(0)
-            for warp in range(first, first + warps):
-                total += sums[tid // 8 % 2, 8 * warp + tid % 8]
-            out = _finish(row, total, 0, n)
-    levels = i64(row + PRODUCT.y_levels)
-    if levels != 0:
-        put_group(out, levels_at(levels, i64(row + PRODUCT.y_factors), pair), 0, tid < 32)
+    @kernel(_VECTOR_THREADS, name=f"matvec {bits}")
+    def matvec(table: Address) -> None:
+        """All products of a table of `ProductRow` with one token. Blocks: (pairs of strips, products).
+
+        Half of a block's warps have one strip, half the other, and they share the groups. So a block's outputs are a
+        group of what reads them, and their levels can be put here.
+        """
+        let_next_begin()
+        sums = cuda.shared.array(_PAIRS, types.float32)
+        row = table + _PRODUCT_ROW_BYTES * np.int64(cuda.blockIdx.y)
+        pair, groups, tid = np.int64(cuda.blockIdx.x), i64(row + PRODUCT.groups), np.int64(cuda.threadIdx.x)
+        if 2 * pair >= i64(row + PRODUCT.strips):
+            return
+        lane, warps = tid % 32, np.int64(cuda.blockDim.x // 64)
+        half_of_block = 1 if tid >= 32 * warps else 0
+        strip = 2 * pair + half_of_block
+        w = i64(row + PRODUCT.weights) + BYTES * strip * groups
+        s = i64(row + PRODUCT.scales) + SCALE_BYTES * strip * groups
+        x, f = i64(row + PRODUCT.levels) + lane % 4 * 16, i64(row + PRODUCT.factors)
+        a, a_8 = np.float32(0), np.float32(0)
+        g = tid // 32 - warps * half_of_block
+        if strip >= i64(row + PRODUCT.strips):  # the last block of an odd number has one
+            g = groups
+        # The first weights come while the launch before ends.
+        for i in range(4):
+            if lane % 8 == 0 and 16 * lane < BYTES and g + i * warps < groups:
+                prefetch(w + BYTES * (g + i * warps) + 16 * lane)
+        wait_for_previous()
+        # Four groups at a time: their loads are under way together.
+        while g + 3 * warps < groups:
+            g1, g2, g3 = g + warps, g + 2 * warps, g + 3 * warps
+            w0, w1 = weights_at(w + BYTES * g, lane, bits), weights_at(w + BYTES * g1, lane, bits)
+            w2, w3 = weights_at(w + BYTES * g2, lane, bits), weights_at(w + BYTES * g3, lane, bits)
+            s0, s1 = scales_at(s + SCALE_BYTES * g, lane // 4, bits), scales_at(s + SCALE_BYTES * g1, lane // 4, bits)
+            s2, s3 = scales_at(s + SCALE_BYTES * g2, lane // 4, bits), scales_at(s + SCALE_BYTES * g3, lane // 4, bits)
+            f0, f1 = f32(f + FACTOR_BYTES * g), f32(f + FACTOR_BYTES * g1)
+            f2, f3 = f32(f + FACTOR_BYTES * g2), f32(f + FACTOR_BYTES * g3)
+            a, a_8 = _added(a, a_8, _dots(levels_of(w0, bits), words(x + LEVEL_BYTES * g)), both_scales(s0, bits), f0)
+            a, a_8 = _added(a, a_8, _dots(levels_of(w1, bits), words(x + LEVEL_BYTES * g1)), both_scales(s1, bits), f1)
+            a, a_8 = _added(a, a_8, _dots(levels_of(w2, bits), words(x + LEVEL_BYTES * g2)), both_scales(s2, bits), f2)
+            a, a_8 = _added(a, a_8, _dots(levels_of(w3, bits), words(x + LEVEL_BYTES * g3)), both_scales(s3, bits), f3)
+            g += 4 * warps
+        while g < groups:
+            scales, factor = scales_at(s + SCALE_BYTES * g, lane // 4, bits), f32(f + FACTOR_BYTES * g)
+            dots = _dots(levels_of(weights_at(w + BYTES * g, lane, bits), bits), words(x + LEVEL_BYTES * g))
+            a, a_8 = _added(a, a_8, dots, both_scales(scales, bits), factor)
+            g += warps
+        a, a_8 = quad_sum(a), quad_sum(a_8)
+        if lane % 4 == 0:
+            sums[0, tid // 4], sums[1, tid // 4] = a, a_8
+        cuda.syncthreads()
+        out = np.float32(0)
+        if tid < 32:
+            n, first = 32 * pair + tid, tid // 16 * warps
+            if n < i64(row + PRODUCT.N):
+                total = np.float32(0)
+                for warp in range(first, first + warps):
+                    total += sums[tid // 8 % 2, 8 * warp + tid % 8]
+                out = _finish(row, total, 0, n)
+        levels = i64(row + PRODUCT.y_levels)
+        if levels != 0:
+            put_group(out, levels_at(levels, i64(row + PRODUCT.y_factors), pair), 0, tid < 32)
+
+    return matvec
 
 
 def warps(strips: int) -> int:
@@ -199,13 +219,14 @@ def warps(strips: int) -> int:
 
 
 @functools.cache
-def matmul(shape: Shape) -> Kernel:
-    """The kernel whose blocks have this shape."""
+def matmul(shape: Shape, bits: int) -> Kernel:
+    """The kernel whose blocks have this shape, for weights of so many bits."""
     STRIPS, TILES, WARPS, BLOCKS = shape
+    BYTES, SCALE_BYTES = fragment_bytes(bits), scale_bytes(bits)
     COUNT = STRIPS * TILES * 4
     ALL, WORDS, SCALES = WARPS * COUNT * 32, (STRIPS, 4), (STRIPS, 2)
 
-    @kernel(32 * WARPS, BLOCKS, f"matmul {STRIPS}×{TILES}")
+    @kernel(32 * WARPS, BLOCKS, f"matmul {bits} {STRIPS}×{TILES}")
     def matmul(table: Address, T: Int) -> None:
         """All products of a table of `ProductRow` with T tokens. Blocks: (strips, tiles, products).
 
@@ -229,26 +250,27 @@ def matmul(shape: Shape) -> Kernel:
         for i in range(STRIPS):
             # Beyond the last strip that one is read again, and nothing is put.
             place[i] = min(first + i, strips - 1) * groups
-        levels, factors = i64(row + PRODUCT.levels) + 16 * lane, i64(row + PRODUCT.factors) + lane % 4 * 8
-        values, scales = i64(row + PRODUCT.weights) + 16 * lane, i64(row + PRODUCT.scales) + lane // 4 * 4
+        inputs, factors = i64(row + PRODUCT.levels), i64(row + PRODUCT.factors) + lane % 4 * 8
+        values, scales = i64(row + PRODUCT.weights), i64(row + PRODUCT.scales)
         wait_for_previous()
         for g in range(warp, groups, warps):
             for i in range(STRIPS):
-                loaded = words(values + FRAGMENT_BYTES * (place[i] + g))
-                weight[i, 0], weight[i, 1], weight[i, 2], weight[i, 3] = loaded[0], loaded[1], loaded[2], loaded[3]
-                two = i32(scales + SCALE_BYTES * (place[i] + g))
-                scale[i, 0], scale[i, 1] = half(two), half(two >> 16)
+                levels = levels_of(weights_at(values + BYTES * (place[i] + g), lane, bits), bits)
+                weight[i, 0], weight[i, 1], weight[i, 2], weight[i, 3] = levels
+                two = scales_at(scales + SCALE_BYTES * (place[i] + g), lane // 4, bits)
+                scale[i, 0], scale[i, 1] = both_scales(two, bits)
             for c in range(TILES):
                 block = (tile + c) * groups + g
-                x = words(levels + LEVEL_BYTES * block)
+                x = words(inputs + LEVEL_BYTES * block + 16 * lane)
                 f0, f1 = f32(factors + FACTOR_BYTES * block), f32(factors + FACTOR_BYTES * block + 4)
                 for i in range(STRIPS):
                     p0, p1, p2, p3 = products(
                         (weight[i, 0], weight[i, 1], weight[i, 2], weight[i, 3]),
                         x,
-                        values + FRAGMENT_BYTES * (place[i] + g),
-                        levels + LEVEL_BYTES * block,
                         lane,
+                        values + BYTES * (place[i] + g),
+                        bits,
+                        inputs + LEVEL_BYTES * block,
                     )
                     at = (i * TILES + c) * 4
                     own[at] += np.float32(p0) * (scale[i, 0] * f0)
@@ -271,77 +293,87 @@ def matmul(shape: Shape) -> Kernel:
     return matmul
 
 
-@kernel(WIDE_THREADS, 2)
-def matmul_wide(table: Address, T: Int) -> None:
-    """All products of a table of `ProductRow` with many tokens. Blocks: (strips, tiles, products).
+@functools.cache
+def matmul_wide(bits: int) -> Kernel:
+    """The kernel for more tokens than `SHAPES` serve, and weights of so many bits."""
+    BYTES, SCALE_BYTES = fragment_bytes(bits), scale_bytes(bits)
 
-    A warp has all groups of its strips and tokens. What it needs of the next group comes while it multiplies one.
-    """
-    let_next_begin()
-    sums = cuda.shared.array(_WIDE_ALL, types.float32)
-    own = cuda.local.array(_WIDE_SUMS, types.float32)
-    weight, level = cuda.local.array(_WIDE_WEIGHTS, types.int32), cuda.local.array(_WIDE_LEVELS, types.int32)
-    scale, factor = cuda.local.array(_WIDE_SCALES, types.int32), cuda.local.array(_WIDE_FACTORS, types.float32)
-    place = cuda.local.array(_WIDE_STRIPS, types.int64)
-    row = table + _PRODUCT_ROW_BYTES * np.int64(cuda.blockIdx.z)
-    strips, groups = i64(row + PRODUCT.strips), i64(row + PRODUCT.groups)
-    if WIDE_STRIPS * np.int64(cuda.blockIdx.x) >= strips:
-        return
-    lane, warp = np.int64(cuda.threadIdx.x) % 32, np.int64(cuda.threadIdx.x) // 32
-    first = _WIDE_STRIPS * (_WARPS_DOWN * np.int64(cuda.blockIdx.x) + warp % _WARPS_DOWN)
-    tile = _WIDE_TILES * (_WARPS_ACROSS * np.int64(cuda.blockIdx.y) + warp // _WARPS_DOWN)
-    for i in range(_WIDE_SUMS):
-        own[i] = np.float32(0)
-    for i in range(_WIDE_STRIPS):
-        # Beyond the last strip that one is read again, and nothing is put.
-        place[i] = min(first + i, strips - 1) * groups
-    levels, factors = i64(row + PRODUCT.levels) + 16 * lane, i64(row + PRODUCT.factors) + lane % 4 * 8
-    values, scales = i64(row + PRODUCT.weights) + 16 * lane, i64(row + PRODUCT.scales) + lane // 4 * 4
-    wait_for_previous()
-    for g in range(groups + 1):
-        if g < groups:  # the next one
-            for i in range(_WIDE_STRIPS):
-                loaded = words(values + FRAGMENT_BYTES * (place[i] + g))
-                for j in range(4):
-                    weight[1, 4 * i + j] = loaded[j]
-                scale[1, i] = i32(scales + SCALE_BYTES * (place[i] + g))
-            for c in range(_WIDE_TILES):
-                block = (tile + c) * groups + g
-                loaded = words(levels + LEVEL_BYTES * block)
-                for j in range(4):
-                    level[1, 4 * c + j] = loaded[j]
-                factor[1, 2 * c] = f32(factors + FACTOR_BYTES * block)
-                factor[1, 2 * c + 1] = f32(factors + FACTOR_BYTES * block + 4)
-        if g > 0:
-            for i in range(_WIDE_STRIPS):
-                upper, lower = half(scale[0, i]), half(scale[0, i] >> 16)
-                for c in range(_WIDE_TILES):
-                    f0, f1 = factor[0, 2 * c], factor[0, 2 * c + 1]
-                    p0, p1, p2, p3 = products(
-                        (weight[0, 4 * i], weight[0, 4 * i + 1], weight[0, 4 * i + 2], weight[0, 4 * i + 3]),
-                        (level[0, 4 * c], level[0, 4 * c + 1], level[0, 4 * c + 2], level[0, 4 * c + 3]),
-                        values + FRAGMENT_BYTES * (place[i] + g - 1),
-                        levels + LEVEL_BYTES * ((tile + c) * groups + g - 1),
-                        lane,
-                    )
-                    at = (i * _WIDE_TILES + c) * 4
-                    own[at] += np.float32(p0) * (upper * f0)
-                    own[at + 1] += np.float32(p1) * (upper * f1)
-                    own[at + 2] += np.float32(p2) * (lower * f0)
-                    own[at + 3] += np.float32(p3) * (lower * f1)
-        for i in range(4 * _WIDE_STRIPS):
-            weight[0, i] = weight[1, i]
-        for i in range(4 * _WIDE_TILES):
-            level[0, i] = level[1, i]
+    @kernel(WIDE_THREADS, 2, f"matmul_wide {bits}")
+    def matmul_wide(table: Address, T: Int) -> None:
+        """All products of a table of `ProductRow` with many tokens. Blocks: (strips, tiles, products).
+
+        A warp has all groups of its strips and tokens. What it needs of the next group comes while it multiplies one.
+        """
+        let_next_begin()
+        sums = cuda.shared.array(_WIDE_ALL, types.float32)
+        own = cuda.local.array(_WIDE_SUMS, types.float32)
+        weight, level = cuda.local.array(_WIDE_WEIGHTS, types.int32), cuda.local.array(_WIDE_LEVELS, types.int32)
+        scale, factor = cuda.local.array(_WIDE_SCALES, types.int32), cuda.local.array(_WIDE_FACTORS, types.float32)
+        place = cuda.local.array(_WIDE_STRIPS, types.int64)
+        row = table + _PRODUCT_ROW_BYTES * np.int64(cuda.blockIdx.z)
+        strips, groups = i64(row + PRODUCT.strips), i64(row + PRODUCT.groups)
+        if WIDE_STRIPS * np.int64(cuda.blockIdx.x) >= strips:
+            return
+        lane, warp = np.int64(cuda.threadIdx.x) % 32, np.int64(cuda.threadIdx.x) // 32
+        first = _WIDE_STRIPS * (_WARPS_DOWN * np.int64(cuda.blockIdx.x) + warp % _WARPS_DOWN)
+        tile = _WIDE_TILES * (_WARPS_ACROSS * np.int64(cuda.blockIdx.y) + warp // _WARPS_DOWN)
+        for i in range(_WIDE_SUMS):
+            own[i] = np.float32(0)
         for i in range(_WIDE_STRIPS):
-            scale[0, i] = scale[1, i]
-        for i in range(2 * _WIDE_TILES):
-            factor[0, i] = factor[1, i]
-    # The loop below is too long to be unrolled, and registers have no index.
-    for i in range(_WIDE_SUMS):
-        sums[WIDE_THREADS * i + cuda.threadIdx.x] = own[i]
-    for i in range(_WIDE_SUMS):
-        n = STRIP * (first + i // (4 * _WIDE_TILES)) + lane // 4 + i % 4 // 2 * 8
-        t = TOKENS * (tile + i // 4 % _WIDE_TILES) + lane % 4 * 2 + i % 2
-        if n < i64(row + PRODUCT.N) and t < T:
-            _finish(row, sums[WIDE_THREADS * i + cuda.threadIdx.x], t, n)
+            # Beyond the last strip that one is read again, and nothing is put.
+            place[i] = min(first + i, strips - 1) * groups
+        inputs, factors = i64(row + PRODUCT.levels), i64(row + PRODUCT.factors) + lane % 4 * 8
+        values, scales = i64(row + PRODUCT.weights), i64(row + PRODUCT.scales)
+        wait_for_previous()
+        for g in range(groups + 1):
+            if g < groups:  # the next one
+                for i in range(_WIDE_STRIPS):
+                    loaded = weights_at(values + BYTES * (place[i] + g), lane, bits)
+                    for j in range(4):
+                        weight[1, 4 * i + j] = loaded[j]
+                    scale[1, i] = scales_at(scales + SCALE_BYTES * (place[i] + g), lane // 4, bits)
+                for c in range(_WIDE_TILES):
+                    block = (tile + c) * groups + g
+                    loaded = words(inputs + LEVEL_BYTES * block + 16 * lane)
+                    for j in range(4):
+                        level[1, 4 * c + j] = loaded[j]
+                    factor[1, 2 * c] = f32(factors + FACTOR_BYTES * block)
+                    factor[1, 2 * c + 1] = f32(factors + FACTOR_BYTES * block + 4)
+            if g > 0:
+                for i in range(_WIDE_STRIPS):
+                    upper, lower = both_scales(scale[0, i], bits)
+                    stored = weight[0, 4 * i], weight[0, 4 * i + 1], weight[0, 4 * i + 2], weight[0, 4 * i + 3]
+                    levels = levels_of(stored, bits)
+                    for c in range(_WIDE_TILES):
+                        f0, f1 = factor[0, 2 * c], factor[0, 2 * c + 1]
+                        p0, p1, p2, p3 = products(
+                            levels,
+                            (level[0, 4 * c], level[0, 4 * c + 1], level[0, 4 * c + 2], level[0, 4 * c + 3]),
+                            lane,
+                            values + BYTES * (place[i] + g - 1),
+                            bits,
+                            inputs + LEVEL_BYTES * ((tile + c) * groups + g - 1),
+                        )
+                        at = (i * _WIDE_TILES + c) * 4
+                        own[at] += np.float32(p0) * (upper * f0)
+                        own[at + 1] += np.float32(p1) * (upper * f1)
+                        own[at + 2] += np.float32(p2) * (lower * f0)
+                        own[at + 3] += np.float32(p3) * (lower * f1)
+            for i in range(4 * _WIDE_STRIPS):
+                weight[0, i] = weight[1, i]
+            for i in range(4 * _WIDE_TILES):
+                level[0, i] = level[1, i]
+            for i in range(_WIDE_STRIPS):
+                scale[0, i] = scale[1, i]
+            for i in range(2 * _WIDE_TILES):
+                factor[0, i] = factor[1, i]
+        # The loop below is too long to be unrolled, and registers have no index.
+        for i in range(_WIDE_SUMS):
+            sums[WIDE_THREADS * i + cuda.threadIdx.x] = own[i]
+        for i in range(_WIDE_SUMS):
+            n = STRIP * (first + i // (4 * _WIDE_TILES)) + lane // 4 + i % 4 // 2 * 8
+            t = TOKENS * (tile + i // 4 % _WIDE_TILES) + lane % 4 * 2 + i % 2
+            if n < i64(row + PRODUCT.N) and t < T:
+                _finish(row, sums[WIDE_THREADS * i + cuda.threadIdx.x], t, n)
+
+    return matmul_wide

@@ -10,6 +10,8 @@ from numba.cuda.np.numpy_support import as_dtype
 from numba.cuda.simulator import kernelapi
 from numpy.typing import NDArray
 
+from rwkv_cli.numbers import LEVELS
+
 _LANES: list[list[Any]] = [[0] * 1024, [0] * 1024]
 """What each thread of the running block shows its warp. Two lists in turns: no thread can be two exchanges ahead."""
 
@@ -149,6 +151,17 @@ def rounded(x: Any) -> int:
     return 0 if x != x else int(np.rint(np.clip(np.float64(x), -(2**31), 2**31 - 1)))
 
 
+def low_word(x: int) -> int:
+    return int(np.array(int(x) & 0xFFFFFFFF, np.uint32).view(np.int32))
+
+
+def permute(first: int, second: int, selectors: int) -> int:
+    table = np.array([low_word(first), low_word(second)], np.int32).view(np.int8)
+    nibbles = [int(selectors) >> (4 * i) & 15 for i in range(4)]
+    chosen = [table[n & 7] if n < 8 else table[n & 7] >> 7 for n in nibbles]
+    return int(np.array(chosen, np.int8).view(np.int32)[0])
+
+
 def _bytes(word: int) -> NDArray[np.int64]:
     return np.array([word], np.int32).view(np.int8).astype(np.int64)
 
@@ -157,24 +170,33 @@ def dp4a(a: int, b: int, c: int) -> int:
     return int(c + (_bytes(a) * _bytes(b)).sum())
 
 
-def _fragment(address: int, lane: int) -> NDArray[np.int64]:
-    """The int8 of all 32 lanes' words, those of `lane` at `address`: [8 (g), 4 (t), 4 (word), 4 (byte)]."""
-    raw: Any = (ctypes.c_int8 * 512).from_address(int(address) - 16 * int(lane))
-    fragment: NDArray[np.int64] = np.frombuffer(raw, np.int8).astype(np.int64).reshape(8, 4, 4, 4)
-    return fragment
+def _at(address: int, size: int) -> NDArray[np.uint8]:
+    raw: Any = (ctypes.c_uint8 * size).from_address(int(address))
+    return np.frombuffer(raw, np.uint8)
 
 
-def products(weights: Any, levels: Any, weights_at: int, levels_at: int, lane: int) -> tuple[int, ...]:  # noqa: ARG001
-    w, a = _fragment(weights_at, lane), _fragment(levels_at, lane)
+def _weights(address: int, bits: int) -> NDArray[np.int8]:
+    """The int8 of a fragment of weights, decoded where they are codes: [8 (g), 4 (t), 4 (word), 4 (byte)]."""
+    if bits == 8:
+        return _at(address, 512).view(np.int8).reshape(8, 4, 4, 4)
+    low = _at(address, 256).reshape(8, 4, 4, 2)
+    code = np.stack([low & 15, low >> 4], -1).reshape(8, 4, 4, 4)
+    if bits > 4:
+        rest = np.unpackbits(_at(address + 256, 64 * (bits - 4)), bitorder="little").reshape(8, 4, 4, 4, bits - 4)
+        code |= (rest @ np.array([16, 32][: bits - 4], np.uint8)).swapaxes(2, 3)
+    return np.array(LEVELS[bits], np.int8)[code]
+
+
+def products(weights: Any, levels: Any, lane: int, weights_at: int, bits: int, levels_at: int) -> tuple[int, ...]:
     g, t = int(lane) // 4, int(lane) % 4
-    sums = []
-    for row in (0, 1):
-        # words row and row + 2 are columns 4t … 4t + 3 and 16 more of row g + 8·row
-        left, right = w[g, :, row], w[g, :, row + 2]
-        for token in (2 * t, 2 * t + 1):
-            high, low = (int((left * a[token, :, at]).sum() + (right * a[token, :, at + 1]).sum()) for at in (0, 2))
-            sums.append(256 * high + low)
-    return tuple(sums)
+    w, a = _weights(weights_at, bits), _at(levels_at, 512).view(np.int8).reshape(8, 4, 4, 4)
+    for given, there in ((weights, w), (levels, a)):
+        assert np.array(given, np.int32).tobytes() == there[g, t].tobytes(), "a lane has other numbers than its own"
+    # words 0 and 2 are columns 4t … 4t + 3 and 16 more of row g, words 1 and 3 those of row g + 8
+    rows = w[g].reshape(4, 2, 2, 4).transpose(2, 0, 1, 3).reshape(2, 32).astype(np.int64)
+    tokens = a[2 * t : 2 * t + 2].reshape(2, 4, 2, 2, 4).transpose(2, 1, 3, 4, 0).reshape(2, 32, 2).astype(np.int64)
+    high, low = rows @ tokens
+    return tuple((256 * high + low).ravel().tolist())
 
 
 def exp(x: Any) -> Any:
