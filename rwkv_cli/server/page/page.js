@@ -103,8 +103,10 @@ async function reply(talk) {
 
 function draw() {
   const busy = running.has(current.id);
-  const end = current.messages.length - 1;
+  const [atEnd, end] = [isAtEnd(), current.messages.length - 1];
+  const opened = [...$("log").querySelectorAll("details[open]")].map((thinking) => thinking.message);
   $("log").replaceChildren(...current.messages.map((message, at) => turn(message, at, at === end, at === current.editing)));
+  for (const thinking of $("log").querySelectorAll("details")) thinking.open ||= opened.includes(thinking.message);
   $("empty").hidden = current.messages.length > 0;
   $("draft").value = current.draft;
   $("editing").hidden = current.editing === null;
@@ -114,7 +116,9 @@ function draw() {
   $("undo").disabled = !current.past.length;
   document.title = current.messages.length ? `${title(current)} · rwkv` : "rwkv";
   if ([...$("model").options].some((option) => option.value === current.model)) $("model").value = current.model;
+  else current.model = $("model").value || current.model;
   grow();
+  if (atEnd) toEnd();
   drawList();
 }
 

@@ -31,6 +31,7 @@ export function turn(message, at, last, edited) {
   }
   item.ariaLabel = "The model";
   item.append(make("details", "thinking", make("summary"), make("div", "text")), make("div", "text"), make("p", "note"), actions);
+  item.firstChild.message = message;
   item.firstChild.open = message.state === "writing" && !message.content;
   update(item, message);
   if (message.state === "writing") return item;
