@@ -1,10 +1,10 @@
 """The kernels of one model's layers against what this machine can do at most, measured in the same run.
 
-    python benchmarks/kernels.py [--width 1024] [--threads N] [--rounds 15]
+    python benchmarks/kernels.py [--width 1024] [--quant int8|q6|q5|q4] [--threads N] [--rounds 15]
 
 Matrices are random and together larger than a cache. Each kernel is first held against float64: no figure where it is
-wrong. GB/s counts what is read of the weights, GMAC/s their multiply-adds; a weight takes two of int8, as activations
-have 15 bits. To see another path of the kernels, run it with
+wrong. GB/s counts what is read of the weights, GMAC/s their products with activations of 15
+bits. To see another path of the kernels, run it with
 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma before it.
 """
 
@@ -21,15 +21,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import lab
 import naive
 
 from rwkv_cli.kernels.cpu import backend as cpu
 from rwkv_cli.kernels.cpu import limits
 from rwkv_cli.kernels.cpu.compile import instructions
 from rwkv_cli.kernels.cpu.cores import usable_cores
-from rwkv_cli.kernels.cpu.quantize_weights import quantize_rows
 from rwkv_cli.kernels.program import Count, Input, InputMatrix, LayerState, Norm, Product, Program, Wkv7
-from rwkv_cli.quant.formats.int8 import quantize
 
 RNG = np.random.default_rng(0)
 _MEMORY = 300 << 20
@@ -58,8 +57,8 @@ def check(got: Any, want: Any) -> None:
 
 
 def product(N: int, K: int, layout: str, T: int, nonzero: float, threads: int, rounds: int) -> tuple[float, float]:
-    """Seconds of one x·wᵀ, and the share of x that is not zero."""
-    stored = quantize(normal(N, K), layout, quantize_rows)
+    """Seconds of one x·wᵀ, and the bytes of weights that it reads."""
+    stored = lab.quantize(normal(N, K), layout)
     x = normal(T, K)
     x[RNG.random((T, K)) >= nonzero] = 0
 
@@ -75,7 +74,8 @@ def product(N: int, K: int, layout: str, T: int, nonzero: float, threads: int, r
     executable.run({"x": x})
     want = x @ stored.float32().astype(float).T
     check(executable.read(out[-1]), want)
-    return median(lambda: executable.run({"x": x}), rounds) / count, np.count_nonzero(x) / x.size
+    used = np.count_nonzero(x) / x.size if layout.startswith("columns") else 1
+    return median(lambda: executable.run({"x": x}), rounds) / count, weight().nbytes * used
 
 
 def recurrence(D: int, T: int, threads: int, rounds: int) -> float:
@@ -117,28 +117,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=usable_cores().physical)
+    parser.add_argument("--quant", choices=["int8", "q6", "q5", "q4"], default="int8")
     parser.add_argument("--rounds", type=int, default=15)
     o = parser.parse_args()
+    bits = o.quant[1:] if o.quant != "int8" else ""
+    tile, columns = f"tile{bits}", f"columns{bits}"
     D, F = o.width, 4 * o.width
     bandwidth, peak = limits.read_bandwidth(o.threads), limits.product_peak(o.threads)
     most = f"{peak / 1e9:.0f} GMAC/s" if peak else "not measured"
-    print(f"{instructions()} path, {o.threads} threads, memory {bandwidth / 1e9:.1f} GB/s, int8 {most}")
+    print(f"{instructions()} path, {o.threads} threads, {o.quant}, memory {bandwidth / 1e9:.1f} GB/s, products {most}")
     for name, N, K, layout, nonzero in (
-        ("receptance, key, value, output", D, D, "tile", 1.0), ("ffn.key", F, D, "tile", 1.0),
-        ("head", 65536, D, "tile", 1.0), ("ffn.value, all of it", D, F, "columns", 1.0),
-        ("ffn.value, half zeros", D, F, "columns", 0.5), ("ffn.value, a quarter left", D, F, "columns", 0.25),
-        ("ffn.value, a tenth left", D, F, "columns", 0.1),
+        ("receptance, key, value, output", D, D, tile, 1.0), ("ffn.key", F, D, tile, 1.0),
+        ("head", 65536, D, tile, 1.0), ("ffn.value, all of it", D, F, columns, 1.0),
+        ("ffn.value, half zeros", D, F, columns, 0.5), ("ffn.value, a quarter left", D, F, columns, 0.25),
+        ("ffn.value, a tenth left", D, F, columns, 0.1),
     ):  # fmt: skip
-        seconds, used = product(N, K, layout, 1, nonzero, o.threads, o.rounds)
-        read = N * K * 8.5 / 8 * (used if layout == "columns" else 1)
+        seconds, read = product(N, K, layout, 1, nonzero, o.threads, o.rounds)
         print(f"1 token    {name:31} {seconds * 1e6:8.1f} µs  {read / seconds / 1e9:6.1f} GB/s   "
               f"{read / seconds / bandwidth:4.0%} of memory's", flush=True)  # fmt: skip
-    for name, N, K, layout in (("receptance, key, value, output", D, D, "tile"), ("ffn.key", F, D, "tile"),
-                               ("ffn.value", D, F, "columns")):  # fmt: skip
+    for name, N, K, layout in (("receptance, key, value, output", D, D, tile), ("ffn.key", F, D, tile),
+                               ("ffn.value", D, F, columns)):  # fmt: skip
         seconds, _ = product(N, K, layout, 252, 1.0, o.threads, o.rounds)
         rate = N * K * 252 / seconds
         print(f"252 tokens {name:31} {seconds * 1e6:8.1f} µs  {rate / 1e9:6.1f} GMAC/s "
-              + (f"{2 * rate / peak:4.0%} of int8's" if peak else ""), flush=True)  # fmt: skip
+              + (f"{rate / peak:4.0%} of the most" if peak else ""), flush=True)  # fmt: skip
     for T in (1, 252):
         seconds = recurrence(D, T, o.threads, o.rounds)
         print(f"{T:<3} token{'s' if T > 1 else ' '} WKV-7, norm, bonus, gate        {seconds * 1e6:8.1f} µs  "
