@@ -17,8 +17,8 @@ from rwkv_cli.kernels.cpu.matmul import GROUP_BYTES, Activations, Ending, Strips
 from rwkv_cli.kernels.cpu.rounding import VNNI
 from rwkv_cli.numbers import GROUP
 
-_AHEAD = 1
-"""How many groups of 32 rows ahead a product asks for."""
+FAR = 4096
+"""How many bytes of columns ahead a product asks for. A memory answers after some hundred cycles."""
 _WIDTH = 128
 """Outputs of one token whose sums stay in registers."""
 FEW, MOST = 4, 8
@@ -116,6 +116,32 @@ def columns(args: int, part: int, parts: int) -> None:  # noqa: ARG001
             _many(a, b, begin, min(2, (first + width - begin) // STRIP))
 
 
+class Ahead(NamedTuple):
+    """The next column that a product asks for: its group, and its place in the group's list."""
+
+    group: int
+    place: int
+
+
+@function()
+def ask_ahead(a, ahead, wanted, source, stride, width):
+    """Ask for as many columns as are wanted, from `ahead` on: `width` bytes each, where column 0 is at `source`.
+
+    Which columns come is not what a CPU's own prefetcher could guess. Returns where it stopped, and how many are still
+    wanted.
+    """
+    g, n = ahead
+    while wanted > 0 and g < len(a.count):
+        if n < a.count[g]:
+            column = source + a.rows[g, n] * stride
+            for i in range(0, width, CACHE_LINE):
+                prefetch(column + i)
+            n, wanted = n + 1, wanted - 1
+        else:
+            g, n = g + 1, 0
+    return Ahead(g, n), wanted
+
+
 @function(FIXED_ORDER)
 def _many(a, b, first, strips):
     """The product with one or two strips of block b, from output `first` on. They serve all tokens."""
@@ -149,12 +175,10 @@ def _few(a, b, first):
             for i in range(width):
                 total[t, i] = a.y[t, begin + i]
     source, scales = address_of(values) + b * K * W + first, address_of(a.scales) + (b * G * W + first) * 2
+    ahead, wanted = Ahead(0, 0), FAR // width
     for g in range(G):
-        # which columns come is not what a CPU's own prefetcher could guess
-        if g + _AHEAD < G:
-            for n in range(count[g + _AHEAD]):
-                for i in range(0, width, CACHE_LINE):
-                    prefetch(source + rows[g + _AHEAD, n] * W + i)
+        wanted += count[g]
+        ahead, wanted = ask_ahead(a, ahead, wanted, source, W, width)
         for t in range(T):
             factor[t] = a.factors[t, g]
         if count[g] == 0:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rwkv_cli.kernels.cpu.args import F32_1, F32_2, I8_2, I8_3, I16_3, I64_1, I64_2, U8_3, Address, Int, unpack
-from rwkv_cli.kernels.cpu.columns import FEW, MOST
+from rwkv_cli.kernels.cpu.columns import FAR, FEW, MOST, Ahead, ask_ahead
 from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.elementwise import activate, address_of, span
 from rwkv_cli.kernels.cpu.llvm.codes import (
@@ -33,8 +33,6 @@ PAIRS = BLOCK // (2 * STRIP)
 """Pairs of strips in a block."""
 _FAR = 2048
 """How many bytes ahead the product of one token asks for."""
-_AHEAD = 1
-"""How many groups of 32 columns ahead a product with a sparse input asks for."""
 _BITS = (4, 5, 6)
 
 _one4, _one5, _one6 = (code_step(bits, VNNI) for bits in _BITS)
@@ -205,12 +203,10 @@ def _few(a, b, first):
             for i in range(width):
                 total[t, first * 2 * STRIP + i] = a.y[t, begin + i]
     values = address_of(a.values) + b * a.values.shape[1] * stride
+    ahead, wanted = Ahead(0, 0), FAR // stride
     for g in range(G):
-        # which columns come is not what a CPU's own prefetcher could guess
-        if g + _AHEAD < G:
-            for n in range(count[g + _AHEAD]):
-                for i in range(0, stride, CACHE_LINE):
-                    prefetch(values + rows[g + _AHEAD, n] * stride + i)
+        wanted += count[g]
+        ahead, wanted = ask_ahead(a, ahead, wanted, values, stride, stride)
         for t in range(T):
             factor[t] = a.factors[t, g]
         if count[g] == 0:
