@@ -27,10 +27,10 @@ from rwkv_cli.kernels.cpu.matmul import GROUP_BYTES, Activations, Ending, Strips
 from rwkv_cli.kernels.cpu.rounding import LEVEL_BYTES, VNNI
 from rwkv_cli.numbers import GROUP, LEVELS
 
-BLOCK = 128
-"""Outputs of a block of columns."""
-PAIRS = BLOCK // (2 * STRIP)
-"""Pairs of strips in a block."""
+CHUNK = 128
+"""Outputs whose codes of one column are packed together."""
+_PAIRS = CHUNK // (2 * STRIP)
+"""Pairs of strips in a chunk."""
 _FAR = 2048
 """How many bytes ahead the product of one token asks for."""
 _BITS = (4, 5, 6)
@@ -131,9 +131,9 @@ def tiles_many(args: int, part: int, parts: int) -> None:  # noqa: ARG001
 
 
 class CodeColumnsArgs(NamedTuple):
-    """values [B, K, 16·bits], scales [B, K/32, 128], rows [B, 128]; the rest as in `columns.ColumnsArgs`.
+    """values [B, K, W·bits/8], scales [B, K/32, W], by_row [B, W]; the rest as in `columns.ColumnsArgs`.
 
-    A part is `pairs` pairs of strips.
+    A part is `width` outputs of a block, whole chunks.
     """
 
     bits: Int
@@ -149,27 +149,30 @@ class CodeColumnsArgs(NamedTuple):
     count: I64_1
     y: F32_2
     add: Int
-    pairs: Int
+    width: Int
 
 
 @kernel(CodeColumnsArgs, FIXED_ORDER)
 def columns(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     """y = x · wᵀ, or y += x · wᵀ with `add`."""
     a = unpack(args, CodeColumnsArgs)
-    first = part * a.pairs
+    W, width = a.scales.shape[2], a.width
+    b, first = part * width // W, part * width % W
     if a.tokens <= a.nonzero.shape[1]:
-        _few(a, first // PAIRS, first % PAIRS)
+        _few(a, b, first)
     else:
-        for pair in range(first, first + a.pairs):
-            _many(a, pair // PAIRS, pair % PAIRS)
+        for begin in range(first, first + width, 2 * STRIP):
+            _many(a, b, begin)
 
 
 @function(FIXED_ORDER)
-def _many(a, b, pair):
-    """The product with two strips of block b. They are turned into tiles, which serve all tokens."""
-    bits, G, stride, tile_bytes = a.bits, a.scales.shape[1], a.values.shape[2], a.scales.shape[1] * GROUP_BYTES
+def _many(a, b, first):
+    """The product with two strips of block b, from output `first` on. They become tiles, which serve all tokens."""
+    bits, G, stride, W = a.bits, a.scales.shape[1], a.values.shape[2], a.scales.shape[2]
+    tile_bytes, pair = G * GROUP_BYTES, first // (2 * STRIP) % _PAIRS
     tile, scale = np.empty((2, tile_bytes), np.int8), np.empty((2, G, STRIP), np.float32)
-    source, to = address_of(a.values) + b * a.values.shape[1] * stride, address_of(tile)
+    source = address_of(a.values) + b * a.values.shape[1] * stride + first // CHUNK * STRIP * bits
+    to = address_of(tile)
     for _ in range(0, G * GROUP, 4):
         if bits == 4:
             _columns4(source, stride, pair, to, tile_bytes)
@@ -181,32 +184,32 @@ def _many(a, b, pair):
     for i in range(2):
         for g in range(G):
             for j in range(STRIP):
-                row = (2 * pair + i) * STRIP + j
+                row = first + i * STRIP + j
                 scale[i, g, j] = np.float32(a.scales[b, g, row]) * a.by_row[b, row]
     w = Strips(address_of(tile), address_of(scale), 2, G, 0.0)
     x = Activations(a.levels, address_of(a.factors), a.offsets, a.tokens)
-    _multiply(w, x, a.y, a.y[:0], Ending(b * BLOCK + 2 * pair * STRIP, a.add, 0))
+    _multiply(w, x, a.y, a.y[:0], Ending(b * W + first, a.add, 0))
     # these must live until here, and their addresses alone do not keep them
     tile[0, 0], scale[0, 0, 0] = 0, 0
 
 
 @function(FIXED_ORDER)
 def _few(a, b, first):
-    """The product with some pairs of strips of block b, from `first` on: reads only the columns that count."""
-    bits, rows, count, stride = a.bits, a.rows, a.count, a.values.shape[2]
-    G, T, room = a.scales.shape[1], a.tokens, a.nonzero.shape[1]
+    """The product with a part of block b, from output `first` on: reads only the columns that count."""
+    bits, rows, count, stride, width = a.bits, a.rows, a.count, a.values.shape[2], a.width
+    G, W, T, room = a.scales.shape[1], a.scales.shape[2], a.tokens, a.nonzero.shape[1]
     together = 1 if T == 1 else FEW
-    total, factor = np.zeros((-(-T // together) * together, BLOCK), np.float32), np.zeros(MOST, np.float32)
-    begin, width = b * BLOCK + first * 2 * STRIP, a.pairs * 2 * STRIP
+    total, factor = np.zeros((-(-T // together) * together, width), np.float32), np.zeros(MOST, np.float32)
+    begin = b * W + first
     if a.add:
         for t in range(T):
             for i in range(width):
-                total[t, first * 2 * STRIP + i] = a.y[t, begin + i]
-    values = address_of(a.values) + b * a.values.shape[1] * stride
-    ahead, wanted = Ahead(0, 0), FAR // stride
+                total[t, i] = a.y[t, begin + i]
+    source = address_of(a.values) + b * a.values.shape[1] * stride + first * bits // 8
+    ahead, wanted = Ahead(0, 0), FAR * 8 // (width * bits)
     for g in range(G):
         wanted += count[g]
-        ahead, wanted = ask_ahead(a, ahead, wanted, values, stride, stride)
+        ahead, wanted = ask_ahead(a, ahead, wanted, source, stride, width * bits // 8)
         for t in range(T):
             factor[t] = a.factors[t, g]
         if count[g] == 0:
@@ -216,38 +219,39 @@ def _few(a, b, first):
                     total[t] = np.nan
             continue
         for t in range(0, T, together):
-            group = CodeRows(
-                values=values,
-                stride=stride,
-                rows=address_of(rows) + g * GROUP * 8,
-                levels=address_of(a.nonzero) + (g * room + t) * GROUP * 2,
-                level_stride=GROUP * 2,
-                length=count[g],
-                scales=address_of(a.scales) + (b * G + g) * BLOCK,
-                by_row=address_of(a.by_row) + b * BLOCK * 4,
-                factors=address_of(factor) + t * 4,
-                factor_stride=4,
-                totals=address_of(total) + t * BLOCK * 4,
-                total_stride=BLOCK * 4,
-            )
-            if together == 1:
-                if bits == 4:
-                    _rows4(group)
-                elif bits == 5:
-                    _rows5(group)
-                else:
-                    _rows6(group)
-            else:
-                for pair in range(first, first + a.pairs):
+            for at in range(0, width, CHUNK):
+                group = CodeRows(
+                    values=source + at * bits // 8,
+                    stride=stride,
+                    rows=address_of(rows) + g * GROUP * 8,
+                    levels=address_of(a.nonzero) + (g * room + t) * GROUP * 2,
+                    level_stride=GROUP * 2,
+                    length=count[g],
+                    scales=address_of(a.scales) + (b * G + g) * W + first + at,
+                    by_row=address_of(a.by_row) + (begin + at) * 4,
+                    factors=address_of(factor) + t * 4,
+                    factor_stride=4,
+                    totals=address_of(total) + (t * width + at) * 4,
+                    total_stride=width * 4,
+                )
+                if together == 1:
                     if bits == 4:
-                        _pair4(group, pair)
+                        _rows4(group)
                     elif bits == 5:
-                        _pair5(group, pair)
+                        _rows5(group)
                     else:
-                        _pair6(group, pair)
+                        _rows6(group)
+                else:
+                    for pair in range(_PAIRS):
+                        if bits == 4:
+                            _pair4(group, pair)
+                        elif bits == 5:
+                            _pair5(group, pair)
+                        else:
+                            _pair6(group, pair)
     for t in range(T):
         for i in range(width):
-            a.y[t, begin + i] = total[t, first * 2 * STRIP + i]
+            a.y[t, begin + i] = total[t, i]
     # these must live until here, and their addresses alone do not keep them
     total[0, 0], factor[0] = 0, 0
 

@@ -220,8 +220,14 @@ def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight | PackedWeight
     bytes_, words = (x.levels, None) if rounding.VNNI else (None, x.levels)
     find = columns.NonzeroArgs(bytes_, words, rows, numbers, nonzero, count)
     low.steps.add(columns.find_nonzero, find, Share.fixed(min(G, 2 * low.threads), rows))
+    # blocks are cut until every thread has as many pieces
+    B, W = len(weight.values), weight.scales.shape[2]
+    least = packed.CHUNK if isinstance(weight, PackedWeight) else _NARROW
+    width = W if one else min(W, least)
+    while B * (W // width) % low.threads and width > least:
+        width //= 2
+    share = Share.fixed(B * (W // width), rows)
     if isinstance(weight, PackedWeight):
-        pairs = packed.PAIRS if one else packed.PAIRS // 2
         codes = packed.CodeColumnsArgs(
             bits=weight.bits,
             values=weight.values,
@@ -236,17 +242,10 @@ def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight | PackedWeight
             count=count,
             y=y,
             add=add,
-            pairs=pairs,
+            width=width,
         )
-        low.steps.add(
-            packed.columns, codes, Share.fixed(len(weight.values) * packed.PAIRS // pairs, rows), barrier=False
-        )
+        low.steps.add(packed.columns, codes, share, barrier=False)
         return
-    # blocks are cut until every thread has as many pieces
-    B, _, W = weight.values.shape
-    width = W if one else min(W, _NARROW)
-    while B * (W // width) % low.threads and width > _NARROW:
-        width //= 2
     arguments = columns.ColumnsArgs(
         values=weight.values,
         scales=weight.scales,
@@ -262,7 +261,7 @@ def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight | PackedWeight
         add=add,
         width=width,
     )
-    low.steps.add(columns.columns, arguments, Share.fixed(B * (W // width), rows), barrier=False)
+    low.steps.add(columns.columns, arguments, share, barrier=False)
 
 
 def _finished(low: Lowering, y: View, N: int, ending: Ending) -> View:

@@ -35,8 +35,8 @@ from rwkv_cli.quant.formats.contract import Encoded, Facts, Kind, Part, Shape, S
 PIECES = 8
 _STRIP = 16
 """Output rows that a tile interleaves."""
-_BLOCK = 128
-"""Output rows that lie together in columns."""
+_CHUNK = 128
+"""Output rows whose codes of one column are packed together."""
 
 Rounded = tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.float32], float]
 """Codes [R, K padded to 32], scales [R, K/32] and rows [R] of some rows, and the squared error of them all."""
@@ -86,7 +86,8 @@ class _Order(NamedTuple):
         if self.layout == "tile":
             tiles = codes.reshape(-1, _STRIP, self.groups, PIECES, 4).transpose(0, 2, 3, 1, 4)
             return tiles.reshape(-1, self.groups, PIECES, 64)
-        return codes.reshape(-1, PIECES, _STRIP, codes.shape[1]).transpose(0, 3, 1, 2)
+        chunks = codes.reshape(-1, self.rows // _CHUNK, PIECES, _STRIP, codes.shape[1])
+        return chunks.transpose(0, 4, 1, 2, 3)
 
     def codes(self, pieces: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The codes of rows from their pieces."""
@@ -95,7 +96,15 @@ class _Order(NamedTuple):
         if self.layout == "tile":
             tiles = pieces.reshape(-1, self.groups, PIECES, _STRIP, 4).transpose(0, 3, 1, 2, 4)
             return tiles.reshape(-1, self.groups * GROUP)
-        return pieces.transpose(0, 2, 3, 1).reshape(-1, self.groups * GROUP)
+        return pieces.transpose(0, 2, 3, 4, 1).reshape(-1, self.groups * GROUP)
+
+    def chunks(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Stored values with the bytes of each 8 pieces in the last dimension."""
+        return (
+            values.reshape(*values.shape[:-1], -1, values.shape[-1] * _CHUNK // self.rows)
+            if self.unit == 16
+            else values
+        )
 
     def together(self, scales: NDArray[Any]) -> NDArray[Any]:
         """Stored scales of the scales [R, G] of rows."""
@@ -124,7 +133,7 @@ class Packed:
         """The matrix [N, K] that this stands for."""
         N, K = self.shape
         order = _order(self.layout, self.shape)
-        levels = np.array(LEVELS[self.bits], np.float32)[order.codes(unpack(self.values, self.bits))]
+        levels = np.array(LEVELS[self.bits], np.float32)[order.codes(unpack(order.chunks(self.values), self.bits))]
         scale = order.apart(self.scales).astype(np.float32) * self.rows.reshape(-1, 1)
         w: NDArray[np.float32] = levels.reshape(len(levels), -1, GROUP) * scale[:, :, None]
         return w.reshape(len(levels), -1)[:N, :K]
@@ -134,7 +143,8 @@ def _order(layout: str, shape: Shape) -> _Order:
     """The order of a matrix of this shape."""
     N, K = shape
     name, groups = layout[:-1], -(-K // GROUP)
-    rows, unit = {"rows": (1, 4), "tile": (_STRIP, 64), "columns": (_BLOCK, 16)}[name]
+    wide = next((rows for rows in (512, 256) if N % rows == 0), _CHUNK)
+    rows, unit = {"rows": (1, 4), "tile": (_STRIP, 64), "columns": (wide, 16)}[name]
     return _Order(name, rows, unit, -(-N // rows), groups)
 
 
@@ -155,10 +165,11 @@ class PackedFormat:
     def parts(self, spec: Spec) -> list[Part]:
         """The codes, the scales and the rows."""
         order = _order(spec.layout, spec.shape)
-        across = order.groups * (GROUP if order.layout == "columns" else 1)
+        columns = order.layout == "columns"
+        across, chunks = (order.groups * GROUP, order.rows // _CHUNK) if columns else (order.groups, 1)
         scales = (order.blocks, order.groups) + ((order.rows,) if order.rows > 1 else ())
         rows = (order.blocks, order.rows) if order.rows > 1 else (order.blocks,)
-        values = (order.blocks, across, order.unit * self.bits)
+        values = (order.blocks, across, chunks * order.unit * self.bits)
         return [Part("U8", values), Part("I8", scales), Part("F32", rows)]
 
     def rows_together(self, spec: Spec) -> int:
@@ -178,7 +189,9 @@ class PackedFormat:
             codes, scales = np.pad(codes, ((0, short), (0, 0))), np.pad(scales, ((0, short), (0, 0)))
             row = np.pad(row, (0, short))
         together = row.reshape(-1, order.rows) if order.rows > 1 else row
-        return Encoded([pack(order.pieces(codes), self.bits), order.together(scales), together], squared_error)
+        values = pack(order.pieces(codes), self.bits)
+        values = values.reshape(*values.shape[:2], -1)
+        return Encoded([values, order.together(scales), together], squared_error)
 
     def accepts(self, spec: Spec, facts: Facts) -> bool:
         """Return true for any matrix."""
