@@ -47,8 +47,8 @@ def repack(source: Address, width: Int, out: Address, strips: Int, groups: Int) 
 def repack_codes(source: Address, width: Int, out: Address, strips: Int, groups: Int, bits: Int) -> None:
     """Put stored codes of 4, 5 or 6 bits into the order of fragments.
 
-    They are stored as tiles [S, groups, 64·bits] if width is 0, else as columns [N/width, K, 16·bits]. Threads take a
-    lane's codes in turns: those of the words that `repack` has.
+    They are stored as tiles [S, groups, 64·bits] if width is 0, else as columns [N/width, K, width·bits/8], each in
+    chunks of 128 rows. Threads take a lane's codes in turns: those of the words that `repack` has.
     """
     for at in range(cuda.grid(1), strips * groups * 32, cuda.gridsize(1)):
         lane, block = at % 32, at // 32
@@ -61,7 +61,8 @@ def repack_codes(source: Address, width: Int, out: Address, strips: Int, groups:
                     code = code_at(source + 64 * bits * block, 64, piece, n % 16 * 4 + i, bits)
                 else:
                     column = n // width * groups * GROUP + block % groups * GROUP + 4 * piece + i
-                    code = code_at(source + 16 * bits * column, 16, n % width // 16, n % 16, bits)
+                    chunk = source + 16 * bits * (column * (width // 128) + n % width // 128)
+                    code = code_at(chunk, 16, n % 128 // 16, n % 16, bits)
                 low |= np.int64((code & 15) << (4 * i))
                 rest |= np.int64((code >> 4) << ((bits - 4) * (4 * i + word)))
             put_i16(fragment + 8 * lane + 2 * word, low)
