@@ -45,3 +45,10 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     if dtype == "F16":
         return values.astype(np.float16).view(np.uint16)
     return np.ascontiguousarray(values).view("<u2")[..., 1::2]  # the upper halves
+
+
+def nearest(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """The bits of those numbers of a dtype that are nearest to finite `values`."""
+    if dtype != "BF16":
+        return from_float32(values, dtype)
+    return ((np.ascontiguousarray(values).view(np.uint32) + np.uint32(1 << 15)) >> 16).astype("<u2")

@@ -31,6 +31,13 @@ def layout_for(kind: Kind, quantization: str) -> str:
     return FORMATS[quantization].LAYOUTS.get(kind) or float_.LAYOUTS[kind]
 
 
+def relaid(layout: str, quantization: str) -> str:
+    """The layout that a tensor of this one has in another format."""
+    format = format_of(layout)
+    assert format is not None, layout
+    return next(layout_for(kind, quantization) for kind, each in format.LAYOUTS.items() if each == layout)
+
+
 def takes(layout: str, kind: Kind) -> bool:
     """Return true if tensors of this kind are stored in this layout by some format."""
     return any(format.LAYOUTS.get(kind) == layout for format in FORMATS.values())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_cli.commands.options import TEMPLATE_NAMES, quant_option
+from rwkv_cli.commands.options import TEMPLATE_NAMES, is_given, quant_option
 from rwkv_cli.errors import pasted
 from rwkv_cli.terminal.output import columns, note, one_line
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path), required=False)
 @quant_option
+@click.option(
+    "--bits",
+    type=float,
+    metavar="B",
+    help="In place of --quant: at most B bits a weight on average. What rounding each kind of weights "
+    "changes is measured, and those that matter most get more bits.",
+)
 @click.option(
     "--tokenizer",
     default="auto",
@@ -57,7 +64,7 @@ if TYPE_CHECKING:
     "--calibrate",
     metavar="self|none|FILE",
     help="Fit the rounding to what the model computes on a text, and measure what it costs: self has the model write "
-    "one, FILE is one of yours. Default: self for q4, q5 and q6, else none.",
+    "one, FILE is one of yours. Default: self for q4, q5, q6 and --bits, else none.",
 )
 @click.option("--force", is_flag=True, help="Replace DST if it is there.")
 @click.option("--dry-run", is_flag=True, help="Check SRC and show what would be written, but write nothing.")
@@ -68,6 +75,7 @@ def command(
     tokenizer: str,
     template: str,
     *,
+    bits: float | None,
     eos: int | None,
     adapters: tuple[Path, ...],
     adapter_scale: float | None,
@@ -78,19 +86,30 @@ def command(
     """Convert a released checkpoint to one file that the other commands run.
 
     SRC is a torch .pth, a safetensors file, a GGUF or rwkv.cpp file, or a Hugging Face folder, of RWKV-4 to 8.
-    DST defaults to SRC's name with .int8.safetensors (.q4.safetensors, .float.safetensors) in place of its ending.
+    DST defaults to SRC's name with .int8.safetensors (.q4.safetensors, .5.0bits.safetensors, .float.safetensors) in
+    place of its ending.
 
     \b
     rwkv convert RWKV-x070-World-0.1B.pth
+    rwkv convert RWKV-x070-World-0.1B.pth --bits 5.0
     rwkv convert RWKV-x070-World-0.1B.pth --adapter rwkv-0.pth
     rwkv convert rwkv-4-pile-169m/ pile.safetensors --tokenizer 20B_tokenizer.json
     """
+    if bits is not None and is_given("quant"):
+        if is_given("bits"):
+            raise click.UsageError("--bits chooses the formats that --quant would name; leave one of them out")
+        bits = None  # config.toml has it
     from rwkv_cli.engine.conversion import Conversion, check_destination, default_destination
+    from rwkv_cli.engine.recipes import mixture_name
     from rwkv_cli.terminal.compiling import load_kernels
     from rwkv_cli.terminal.converting import converting_bar
 
-    dst = dst or default_destination(src, quant, adapters)
+    if bits is not None:
+        quant = "int8"
+    dst = dst or default_destination(src, quant if bits is None else mixture_name(bits), adapters)
     conversion = Conversion.of(src, quant, tokenizer, template, eos=eos, adapters=adapters, scale=adapter_scale)
+    if bits is not None:
+        conversion = conversion.within(bits)
     if calibrate is not None:
         conversion = conversion.calibrated(calibrate)
     check_destination(dst, conversion, overwrite=force or dry_run)
@@ -130,6 +149,8 @@ def command(
 
 def _report(conversion: Conversion, done: Converted | None) -> str:
     """The model and what became of it, as tables."""
+    from rwkv_cli.engine.mixture import bounds
+
     config, contents = conversion.config, done.contents if done else conversion.contents
     tokenizer, template = contents.metadata["tokenizer"], contents.metadata["template"]
     heads = f", {config.heads} heads of {config.head_size}" if config.version != "4" else ""
@@ -140,9 +161,15 @@ def _report(conversion: Conversion, done: Converted | None) -> str:
         ("width", f"{config.width}{heads}, channel mix {config.ffn}"),
         ("vocabulary", f"{config.vocab}, tokenizer {tokenizer}, chat template {template}"),
         ("parameters", f"{contents.weights / 1e6:,.1f} M"),
-        ("size", f"{contents.source_bytes / 1e6:,.1f} MB → {contents.file_bytes / 1e6:,.1f} MB"),
-        ("bits per weight", f"{contents.tensor_bytes * 8 / contents.weights:.2f}"),
     ]
+    if done is None and conversion.bits is not None:
+        low, high = bounds(contents)
+        rows += [("bits per weight", f"{conversion.bits:g} at most, of {low:.2f} to {high:.2f} that are possible")]
+    else:
+        rows += [
+            ("size", f"{contents.source_bytes / 1e6:,.1f} MB → {contents.file_bytes / 1e6:,.1f} MB"),
+            ("bits per weight", f"{contents.tensor_bytes * 8 / contents.weights:.2f}"),
+        ]
     if done is not None and done.text is not None and done.loss is not None:
         text = "a text of the model's own" if done.text.origin == "self" else one_line(done.text.origin)
         rows += [
@@ -155,18 +182,18 @@ def _report(conversion: Conversion, done: Converted | None) -> str:
 
 def _warn(done: Converted) -> None:
     """Say what is not as it usually is."""
-    from rwkv_cli.engine.calibration import USUAL_KL, alarming
+    from rwkv_cli.engine.calibration import USUAL_KL, alarming, coarsest
 
     if done.spoilt is not None:
         note(
             f"The embedding was kept as it is: rounded, it would be off by {done.spoilt.itself:.1%}, but by "
             f"{done.spoilt.after_norm:.1%} after its norm (ln0)."
         )
-    quantization = done.contents.metadata["quantization"]
-    if done.loss is not None and alarming(done.loss, quantization):
+    format = coarsest(done.contents.plan)
+    if done.loss is not None and format is not None and alarming(done.loss, format):
         note(
-            f"Warning: a KL of {done.loss.kl:.1e} is far more than {quantization} usually costs, which is about "
-            f"{USUAL_KL[quantization]:.0e}. Convert with --quant none, and compare with rwkv ppl --compare."
+            f"Warning: a KL of {done.loss.kl:.1e} is far more than {format} usually costs, which is about "
+            f"{USUAL_KL[format]:.0e}. Convert with --quant none, and compare with rwkv ppl --compare."
         )
 
 
@@ -180,7 +207,7 @@ def _errors(done: Sequence[Written]) -> str:
             kinds[kind_of(item.planned.name)].append((item, item.error))
     if not kinds:
         return ""
-    rows = [("tensor", "MB", "bits", "mean error", "worst error", "of outputs")]
+    rows = [("tensor", "format", "MB", "bits", "mean error", "worst error", "of outputs")]
     for kind, items in kinds.items():
         stored = sum(item.planned.stored_bytes for item, _ in items)
         bits = stored * 8 / sum(item.planned.weights for item, _ in items)
@@ -188,5 +215,7 @@ def _errors(done: Sequence[Written]) -> str:
         mean = sum(errors) / len(errors)
         effects = [item.effect for item, _ in items if item.effect is not None]
         of_outputs = f"{sum(effects) / len(effects):.3%}" if effects else ""
-        rows.append((kind, f"{stored / 1e6:,.2f}", f"{bits:.2f}", f"{mean:.3%}", f"{max(errors):.3%}", of_outputs))
-    return columns(rows, right=range(1, 6))
+        format = items[0][0].planned.format.NAME
+        row = f"{stored / 1e6:,.2f}", f"{bits:.2f}", f"{mean:.3%}", f"{max(errors):.3%}", of_outputs
+        rows.append((kind, format, *row))
+    return columns(rows, right=range(2, 7))

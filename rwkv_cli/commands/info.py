@@ -108,6 +108,10 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
         *_calibration(facts["calibration"]),
         ("digest", facts["digest"]),
     ]))  # fmt: skip
+    formats = facts["formats"]
+    if len({kind["format"] for kind in formats.values()}) > 1:
+        kinds = [(kind, of["format"], f"{of['bits']:.2f}") for kind, of in formats.items()]
+        click.echo("\n" + columns([("weights", "format", "bits"), *kinds], right=[2]))
     if tensors:
         rows = [
             (

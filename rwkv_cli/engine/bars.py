@@ -10,7 +10,7 @@ done."""
 Bars = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """A bar for each part of the work, by its label."""
 
-OF_TOKENS = WRITING, MEASURING = "Writing a text", "Measuring"
+OF_TOKENS = WRITING, CHOOSING, MEASURING = "Writing a text", "Choosing formats", "Measuring"
 """The parts of a conversion that count tokens in place of bytes."""
 
 

@@ -207,9 +207,14 @@ def loss(model: Model, source: Model, ids: NDArray[np.int64], progress: Callable
     return Loss(float(np.concatenate(kl).mean()), float(np.concatenate(same).mean()))
 
 
-def alarming(loss: Loss, quantization: str) -> bool:
+def coarsest(plan: Sequence[Planned]) -> str | None:
+    """The format of the fewest bits in a plan; None where nothing is rounded."""
+    return max({planned.format.NAME for planned in plan} & USUAL_KL.keys(), key=USUAL_KL.__getitem__, default=None)
+
+
+def alarming(loss: Loss, format: str) -> bool:
     """True if a format has cost far more than it usually does."""
-    return quantization in USUAL_KL and not loss.kl < _ALARMING * USUAL_KL[quantization]
+    return not loss.kl < _ALARMING * USUAL_KL[format]
 
 
 def first_token(ends: Collection[int]) -> int:

@@ -24,7 +24,8 @@ from rwkv_cli.engine.calibration import (
 )
 from rwkv_cli.engine.inside import check_kind, template_inside, tokenizer_inside
 from rwkv_cli.engine.json_tokenizer import JsonTokenizer
-from rwkv_cli.engine.recipes import RECIPES
+from rwkv_cli.engine.mixture import check_bits, mixed
+from rwkv_cli.engine.recipes import LADDER, RECIPES, mixture_name
 from rwkv_cli.engine.rounding import ROUNDING_KERNELS, Judgement, Loss, Plain, judge_embedding
 from rwkv_cli.engine.stored import template_beside
 from rwkv_cli.engine.templates import recognize
@@ -75,6 +76,8 @@ class Conversion:
     tokenizer: Tokenizer | None
     calibrate: str
     """What it is calibrated on: `self`, `none` or the name of a text."""
+    bits: float | None = None
+    """The most bits a weight that a mixture of formats may have, if it is to be one."""
 
     @classmethod
     def of(
@@ -127,7 +130,18 @@ class Conversion:
         """The conversion with another thing to calibrate on: `self`, `none` or the name of a text."""
         if on != "none" and self.contents.metadata["quantization"] == "none":
             raise FormatError(f"--calibrate {on}: with --quant none there is nothing to round; leave one of them out")
+        if on == "none" and self.bits is not None:
+            raise FormatError("--calibrate none: --bits tells by a text which weights need more; leave one of them out")
         return replace(self, calibrate=on)
+
+    def within(self, bits: float) -> Conversion:
+        """The conversion of an int8 file as one of at most so many bits a weight, each kind of tensors in its format.
+
+        Raises FormatError for a number that the formats cannot meet.
+        """
+        check_bits(self.contents, bits)
+        metadata = {**self.contents.metadata, "quantization": mixture_name(bits)}
+        return replace(self, contents=replace(self.contents, metadata=metadata), calibrate="self", bits=bits)
 
     @functools.cached_property
     def source_model(self) -> Model:
@@ -137,7 +151,7 @@ class Conversion:
     @property
     def kernels(self) -> list[Loadable]:
         """The kernels that `write` needs."""
-        names = sorted({planned.format.NAME for planned in self.contents.plan})
+        names = sorted({planned.format.NAME for planned in self.contents.plan} | set(LADDER if self.bits else ()))
         kernels = [kernel for name in names for kernel in ROUNDING_KERNELS.get(name, ())]
         if self.calibrate != "none":
             kernels += [*FEEDBACK, *self.source_model.kernels("last", "every")]
@@ -147,16 +161,18 @@ class Conversion:
         """Write `dst`. A failure leaves nothing behind."""
         contents = self.contents
         judgement = judge_embedding(contents.plan, self.config)
-        effects = {} if judgement is None else {"emb.weight": judgement.after_norm}
         spoilt = judgement if judgement is not None and judgement.spoilt else None
         if spoilt:
             whole = floats.LAYOUTS["table"]
             plan = [replace(p, layout=whole) if p.name == "emb.weight" else p for p in contents.plan]
-            contents, effects = replace(contents, plan=plan), {}
+            contents = replace(contents, plan=plan)
+        text = self._text(bar) if self.calibrate != "none" else None
+        if self.bits is not None and text is not None:
+            contents = mixed(contents, self.bits, self.source_model, text.learned, bar)
+        kept = judge_embedding(contents.plan, self.config)
+        effects = {} if kept is None else {"emb.weight": kept.after_norm}
         rounding: Plain = Plain(effects)
-        text = None
-        if self.calibrate != "none":
-            text = self._text(bar)
+        if text is not None:
             rounding = Calibrated(self.source_model, text, effects, bar)
             contents = replace(contents, metadata={**contents.metadata, "calibration": facts(text)})
         with bar("Converting", contents.source_bytes) as progress:
@@ -202,8 +218,9 @@ def default_destination(src: Path, quantization: str, adapters: Sequence[Path] =
     """The names of `src` and of the adapters with the format's ending, beside `src`."""
     paths = [full_path(path) for path in (src, *adapters)]
     stem = "+".join(path.name if path.is_dir() else _stem(path) for path in paths)
+    ending = FORMATS[quantization].NAME if quantization in FORMATS else quantization
     named = src.name not in ("", "..")  # then the place is said as it was given
-    return (src.parent if named else paths[0].parent) / f"{stem}.{FORMATS[quantization].NAME}.safetensors"
+    return (src.parent if named else paths[0].parent) / f"{stem}.{ending}.safetensors"
 
 
 def _stem(path: Path) -> str:

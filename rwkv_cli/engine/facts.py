@@ -1,11 +1,15 @@
 """What a converted file tells without its weights."""
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+from rwkv_cli.engine.recipes import mixed_kind
 from rwkv_cli.engine.stored import StoredTemplate
 from rwkv_cli.errors import ConversationError, FormatError
 from rwkv_cli.quant import Checkpoint
+from rwkv_cli.quant.formats import format_of
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -30,7 +34,23 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "adapters": checkpoint.metadata("adapters", list, []),
         "calibration": _calibration(checkpoint),
         "digest": checkpoint.digest,
+        "formats": _formats(rows),
         "tensors": rows,
+    }
+
+
+def _formats(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Tell the format and the bits of each kind of weights."""
+    kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    names: dict[str, str] = {}
+    for row in rows:
+        format, kind = format_of(row["layout"]), mixed_kind(row["name"])
+        if format is not None and format.QUANTIZED:
+            kinds[kind].append(row)
+            names[kind] = format.NAME
+    return {
+        kind: {"format": names[kind], "bits": 8 * sum(r["bytes"] for r in each) / sum(prod(r["shape"]) for r in each)}
+        for kind, each in kinds.items()
     }
 
 

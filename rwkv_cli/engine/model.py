@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.engine.json_tokenizer import JsonTokenizer
+from rwkv_cli.engine.recipes import is_known
 from rwkv_cli.engine.stored import StoredTemplate
 from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, WorldTokenizer
 from rwkv_cli.errors import FormatError, TokenizerError
 from rwkv_cli.models import Model
 from rwkv_cli.quant import Checkpoint
-from rwkv_cli.quant.formats import FORMATS
 
 
 class LanguageModel(Model):
@@ -37,7 +37,7 @@ class LanguageModel(Model):
         self.ends = _ends(checkpoint, self.config.vocab)
         """The tokens that end a text."""
         self.quantization: str = checkpoint.metadata("quantization", str)
-        if self.quantization not in FORMATS:
+        if not is_known(self.quantization):
             raise FormatError(
                 f"{self.path}: is quantized as {self.quantization[:40]!r}, which is unknown; upgrade rwkv-cli"
             )

@@ -1,8 +1,10 @@
 """Which format each tensor of a model is stored in, by the name that `--quant` has for it."""
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from rwkv_cli.models.naming import kind_of
 from rwkv_cli.quant.formats import FORMATS
 
 
@@ -32,5 +34,24 @@ RECIPES: Mapping[str, Recipe] = {
     "q4": Recipe("q4", "q6", "q6", "q6"),
 }
 """The recipes that `--quant` offers. Half of what 4 bits cost would come from the head, if it had 4 bits as well."""
+
+LADDER = ("q4", "q5", "q6", "int8")
+"""The formats that a mixture is made of, by their bits."""
+
+
+def mixed_kind(name: str) -> str:
+    """The kind of a tensor: all of one kind have the same format in a mixture. Low-rank matrices are one, being few."""
+    return kind_of(name) if name.endswith(".weight") else "low rank"
+
+
+def mixture_name(bits: float) -> str:
+    """What a mixture of so many bits is called where a recipe has its name."""
+    return f"{bits}bits"
+
+
+def is_known(quantization: str) -> bool:
+    """Return true for the name of a recipe or of a mixture."""
+    return quantization in RECIPES or re.fullmatch(r"[0-9]{1,2}\.[0-9]{1,16}bits", quantization) is not None
+
 
 assert RECIPES.keys() == FORMATS.keys()

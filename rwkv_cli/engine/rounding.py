@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.cpu import quantize_packed, quantize_weights
 from rwkv_cli.models import Config
-from rwkv_cli.quant.formats.contract import Format, Spec, StoredArray
+from rwkv_cli.quant.formats.contract import Encoded, Facts, Format, Spec, StoredArray
 from rwkv_cli.quant.formats.packed import PackedFormat
 from rwkv_cli.quant.writer import Planned
 
@@ -94,19 +94,30 @@ def judge_embedding(plan: Sequence[Planned], config: Config) -> Judgement | None
     weight = by_name["blocks.0.ln0.weight"].source.float32().reshape(-1)
     if not (np.isfinite(rows).all() and np.isfinite(weight).all()):
         return None  # the writer refuses such a tensor by its name
-    stored = _stored(emb, rows)
-    pairs = [(rows, stored), (_normed(rows, weight, config.norm_eps), _normed(stored, weight, config.norm_eps))]
+    kept = stored(emb, rows)
+    pairs = [(rows, kept), (_normed(rows, weight, config.norm_eps), _normed(kept, weight, config.norm_eps))]
     return Judgement(*(float(np.linalg.norm(b - a)) / max(float(np.linalg.norm(a)), 1e-30) for a, b in pairs))
 
 
-def _stored(planned: Planned, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+def encoded(planned: Planned, rows: NDArray[np.float32]) -> Encoded:
+    """Rows of a tensor, rounded plainly to its format."""
+    spec, facts = _alone(planned, rows)
+    return planned.format.encode(rows, spec, facts, quantizer_of(planned.format))
+
+
+def stored(planned: Planned, rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows as the format of a tensor keeps them."""
-    format, spec = planned.format, Spec(planned.layout, rows.shape, planned.spec.dtype)
-    facts = format.facts_of(float(np.abs(rows).max()))
-    parts = format.encode(rows, spec, facts, quantizer_of(format)).parts
+    format, (spec, facts) = planned.format, _alone(planned, rows)
+    parts = encoded(planned, rows).parts
     arrays = [StoredArray(part.dtype, array) for part, array in zip(format.parts(spec), parts, strict=True)]
     values: NDArray[np.float32] = format.read(spec, facts, arrays).float32()
     return values
+
+
+def _alone(planned: Planned, rows: NDArray[np.float32]) -> tuple[Spec, Facts]:
+    """What a format is told of rows that are a tensor by themselves."""
+    facts = planned.format.facts_of(float(np.abs(rows).max()))
+    return Spec(planned.layout, rows.shape, planned.spec.dtype), facts
 
 
 def _normed(rows: NDArray[np.float32], weight: NDArray[np.float32], eps: float) -> NDArray[np.float64]:

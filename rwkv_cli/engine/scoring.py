@@ -336,8 +336,13 @@ def compare(
 ) -> list[NDArray[Any]]:
     """Compare two models on the same tokens: losses of both, KL of the first from the second, agreeing maxima."""
     logits = [m.advance(inputs, s, all_logits=True, watch=_obey) for m, s in zip(models, states, strict=True)]
-    program, results = _comparison(len(targets), models[0].config.vocab)
-    executable = models[0].backend.compile(program, models[0].threads)
+    return differences(models[0], logits, targets)
+
+
+def differences(model: Model, logits: Sequence[NDArray[np.float32]], targets: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """What `compare` tells, of two logits for the same targets; computed where `model` is."""
+    program, results = _comparison(len(targets), model.config.vocab)
+    executable = model.backend.compile(program, model.threads)
     executable.run({"p": logits[0], "q": logits[1], "targets": targets})
     return [executable.read(result)[:, 0] for result in results]
 
