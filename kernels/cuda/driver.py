@@ -155,11 +155,10 @@ class HostMemory:
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array with any values."""
         if len(self._lent) == 2:
-            free = [each for each in self._lent if each[1]() is None]
-            if not free:
+            free = next((i for i, (_, lent) in enumerate(self._lent) if lent() is None), None)
+            if free is None:
                 return np.empty(shape, dtype)
-            self._lent.remove(free[0])
-            memory, _ = free[0]
+            memory, _ = self._lent.pop(free)
         else:
             memory = np.empty(0, np.uint8)
         size = prod(shape) * dtype.itemsize

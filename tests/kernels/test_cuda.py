@@ -150,15 +150,15 @@ def test_arrays_have_numpys_manners() -> None:
             array[wrong]
 
 
-@pytest.mark.parametrize("version", tiny.VERSIONS)
-def test_the_gpu_benchmark_makes_sound_models(version: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "quant"), list(zip(tiny.VERSIONS, ("int8", "q6", "q5", "q4") * 2, strict=True)))
+def test_the_gpu_benchmark_makes_sound_models(version: str, quant: str, tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
     assert spec is not None
     assert spec.loader is not None
     gpu = importlib.util.module_from_spec(spec)
     sys.modules["gpu"] = gpu
     spec.loader.exec_module(gpu)
-    gpu.write_model(tmp_path / "model", gpu.config_of(version, 2, 32, 16, 64, gpu.ranks_of(version, 8)))
+    gpu.write_model(tmp_path / "model", gpu.config_of(version, 2, 32, 16, 64, gpu.ranks_of(version, 8)), quant)
     logits, _ = rwkv_cli.load(tmp_path / "model").forward([1, 2, 3])
     assert 0.1 < logits.std() < 10
 
@@ -466,6 +466,9 @@ def test_memory_that_logits_come_to_is_used_again_when_they_are_gone() -> None:
     del view
     again = host.array((1, 4), size)
     assert (again.ctypes.data, again.shape, again.dtype) == (place, (1, 4), size)
+    place = again.ctypes.data
+    del again  # the other one, which was lent before it, is still there
+    assert host.array((2, 2), size).ctypes.data == place
 
 
 @pytest.mark.parametrize("capabilities", [["7.5", "8.0"], ["9.0"]], ids=" ".join)
