@@ -79,7 +79,7 @@ def command(
 
     \b
     rwkv bench -m RWKV-x070-World-0.1B.int8.safetensors
-    rwkv bench -m RWKV-x070-World-0.1B.int8.safetensors --compare RWKV-x070-World-0.1B.q4.safetensors
+    rwkv bench -m model.int8.safetensors --compare model.q4.safetensors
     """
     from rwkv_cli.engine.measuring import measure
     from rwkv_cli.terminal.compiling import load_kernels
