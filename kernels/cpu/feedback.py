@@ -6,15 +6,16 @@ triangular and H = R·Rᵀ, let R = (1 + C)·diag(√d), where C has zeros on an
     Δ·H·Δᵀ = Σ_k d[k] · (x[k] − q[k])²  where  x[k] = w[k] + Σ_{j<k} Δ[j] · C[j, k]
 
 So columns are rounded one after the other, each from x in place of w. (arXiv 2307.13304, section 4, shows that this is
-the GPTQ of arXiv 2210.17323, which inverts H.) A group's scale is the one of `quantize_weights`' candidates whose sum
-over the group is least, with the feedback between the group's own columns.
+the GPTQ of arXiv 2210.17323, which inverts H.) A group's scale is the one of those that plain rounding tries whose
+sum over the group is least, with the feedback between the group's own columns.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.core import types
+from llvmlite import ir
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -26,7 +27,7 @@ from rwkv_cli.kernels.cpu.elementwise import address_of, span
 from rwkv_cli.kernels.cpu.llvm.bits import bits_of, float_of
 from rwkv_cli.kernels.cpu.llvm.emitter import F32 as FLOAT
 from rwkv_cli.kernels.cpu.llvm.emitter import I64, Emitter, vector
-from rwkv_cli.kernels.cpu.quantize_packed import best_scale, nearest, pack_rows
+from rwkv_cli.kernels.cpu.quantize_packed import LANES, first_least, nearest_level, pack_rows, scales_tried
 from rwkv_cli.kernels.cpu.quantize_weights import CANDIDATES, STEP, quantize_rows
 from rwkv_cli.kernels.cpu.steps import Share, Steps
 from rwkv_cli.numbers import GROUP, LEVELS
@@ -40,7 +41,15 @@ _ROOM = 1.05
 _SAMPLED = 64
 """Rows of a block that tell how large the outputs of a matrix are."""
 
-_LEVELS4, _LEVELS5, _LEVELS6 = (np.array(LEVELS[bits], np.float32) for bits in (4, 5, 6))
+
+def _codes(bits: int) -> NDArray[np.uint8]:
+    """The code of each level, at its place from −128 on."""
+    codes = np.zeros(256, np.uint8)
+    codes[np.array(LEVELS[bits]) + 128] = np.arange(len(LEVELS[bits]))
+    return codes
+
+
+_CODES4, _CODES5, _CODES6 = map(_codes, (4, 5, 6))
 
 Floats32 = NDArray[np.float32]
 
@@ -147,15 +156,81 @@ def _round(args: int, part: int, parts: int) -> None:
     gone[0], now[0, 0] = 0, 0
 
 
+def _try(bits: int) -> Any:
+    """try_(group, w, weights, carry, stride, levels, least, largest): the scale, int64, that serves a group best.
+
+    Each scale that plain rounding tries is tried with feedback between the group's columns, so that x is `group` with
+    that of the columns before. Leaves the least Σ weights · (x − level · scale)² at `least`, and its levels. At the
+    addresses are float32: group, w, weights, levels [GROUP], carry [GROUP, stride] and least. `largest` is the one of
+    the group that is largest in magnitude.
+    """
+
+    @intrinsic
+    def try_(typingctx, group, w, weights, carry, stride, levels, least, largest):  # noqa: ARG001
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            e, b, kind = Emitter(builder), builder, vector(FLOAT, LANES)
+            group, w, weights, carry, stride, levels, least, largest = args
+            room = ir.ArrayType(kind, GROUP)
+            now = b.ptrtoint(cgutils.alloca_once(b, room), ir.IntType(64))
+            tried = b.ptrtoint(cgutils.alloca_once(b, room), ir.IntType(64))
+            width = I64(4 * LANES)
+
+            def at(address: Any, i: Any) -> Any:
+                return e.splat(e.load(FLOAT, b.add(address, b.mul(i, I64(4))), align=4), LANES)
+
+            def lay(i: Any, _: list[Any]) -> list[Any]:
+                e.store(at(group, i), b.add(now, b.mul(i, width)), align=4)
+                return []
+
+            e.loop(I64(0), I64(GROUP), 1, [], lay)
+            scale = scales_tried(e, bits, largest)
+            inverse = b.fdiv(e.constant(FLOAT(1), LANES), scale)
+
+            def round_(i: Any, carried: list[Any]) -> list[Any]:
+                x = e.load(kind, b.add(now, b.mul(i, width)), align=4)
+                q = nearest_level(e, bits, b.fmul(x, inverse))
+                e.store(q, b.add(tried, b.mul(i, width)), align=4)
+                stored = b.fmul(q, scale)
+                miss, lost = b.fsub(x, stored), b.fsub(at(w, i), stored)
+                shares = b.add(carry, b.mul(b.mul(i, stride), I64(4)))
+
+                def add(j: Any, _: list[Any]) -> list[Any]:
+                    row = b.add(now, b.mul(j, width))
+                    product = b.fmul(lost, at(shares, j), flags=("contract",))
+                    e.store(b.fadd(e.load(kind, row, align=4), product, flags=("contract",)), row, align=4)
+                    return []
+
+                e.loop(b.add(i, I64(1)), I64(GROUP), 1, [], add)
+                squares = b.fmul(b.fmul(miss, miss), at(weights, i), flags=("contract",))
+                return [b.fadd(carried[0], squares, flags=("contract",))]
+
+            (total,) = e.loop(I64(0), I64(GROUP), 1, [ir.Constant(kind, None)], round_)
+            lane = first_least(e, total)
+
+            def pick(i: Any, _: list[Any]) -> list[Any]:
+                row = e.load(kind, b.add(tried, b.mul(i, width)), align=4)
+                e.store(b.extract_element(row, lane), b.add(levels, b.mul(i, I64(4))), align=4)
+                return []
+
+            e.loop(I64(0), I64(GROUP), 1, [], pick)
+            e.store(b.extract_element(total, lane), least, align=4)
+            return b.fptosi(b.extract_element(scale, lane), I64)
+
+        return types.int64(*[types.int64] * 7, types.float32), generate
+
+    return try_
+
+
+_try4, _try5, _try6 = map(_try, (4, 5, 6))
+
+
 class PackFeedbackArgs(NamedTuple):
-    """As FeedbackArgs in the source's own unit, with codes [R, B] of `bits` in place of values, and each row's factor
-    rows [R]."""
+    """As FeedbackArgs with each row divided by its factor, and codes [R, B] of `bits` in place of values."""
 
     w: F32_2
     x: F32_2
     carry: F32_2
     weight: F32_1
-    rows: F32_1
     bits: Int
     codes: U8_2
     scales: I8_2
@@ -165,37 +240,50 @@ class PackFeedbackArgs(NamedTuple):
 
 @kernel(PackFeedbackArgs)
 def _pack(args: int, part: int, parts: int) -> None:
-    """Round each row with feedback. A group's scale is found before feedback between its own columns."""
+    """Round each row with feedback."""
     a = unpack(args, PackFeedbackArgs)
     w, x, carry, weight, lost, bits = a.w, a.x, a.carry, a.weight, a.lost, a.bits
-    levels = _LEVELS4 if bits == 4 else _LEVELS5 if bits == 5 else _LEVELS6
-    group, scaled = np.empty(GROUP, np.float32), np.empty(GROUP, np.float32)
-    found = np.empty(GROUP, np.uint8)
+    codes = _CODES4 if bits == 4 else _CODES5 if bits == 5 else _CODES6
+    group, level = np.empty(GROUP, np.float32), np.empty(GROUP, np.float32)
+    least = np.empty(1, np.float32)
     begin, end = span(part, parts, len(w))
     for n in range(begin, end):
-        inverse = np.float32(1) / a.rows[n] if a.rows[n] else np.float32(0)
+        error = np.float64(0)
         for start in range(0, w.shape[1], GROUP):
             for i in range(GROUP):
                 group[i] = x[n, start + i]
             for k in range(start):
                 for i in range(GROUP):
                     group[i] += lost[n, k] * carry[k, start + i]
+            largest = np.float32(0)
             for i in range(GROUP):
-                scaled[i] = group[i] * inverse
-            scale = best_scale(scaled, weight[start : start + GROUP], bits)
-            by = np.float32(scale) * a.rows[n]
+                if abs(group[i]) > abs(largest):
+                    largest = group[i]
+            places = (
+                address_of(group),
+                address_of(w[n, start:]),
+                address_of(weight[start:]),
+                address_of(carry[start, start:]),
+                carry.shape[1],
+                address_of(level),
+                address_of(least),
+            )
+            if largest == 0:
+                scale, level[:], least[0] = np.int64(0), 0, 0
+            elif bits == 4:
+                scale = _try4(*places, largest)
+            elif bits == 5:
+                scale = _try5(*places, largest)
+            else:
+                scale = _try6(*places, largest)
             a.scales[n, start // GROUP] = scale
             for i in range(GROUP):
-                for j in range(i, GROUP):
-                    scaled[j] = group[j] * inverse
-                nearest(scaled, scale, bits, found)
-                a.codes[n, start + i] = found[i]
-                q = levels[found[i]] * by
-                a.errors[n] += np.float64(weight[start + i]) * np.float64(group[i] - q) ** 2
-                gone = w[n, start + i] - q
-                lost[n, start + i] = gone
-                for j in range(i + 1, GROUP):
-                    group[j] += gone * carry[start + i, start + j]
+                a.codes[n, start + i] = codes[np.int64(level[i]) + 128]
+                lost[n, start + i] = w[n, start + i] - level[i] * np.float32(scale)
+            error += np.float64(least[0])
+        a.errors[n] += error
+    # these must live until here, and their addresses alone do not keep them
+    group[0], level[0], least[0] = 0, 0, 0
 
 
 KERNELS: list[Loadable] = [_round, _pack]
@@ -253,14 +341,17 @@ class Feedback:
         w = np.ascontiguousarray(w)
         levels = np.array(LEVELS[bits], np.float32)
         rows = np.abs(w).max(axis=1) * np.float32(_ROOM) / (levels[-1] * np.float32(127))
+        by = np.divide(1, rows, out=np.zeros_like(rows), where=rows > 0)[:, None]
         codes, scales = np.zeros((len(w), _padded(w)), np.uint8), np.zeros((len(w), _padded(w) // GROUP), np.int8)
 
         def round_(part: slice, groups: slice, block: _Block) -> None:
             out, factors = codes[:, part].copy(), scales[:, groups].copy()
-            _run(_pack, PackFeedbackArgs(**block._asdict(), rows=rows, bits=bits, codes=out, scales=factors))
+            _run(_pack, PackFeedbackArgs(**block._asdict(), bits=bits, codes=out, scales=factors))
             codes[:, part], scales[:, groups] = out, factors
 
-        lost, errors = self._rounded(w, round_)
+        lost, errors = self._rounded(w * by, round_)
+        lost *= rows[:, None]
+        errors *= np.square(rows.astype(np.float64))
         plain_codes, plain_scales, plain_rows, _ = pack_rows(w, bits)
         plain = plain_codes, plain_scales, plain_rows
         by = plain_scales.astype(np.float32) * plain_rows[:, None]

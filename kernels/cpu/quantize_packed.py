@@ -27,7 +27,7 @@ from rwkv_cli.numbers import CURVES, GROUP, LEVELS
 
 _SEARCHED = {4: (0.86, 1.08), 5: (0.94, 1.04), 6: (0.97, 1.03)}
 """Where candidates lie, as a share of the scale that brings the largest weight to the end of the levels."""
-_LANES = 16
+LANES = 16
 """Lanes of vectors. A lane is a candidate: of one sign in the lower half, of the other in the upper half."""
 
 _LEVELS4, _LEVELS5, _LEVELS6 = (np.array(LEVELS[bits], np.float32) for bits in (4, 5, 6))
@@ -52,7 +52,7 @@ def _code(e: Emitter, bits: int, t: Any) -> Any:
     return q
 
 
-def _level(e: Emitter, bits: int, t: Any) -> Any:
+def nearest_level(e: Emitter, bits: int, t: Any) -> Any:
     """A level that is next to t in each lane, or so near the middle of two that it hardly matters which."""
     b, levels, n = e.b, LEVELS[bits], t.type.count
     rint, contract = f"llvm.rint.v{n}f32", ("contract",)
@@ -108,49 +108,51 @@ def _round(bits: int) -> Any:
     return round_
 
 
-def _search(bits: int) -> Any:
-    """search(group, weights, largest): the scale, int64, with the least Σ weights · (x − level · scale)².
+def scales_tried(e: Emitter, bits: int, largest: Any) -> Any:
+    """The scales that are tried for a group whose weight of the largest magnitude is `largest`: integers, none of 0."""
+    b, floats = e.b, vector(FLOAT, LANES)
+    low, high = _SEARCHED[bits]
+    half = LANES // 2
+    shares = [
+        (low + (high - low) * i / (half - 1)) / end for end in (LEVELS[bits][0], LEVELS[bits][-1]) for i in range(half)
+    ]
+    scale = b.fmul(e.splat(largest, LANES), ir.Constant(floats, [FLOAT(share) for share in shares]))
+    scale = _clamped(e, e.call(f"llvm.rint.v{LANES}f32", floats, scale), -127, 127)
+    return b.select(b.fcmp_ordered("==", scale, e.constant(FLOAT(0), LANES)), e.constant(FLOAT(1), LANES), scale)
 
-    x are the 32 float32 at address `group`, and `weights` is the address of as many. `largest` is the x that is
-    largest in magnitude.
+
+def first_least(e: Emitter, total: Any) -> Any:
+    """The first lane with the least total."""
+    b = e.b
+    least = e.call(f"llvm.vector.reduce.fmin.v{LANES}f32", FLOAT, total)
+    found = b.bitcast(b.fcmp_ordered("==", total, e.splat(least, LANES)), ir.IntType(LANES))
+    return b.zext(b.cttz(found, I1(0)), I32)
+
+
+def _search(bits: int) -> Any:
+    """search(group, largest): the scale, int64, with the least Σ (x − level · scale)².
+
+    x are the 32 float32 at address `group`. `largest` is the x that is largest in magnitude.
     """
 
     @intrinsic
-    def search(typingctx, group, weights, largest):  # noqa: ARG001
+    def search(typingctx, group, largest):  # noqa: ARG001
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-            e, b, floats = Emitter(builder), builder, vector(FLOAT, _LANES)
-            group, weights, largest = args
-            low, high = _SEARCHED[bits]
-            half = _LANES // 2
-            shares = [
-                (low + (high - low) * i / (half - 1)) / end
-                for end in (LEVELS[bits][0], LEVELS[bits][-1])
-                for i in range(half)
-            ]
-            scale = b.fmul(e.splat(largest, _LANES), ir.Constant(floats, [FLOAT(share) for share in shares]))
-            scale = e.call(f"llvm.rint.v{_LANES}f32", floats, scale)
-            for sign, end in ((">", -127), ("<", 127)):
-                limit = e.constant(FLOAT(end), _LANES)
-                scale = b.select(b.fcmp_ordered(sign, scale, limit), scale, limit)
-            zero, one = e.constant(FLOAT(0), _LANES), e.constant(FLOAT(1), _LANES)
-            scale = b.select(b.fcmp_ordered("==", scale, zero), one, scale)
-            inverse = b.fdiv(one, scale)
+            e, b, floats = Emitter(builder), builder, vector(FLOAT, LANES)
+            group, largest = args
+            scale = scales_tried(e, bits, largest)
+            inverse = b.fdiv(e.constant(FLOAT(1), LANES), scale)
 
             def add_error(i: Any, carried: list[Any]) -> list[Any]:
-                at = b.mul(i, I64(4))
-                x = e.splat(e.load(FLOAT, b.add(group, at), align=4), _LANES)
-                weight = e.splat(e.load(FLOAT, b.add(weights, at), align=4), _LANES)
-                q = _level(e, bits, b.fmul(x, inverse))
+                x = e.splat(e.load(FLOAT, b.add(group, b.mul(i, I64(4))), align=4), LANES)
+                q = nearest_level(e, bits, b.fmul(x, inverse))
                 d = b.fsub(x, b.fmul(q, scale, flags=("contract",)), flags=("contract",))
-                return [b.fadd(carried[0], b.fmul(b.fmul(d, d), weight, flags=("contract",)), flags=("contract",))]
+                return [b.fadd(carried[0], b.fmul(d, d))]
 
             (total,) = e.loop(I64(0), I64(GROUP), 1, [ir.Constant(floats, None)], add_error)
-            least = e.call(f"llvm.vector.reduce.fmin.v{_LANES}f32", FLOAT, total)
-            found = b.bitcast(b.fcmp_ordered("==", total, e.splat(least, _LANES)), ir.IntType(_LANES))
-            lane = b.zext(b.cttz(found, I1(0)), I32)
-            return b.fptosi(b.extract_element(scale, lane), I64)
+            return b.fptosi(b.extract_element(scale, first_least(e, total)), I64)
 
-        return types.int64(types.int64, types.int64, types.float32), generate
+        return types.int64(types.int64, types.float32), generate
 
     return search
 
@@ -160,7 +162,7 @@ _round4, _round5, _round6 = map(_round, (4, 5, 6))
 
 
 @function(FIXED_ORDER)
-def best_scale(x, weights, bits):
+def best_scale(x, bits):
     """The scale of a group x [32], as `_search` finds it; 0 for zeros."""
     largest = np.float32(0)
     for i in range(GROUP):
@@ -169,10 +171,10 @@ def best_scale(x, weights, bits):
     if largest == 0:
         return np.int64(0)
     if bits == 4:
-        return _search4(address_of(x), address_of(weights), largest)
+        return _search4(address_of(x), largest)
     if bits == 5:
-        return _search5(address_of(x), address_of(weights), largest)
-    return _search6(address_of(x), address_of(weights), largest)
+        return _search5(address_of(x), largest)
+    return _search6(address_of(x), largest)
 
 
 @function(FIXED_ORDER)
@@ -205,7 +207,7 @@ def _pack(args: int, part: int, parts: int) -> None:
     w, bits, codes, scales = a.w, a.bits, a.codes, a.scales
     K = w.shape[1]
     levels = _LEVELS4 if bits == 4 else _LEVELS5 if bits == 5 else _LEVELS6
-    group, weights = np.empty(GROUP, np.float32), np.ones(GROUP, np.float32)
+    group = np.empty(GROUP, np.float32)
     begin, end = span(part, parts, len(w))
     for n in range(begin, end):
         top = np.float32(0)
@@ -220,7 +222,7 @@ def _pack(args: int, part: int, parts: int) -> None:
             group[:] = 0
             for i in range(len(source)):
                 group[i] = source[i] * inverse
-            scale = best_scale(group, weights, bits)
+            scale = best_scale(group, bits)
             scales[n, g] = scale
             nearest(group, scale, bits, out)
             by = np.float32(scale) * row

@@ -18,9 +18,7 @@ from rwkv_cli.quant.writer import Planned
 _SAMPLE = 256
 """Rows of an embedding that tell what rounding does to all."""
 _TIMES, _LEAST = 3.0, 0.02
-"""An embedding is spoilt where the error after its norm is so many times the error before, and at least so large.
-Trained models have 1 to 1.4 times."""
-
+"""An embedding is spoilt where the error after its norm is so many times the error before, and at least so large."""
 
 ROUNDING_KERNELS: Mapping[str, list[Loadable]] = {
     "int8": quantize_weights.KERNELS,
