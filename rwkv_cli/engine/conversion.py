@@ -32,7 +32,7 @@ from rwkv_cli.engine.templates import recognize
 from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, WorldTokenizer, official_vocabulary
 from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
 from rwkv_cli.kernels.contract import Loadable
-from rwkv_cli.kernels.cpu.feedback import KERNELS as FEEDBACK
+from rwkv_cli.kernels.cpu.feed import KERNELS as FEEDBACK
 from rwkv_cli.models import Config, Model, registry
 from rwkv_cli.models.adapters import Adapter, read_adapters
 from rwkv_cli.models.config import Entry
