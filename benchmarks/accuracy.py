@@ -1,11 +1,11 @@
-"""How far quantized models are from float on a text: this tool's int8 against Q8_0, on the same weights.
+"""How far quantized models are from float on a text: this tool's formats against Q8_0, on the same weights.
 
     python benchmarks/accuracy.py CHECKPOINT TEXT [--limit N] [--pairs] [--llama PYTHON]
 
 Q8_0 is llama.cpp's (ggml-quants.c, `quantize_row_q8_0_ref`): blocks of 32 with a float16 scale of absmax/127, matrices
 and embedding but not the low-rank factors. Its weights are rounded here and run with float activations, which is more
-than llama.cpp itself keeps. With `--llama`, llama.cpp itself runs, too (benchmarks/llama.py). Prints one line a scheme,
-as `rwkv ppl --compare` does.
+than llama.cpp itself keeps. With `--llama`, llama.cpp itself runs in some of its formats, too (benchmarks/llama.py).
+Prints one line a scheme, as `rwkv ppl --compare` does.
 """
 
 import argparse
@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_cli.engine.facts import describe
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.scoring import Scorer
 from rwkv_cli.models.naming import official
-from rwkv_cli.quant import open_source
+from rwkv_cli.quant import Checkpoint, open_source
 
 
 def q8_0(w: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -59,7 +60,8 @@ def main() -> None:
         beside = [args.checkpoint.with_suffix(".tokenizer.json"), args.checkpoint.parent / "tokenizer.json"]
         found = next((str(file) for file in beside if file.is_file()), "auto")
         for label, source, quant in [
-            ("float", args.checkpoint, "none"), ("int8", args.checkpoint, "int8"), ("Q8_0", rounded, "none"),
+            ("float", args.checkpoint, "none"), ("Q8_0", rounded, "none"),
+            *((quant, args.checkpoint, quant) for quant in ("int8", "q6", "q5", "q4")),
         ]:  # fmt: skip
             command = [sys.executable, "-P", "-m", "rwkv_cli", "convert", source, folder / label]
             command += ["--quant", quant, "--tokenizer", found]
@@ -69,14 +71,16 @@ def main() -> None:
             text = folder / "pairs"
             text.write_bytes(bytes(x for b in args.text.read_bytes()[: args.limit] for x in (b, 0)))
         reference = LanguageModel.load(folder / "float")
-        for label in ("int8", "Q8_0"):
+        for label in ("Q8_0", "int8", "q6", "q5", "q4"):
             model = LanguageModel.load(folder / label)
             limit = None if args.pairs else args.limit
             s = Scorer(model, reference, start_token=0, limit=limit).score(text, lambda *_: None)
-            c = s.comparison
+            c, facts = s.comparison, describe(Checkpoint(folder / label))
             assert c is not None
+            bits = facts["bits_per_weight"]
             print(
-                f"{label:5} tokens {s.tokens}  ppl {s.ppl:.4f} ({100 * (s.ppl / c.other_ppl - 1):+.4f} %)  "
+                f"{label:5} bits {bits:.2f}  tokens {s.tokens}  "
+                f"ppl {s.ppl:.4f} ({100 * (s.ppl / c.other_ppl - 1):+.4f} %)  "
                 f"KL {c.kl_mean:.3e}  99.9 % {c.kl_p999:.3e}  top-1 {100 * c.top1_agreement:.3f} %",
                 flush=True,
             )
@@ -84,7 +88,8 @@ def main() -> None:
             import llama
 
             ids = reference.text_tokenizer.encode(text.read_bytes())[:limit]
-            print(llama.measure(args.llama, args.checkpoint, reference.config, [0, *ids]))
+            for line in llama.measure(args.llama, args.checkpoint, reference.config, [0, *ids]):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

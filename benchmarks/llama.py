@@ -1,15 +1,16 @@
-"""How far llama.cpp's Q8_0 is from its own float32 on a text: the same figures as benchmarks/accuracy.py prints of us.
+"""How far llama.cpp's formats are from its own float32 on a text: the figures that benchmarks/accuracy.py prints of us.
 
     python benchmarks/accuracy.py CHECKPOINT TEXT --llama PYTHON
 
 PYTHON is one that has llama-cpp-python (pip install llama-cpp-python; it builds for some ten minutes). An RWKV-7
-checkpoint becomes a GGUF file in float32, which llama.cpp rounds to Q8_0. Both read the same tokens, in one state.
+checkpoint becomes a GGUF file in float32, which llama.cpp rounds to each format. All read the same tokens, in one
+state. Bits are those of the whole file a weight, and the file is almost all weights.
 """
 
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gguf
@@ -20,12 +21,14 @@ from rwkv_cli.models import Config
 from rwkv_cli.models.naming import official
 from rwkv_cli.quant import open_source
 
+FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
+
 MEASURE = """
 import json, sys
 import numpy as np, llama_cpp
-exact, rounded, ids = sys.argv[1], sys.argv[2], json.load(sys.stdin)
+exact, rounded, name, ids = *sys.argv[1:4], json.load(sys.stdin)
 how = llama_cpp.llama_model_quantize_default_params()
-how.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+how.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + name)
 assert llama_cpp.llama_model_quantize(exact.encode(), rounded.encode(), how) == 0
 models = [llama_cpp.Llama(path, n_ctx=4096, n_batch=512, n_ubatch=512, verbose=False) for path in (exact, rounded)]
 batch = llama_cpp.llama_batch_init(512, 0, 1)
@@ -109,23 +112,24 @@ def write_gguf(checkpoint: Path, config: Config, target: Path) -> None:
     writer.close()
 
 
-def measure(python: str, checkpoint: Path, config: Config, ids: Sequence[int]) -> str:
-    """The line of llama.cpp. `ids` are the tokens of the text, and the first is only read."""
+def measure(python: str, checkpoint: Path, config: Config, ids: Sequence[int]) -> Iterator[str]:
+    """A line for each format of llama.cpp. `ids` are the tokens of the text, and the first is only read."""
     with tempfile.TemporaryDirectory() as folder:
-        exact, rounded = Path(folder, "f32.gguf"), Path(folder, "q8_0.gguf")
+        exact, rounded = Path(folder, "f32.gguf"), Path(folder, "rounded.gguf")
         write_gguf(checkpoint, config, exact)
-        command = [python, "-P", "-c", MEASURE, str(exact), str(rounded)]
-        done = subprocess.run(
-            command,
-            input=json.dumps(list(ids)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            check=True,
-        )
-    s = json.loads(done.stdout)
-    return (
-        f"llama.cpp's Q8_0 (llama-cpp-python {s['version']}) tokens {s['tokens']}  ppl {s['ppl']:.4f} "
-        f"({100 * (s['ppl'] / s['exact'] - 1):+.4f} %)  KL {s['kl']:.3e}  99.9 % {s['high']:.3e}  "
-        f"top-1 {100 * s['same']:.3f} %"
-    )
+        weights = sum(array.size for array in tensors_of(checkpoint).values())
+        for name in FORMATS:
+            done = subprocess.run(
+                [python, "-P", "-c", MEASURE, str(exact), str(rounded), name],
+                input=json.dumps(list(ids)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                check=True,
+            )
+            s = json.loads(done.stdout)
+            yield (
+                f"llama.cpp's {name} (llama-cpp-python {s['version']}) "
+                f"bits {8 * rounded.stat().st_size / weights:.2f}  tokens {s['tokens']}  ppl {s['ppl']:.4f} ({100 * (s['ppl'] / s['exact'] - 1):+.4f} %)  "
+                f"KL {s['kl']:.3e}  99.9 % {s['high']:.3e}  top-1 {100 * s['same']:.3f} %"
+            )
