@@ -128,8 +128,9 @@ def measure(python: str, checkpoint: Path, config: Config, ids: Sequence[int]) -
                 check=True,
             )
             s = json.loads(done.stdout)
+            bits = 8 * rounded.stat().st_size / weights
             yield (
-                f"llama.cpp's {name} (llama-cpp-python {s['version']}) "
-                f"bits {8 * rounded.stat().st_size / weights:.2f}  tokens {s['tokens']}  ppl {s['ppl']:.4f} ({100 * (s['ppl'] / s['exact'] - 1):+.4f} %)  "
+                f"llama.cpp's {name} (llama-cpp-python {s['version']}) bits {bits:.2f}  tokens {s['tokens']}  "
+                f"ppl {s['ppl']:.4f} ({100 * (s['ppl'] / s['exact'] - 1):+.4f} %)  "
                 f"KL {s['kl']:.3e}  99.9 % {s['high']:.3e}  top-1 {100 * s['same']:.3f} %"
             )
