@@ -20,6 +20,9 @@ def main(folder: str, ids: str, out: str) -> None:
     else:
         from rwkv7_hf.modeling_rwkv7 import RWKV7ForCausalLM as Model
     model = Model.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    if getattr(model.config, "tie_word_embeddings", False):
+        # transformers 5 leaves this to the model's class, and that of rwkv7-hf was written for transformers 4
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     with torch.no_grad():
         logits = model(torch.tensor([json.loads(Path(ids).read_text())])).logits[0]
     np.save(out, logits.float().numpy())
