@@ -106,7 +106,7 @@ def command(
 
     \b
     rwkv eval lambada_test.jsonl -m int8.safetensors --compare float.safetensors
-    rwkv eval arithmetic recall -m int8.safetensors --plot recall.svg
+    rwkv eval recall --limit 10 --distance 2048 --plot recall.svg
     """
     from rwkv_cli.engine.encodings import unescaped
     from rwkv_cli.engine.evaluating import Tally
