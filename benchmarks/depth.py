@@ -1,4 +1,4 @@
-"""What reading costs at growing depths of a text, in CPU seconds of one thread, which other work hardly changes."""
+"""Measure reading at growing depths of a text, in CPU seconds of one thread, which other work hardly changes."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ class Reader(Protocol):
 
 
 class Row(TypedDict):
-    """What was measured at a depth."""
+    """The figures of one depth."""
 
     depth: int
     token: float

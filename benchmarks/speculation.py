@@ -1,4 +1,4 @@
-"""What it takes to read several tokens in one pass: ahead of one text, or of many texts at once.
+"""Measure what it takes to read several tokens in one pass: ahead of one text, or of many texts at once.
 
     python benchmarks/speculation.py rows MODEL              passes of 1, 2, 4 and 8 tokens of one text
     python benchmarks/speculation.py batch MODEL             passes of 1 to 32 texts

@@ -1,4 +1,4 @@
-"""What int8 costs a model in tasks, against the same model in float: the table of docs/quantization.md.
+"""Measure what int8 costs a model in tasks, against the same model in float: the table of docs/quantization.md.
 
     python benchmarks/tasks.py CHECKPOINT TEXT [--items N]
 

@@ -260,7 +260,7 @@ class RowProducts(Operation[Value]):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Recurrence(Operation[Value]):
-    """What advances the state of a recurrence row by row. All values are [T, D]."""
+    """The values that advance the state of a recurrence row by row. All values are [T, D]."""
 
     receptance: Value
     key: Value

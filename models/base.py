@@ -196,7 +196,7 @@ class Model:
         return _joined(self._run_one(ids, state, "ahead", kept))
 
     def outputs(self, ids: Ids, state: State, watch: Callable[[int], object] | None = None) -> Floats32:
-        """What the head would read after each of `ids`: the last layer's normed outputs, [T, D]. Changes `state`.
+        """The last layer's normed outputs after each of `ids`, [T, D], which the head would read. Changes `state`.
 
         `watch` is that of `advance`. Raises ValueError as `forward`.
         """

@@ -64,7 +64,7 @@ class Feedback:
         """Σ (Δ·x)² and Σ (w·x)² over the rows so far and all inputs x, for `effect`."""
 
     def quantize_rows(self, w: Floats32, unit: int) -> tuple[NDArray[np.int8], NDArray[np.uint16], float]:
-        """What `quantize_rows` gives, rounded with feedback. A row that plain rounding hurts less stays plain."""
+        """The result of `quantize_rows`, rounded with feedback. A row that plain rounding hurts less stays plain."""
         by = np.float32(2.0**-unit)
         w = np.ascontiguousarray(w * by)
         values, scales = np.zeros((len(w), _padded(w)), np.int8), np.zeros((len(w), _padded(w) // GROUP), np.uint16)
@@ -83,7 +83,7 @@ class Feedback:
     def pack_rows(
         self, w: Floats32, bits: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.float32], float]:
-        """What `pack_rows` gives, rounded with feedback. A row that plain rounding hurts less stays plain."""
+        """The result of `pack_rows`, rounded with feedback. A row that plain rounding hurts less stays plain."""
         w = np.ascontiguousarray(w)
         levels = np.array(LEVELS[bits], np.float32)
         rows = np.abs(w).max(axis=1) * np.float32(_ROOM) / (levels[-1] * np.float32(127))

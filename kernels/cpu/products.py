@@ -15,6 +15,7 @@ import numpy as np
 from rwkv_cli.kernels import program as p
 from rwkv_cli.kernels.cpu import columns, elementwise, matmul, packed, rounding
 from rwkv_cli.kernels.cpu.args import View
+from rwkv_cli.kernels.cpu.compile import Kernel
 from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP
 from rwkv_cli.kernels.cpu.lowering import PARTS_A_THREAD, Lowering, by_size
 from rwkv_cli.kernels.cpu.steps import Share
@@ -227,29 +228,16 @@ def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight | PackedWeight
     while B * (W // width) % low.threads and width > least:
         width //= 2
     share = Share.fixed(B * (W // width), rows)
+    kernel: Kernel = columns.columns
+    arguments: type[Any] = columns.ColumnsArgs
+    of_weight: dict[str, Any] = {"values": weight.values, "scales": weight.scales}
     if isinstance(weight, PackedWeight):
-        codes = packed.CodeColumnsArgs(
-            bits=weight.bits,
-            values=weight.values,
-            scales=weight.scales,
-            by_row=weight.rows,
-            levels=x.levels,
-            factors=x.factors,
-            offsets=x.offsets,
-            tokens=rows,
-            rows=numbers,
-            nonzero=nonzero,
-            count=count,
-            y=y,
-            add=add,
-            width=width,
-        )
-        low.steps.add(packed.columns, codes, share, barrier=False)
-        return
-    arguments = columns.ColumnsArgs(
-        values=weight.values,
-        scales=weight.scales,
-        unit=weight.unit,
+        kernel, arguments = packed.columns, packed.CodeColumnsArgs
+        of_weight |= {"bits": weight.bits, "by_row": weight.rows}
+    else:
+        of_weight["unit"] = weight.unit
+    record = arguments(
+        **of_weight,
         levels=x.levels,
         factors=x.factors,
         offsets=x.offsets,
@@ -261,7 +249,7 @@ def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight | PackedWeight
         add=add,
         width=width,
     )
-    low.steps.add(columns.columns, arguments, share, barrier=False)
+    low.steps.add(kernel, record, share, barrier=False)
 
 
 def _finished(low: Lowering, y: View, N: int, ending: Ending) -> View:
