@@ -4,7 +4,16 @@ import numpy as np
 
 from rwkv_cli.kernels.cpu.limits import best
 from rwkv_cli.kernels.cuda.device.codes import STRIP
-from rwkv_cli.kernels.cuda.device.compile import SIMULATED, Address, Int, cuda, kernel, products, put_i32
+from rwkv_cli.kernels.cuda.device.compile import (
+    SIMULATED,
+    Address,
+    Int,
+    cuda,
+    kernel,
+    low_word,
+    plane_products,
+    put_i32,
+)
 from rwkv_cli.kernels.cuda.device.levels import TOKENS
 from rwkv_cli.kernels.cuda.driver import Block, move, multiprocessors, stream, synchronize
 from rwkv_cli.numbers import GROUP
@@ -14,20 +23,22 @@ _BYTES = 1 << 30
 _REPEATS = 8
 _ROUNDS = 1 << 12
 _CHAINS = 4
-"""Independent products, enough to keep the tensor cores busy."""
+"""Independent sums of a warp in `multiply`, enough to keep the tensor cores busy."""
 _THREADS = 256
 
 
 @kernel(_THREADS)
 def multiply(out: Address, rounds: Int) -> None:
-    """Do `rounds` × `_CHAINS` tensor-core products a warp, on numbers that change. Each thread puts a sum of them."""
-    lane, total = np.int64(cuda.threadIdx.x % 32), np.int64(0)
-    for i in range(rounds):
-        word = np.int32(i)
-        for chain in range(_CHAINS):
-            level = np.int32(i + chain)
-            p0, p1, p2, p3 = products((word, word, word, word), (level, level, level, level), lane, out, 8, out)
-            total += p0 ^ p1 ^ p2 ^ p3
+    """Do `rounds` × `_CHAINS` tensor-core products a warp, each onto the sums of its chain. Each thread puts a sum."""
+    word, level = low_word(0x01030507 * (np.int64(cuda.threadIdx.x) + 1)), np.int32(0x7F013355)
+    weights, levels = (word, word, word, word), (level, level, level, level)
+    s0 = s1 = s2 = s3 = (np.int32(0), np.int32(0), np.int32(0), np.int32(0))
+    for _ in range(rounds):
+        s0, s1 = plane_products(weights, levels, s0), plane_products(weights, levels, s1)
+        s2, s3 = plane_products(weights, levels, s2), plane_products(weights, levels, s3)
+    total = np.int64(0)
+    for i in range(4):
+        total += np.int64(s0[i]) + s1[i] + s2[i] + s3[i]
     put_i32(out + 4 * np.int64(cuda.grid(1)), total)
 
 

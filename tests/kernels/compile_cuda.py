@@ -1,25 +1,29 @@
 """Compile every CUDA kernel without a GPU, and print a JSON object by capability and kernel: compile_cuda.py 7.5 8.0
 
+With `--code FOLDER`, machine code is written there, a file KERNEL.cubin for each kernel.
+
 numba-cuda compiles to PTX, then nvJitLink to machine code, and tells registers, shared memory and spills. This is a
 process of its own, since numba decides at import whether it simulates. PTX takes most of the time. All GPUs of one call
 get that of the first, except where it has instructions for tensor cores.
 """
 
+import argparse
 import json
 import re
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 Capability = tuple[int, int]
 
 
-def main(capabilities: list[Capability]) -> None:
+def main(capabilities: list[Capability], folder: Path | None) -> None:
     from numba import cuda
     from numba.cuda import dispatcher
 
     # numba compiles device functions for this GPU
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capabilities[0])
+    from rwkv_cli.kernels.cache import on_first_compilation
     from rwkv_cli.kernels.cuda import backend  # noqa: F401 - with every module that has kernels
     from rwkv_cli.kernels.cuda.device import elementwise as cuda_elementwise
     from rwkv_cli.kernels.cuda.device import heads, wkv6, wkv7
@@ -42,16 +46,18 @@ def main(capabilities: list[Capability]) -> None:
             wkv6.wkv6(size, form)
             wkv7.wkv7(size, form)
     found: dict[str, Any] = {}
-    for kernel in KERNELS:
-        ptx = ""
-        for capability in capabilities:
-            if not ptx or "mma" in ptx:
-                ptx, _ = cuda.compile_ptx(kernel.body, kernel.signature, cc=capability, launch_bounds=kernel.bounds)
-            found.setdefault("{}.{}".format(*capability), {})[kernel.name] = facts(kernel, ptx, capability)
-    print(json.dumps(found))
+    announced: list[None] = []
+    with on_first_compilation(lambda: announced.append(None)):
+        for kernel in KERNELS:
+            ptx = ""
+            for capability in capabilities:
+                if not ptx or "mma" in ptx:
+                    ptx, _ = cuda.compile_ptx(kernel.body, kernel.signature, cc=capability, launch_bounds=kernel.bounds)
+                found.setdefault("{}.{}".format(*capability), {})[kernel.name] = facts(kernel, ptx, capability, folder)
+    print(json.dumps(found | {"announced": len(announced)}))
 
 
-def facts(kernel: Any, ptx: str, capability: Capability) -> dict[str, Any]:
+def facts(kernel: Any, ptx: str, capability: Capability, folder: Path | None) -> dict[str, Any]:
     """The compilers' facts on one kernel."""
     from cuda.bindings import nvjitlink
 
@@ -61,6 +67,10 @@ def facts(kernel: Any, ptx: str, capability: Capability) -> dict[str, Any]:
     nvjitlink.complete(linker)
     log = bytearray(nvjitlink.get_info_log_size(linker))
     nvjitlink.get_info_log(linker, log)
+    if folder is not None:
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
+        nvjitlink.get_linked_cubin(linker, cubin)
+        (folder / f"{kernel.name}.cubin").write_bytes(cubin)
     nvjitlink.destroy(linker)
     text = log.decode(errors="replace")
     stack, stores, loads = re.search(
@@ -75,4 +85,8 @@ def facts(kernel: Any, ptx: str, capability: Capability) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main([(int(major), int(minor)) for major, minor in (each.split(".") for each in sys.argv[1:])])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capabilities", nargs="+", type=lambda text: tuple(map(int, text.split("."))))
+    parser.add_argument("--code", type=Path)
+    options = parser.parse_args()
+    main(options.capabilities, options.code)

@@ -123,8 +123,15 @@ def test_a_buffer_lives_from_its_first_to_its_last_launch() -> None:
 @simulated
 def test_what_limits_are_measured_with() -> None:
     out = cuda_driver.Block(4 * 32)
-    cuda_limits.multiply.dispatcher[1, 32](out.address, 0)
-    assert (np.frombuffer((ctypes.c_int32 * 32).from_address(out.address), np.int32) == 0).all()
+    sums = np.frombuffer((ctypes.c_int32 * 32).from_address(out.address), np.int32)
+    totals = []
+    for rounds in (0, 1, 3):
+        cuda_limits.multiply.dispatcher[1, 32](out.address, rounds)
+        totals.append(sums.astype(np.int64))
+    nothing, once, thrice = totals
+    assert (nothing == 0).all()
+    assert once.any()
+    assert (thrice == 3 * once).all()
     assert cuda.read_bandwidth(1, 1) > 1e6
     assert cuda.product_peak(1) is None
 
@@ -479,6 +486,8 @@ def test_every_kernel_compiles(capabilities: list[str]) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    announced = found.pop("announced")
+    assert announced == 1  # a person is told that kernels are compiled
     assert list(found) == capabilities
     text = "".join(path.read_text() for path in SOURCES)
     for capability, kernels in found.items():

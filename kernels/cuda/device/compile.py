@@ -60,7 +60,8 @@ class _Relay(event.Listener):  # type: ignore[misc]
         pass
 
 
-event.register("numba-cuda:compile", _Relay())
+# Of its events only that of a compiler's pass tells of a compilation.
+event.register("numba-cuda:run_pass", _Relay())
 
 function: Any = cuda.jit(device=True)
 """Decorator: make a function that kernels call."""
@@ -76,7 +77,8 @@ i8, i16, i32, i64, words = primitives.i8, primitives.i16, primitives.i32, primit
 put_f32, put_f64 = primitives.put_f32, primitives.put_f64
 put_i16, put_i32, put_u8 = primitives.put_i16, primitives.put_i32, primitives.put_u8
 bits, float_of, rounded = primitives.bits, primitives.float_of, primitives.rounded
-through_half, dp4a, products = primitives.through_half, primitives.dp4a, primitives.products
+through_half, dp4a = primitives.through_half, primitives.dp4a
+products, plane_products = primitives.products, primitives.plane_products
 low_word, permute = primitives.low_word, primitives.permute
 four, quad_sum = primitives.four, primitives.quad_sum
 warp_sum, warp_sums, warp_max = primitives.warp_sum, primitives.warp_sums, primitives.warp_max

@@ -192,11 +192,23 @@ def products(weights: Any, levels: Any, lane: int, weights_at: int, bits: int, l
     w, a = _weights(weights_at, bits), _at(levels_at, 512).view(np.int8).reshape(8, 4, 4, 4)
     for given, there in ((weights, w), (levels, a)):
         assert np.array(given, np.int32).tobytes() == there[g, t].tobytes(), "a lane has other numbers than its own"
+    high, low = _plane_sums(w, a, g, t)
+    return tuple((256 * high + low).ravel().tolist())
+
+
+def plane_products(weights: Any, levels: Any, sums: Any) -> tuple[int, ...]:
+    shown, lane = _of_warp((weights, levels))
+    w, a = (shown.astype(np.int32)[:, i].copy().view(np.int8).reshape(8, 4, 4, 4) for i in range(2))
+    high, low = _plane_sums(w, a, lane // 4, lane % 4)
+    return tuple(low_word(onto + n) for onto, n in zip(sums, (high + low).ravel().tolist(), strict=True))
+
+
+def _plane_sums(w: NDArray[np.int8], a: NDArray[np.int8], g: int, t: int) -> Any:
+    """The sums of each plane that lane 4g + t gets, [2 (plane), 2 (row), 2 (token)], of two fragments."""
     # words 0 and 2 are columns 4t … 4t + 3 and 16 more of row g, words 1 and 3 those of row g + 8
     rows = w[g].reshape(4, 2, 2, 4).transpose(2, 0, 1, 3).reshape(2, 32).astype(np.int64)
     tokens = a[2 * t : 2 * t + 2].reshape(2, 4, 2, 2, 4).transpose(2, 1, 3, 4, 0).reshape(2, 32, 2).astype(np.int64)
-    high, low = rows @ tokens
-    return tuple((256 * high + low).ravel().tolist())
+    return rows @ tokens
 
 
 def exp(x: Any) -> Any:
