@@ -30,7 +30,7 @@ class Batch:
         self.model = model
         self._members: list[_Member] = []
         self._state: State | None = None
-        """The states of all members, each in its row. None when members have come."""
+        """The states of all members, each in its row, and rows that are free."""
         self._rows = 0
 
     def __len__(self) -> int:
@@ -40,7 +40,6 @@ class Batch:
         """Take in a completion that has not begun. Its state becomes a view into the batch's: clone it to keep it."""
         steps = completion.steps()
         self._members.append(_Member(completion, steps, next(steps)))
-        self._state = None
 
     def step(self, most: int | None = None) -> list[Completion]:
         """Make one pass: each member reads on in its prompt, or reads its last token. Returns those that ended.
@@ -48,18 +47,16 @@ class Batch:
         Where `most` is given, members that have more than a token to read share so many rows evenly, and the others
         wait no longer than these take.
         """
-        if self._state is None or 2 * len(self) <= self._rows:
-            self._gather()
-        assert self._state is not None, "it was gathered"
+        state = self._seated()
         longer = sum(len(member.ids) > 1 for member in self._members)
         share = max(1, most // longer) if most is not None and longer else None
         ids: list[Sequence[int]] = [()] * self._rows
         for member in self._members:
             ids[member.row] = member.ids[:share]
-        logits = self.model.advance_batch(ids, self._state)
+        logits = self.model.advance_batch(ids, state)
         # The rows are taken after the pass: the device may have taken the state in, and left earlier rows behind.
         for member in self._members:
-            member.completion.state = self._state.row(member.row)
+            member.completion.state = state.row(member.row)
         running, ended = [], []
         for member, row in zip(self._members, logits, strict=True):  # they are in the order of their rows
             member.ids = member.ids[len(ids[member.row]) :]
@@ -80,14 +77,26 @@ class Batch:
         """The completions that have not ended."""
         return [member.completion for member in self._members]
 
-    def _gather(self) -> None:
-        """Give each member a row of a new state. Rows that are left over hold anything."""
-        states = [member.completion.state for member in self._members]
-        size = bisect.bisect_left(_SIZES, len(states))
-        self._rows = max(len(states), _SIZES[size] if size < len(_SIZES) else 0)
-        self._state = State.stack([*states, *states[:1] * (self._rows - len(states))])
-        for row, member in enumerate(self._members):
-            member.row = row
+    def _seated(self) -> State:
+        """Return the state of all members, after those that have come got their rows in it.
+
+        It is made anew where it has too few rows or twice as many as needed. Rows that are free hold anything.
+        """
+        if self._state is None or not len(self) <= self._rows < 2 * len(self):
+            states = [member.completion.state for member in self._members]
+            size = bisect.bisect_left(_SIZES, len(states))
+            self._rows = max(len(states), _SIZES[size] if size < len(_SIZES) else 0)
+            self._state = State.stack([*states, *states[:1] * (self._rows - len(states))])
+            for row, member in enumerate(self._members):
+                member.row = row
+            return self._state
+        free = set(range(self._rows)) - {member.row for member in self._members}
+        for member in self._members:
+            if member.row < 0:
+                member.row = free.pop()
+                self._state.row(member.row).take(member.completion.state)
+        self._members.sort(key=lambda member: member.row)
+        return self._state
 
 
 def complete_together(

@@ -132,25 +132,42 @@ class Sampler:
         self._counts, self._seen = np.zeros(0), np.zeros(0)
 
 
+_ROUNDING = 1e-9
+"""More than the rounding of a sum of probabilities."""
+
+
 def candidates(logits: NDArray[np.float64], s: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Tokens that may be chosen, likeliest first, and their probabilities. The temperature is not 0."""
     p = np.exp(logits - logits.max())
     p /= p.sum()
     # A few likely tokens nearly always hold all that is kept. They sort much faster than a whole vocabulary.
     some = np.flatnonzero(p >= p.max() / 1000)
-    order = some[np.argsort(-p[some], kind="stable")]
-    reached = s.top_p < 1 and p[order].cumsum()[-1] >= s.top_p
-    if not (reached or 0 < s.top_k <= len(order) or s.min_p >= 1 / 1000):
-        order = np.argsort(-p, kind="stable")
-    p = p[order]
-    count = len(p)
+    enough = 0 < s.top_k <= len(some) or s.min_p >= 1 / 1000 or p[some].sum() >= s.top_p + _ROUNDING
+    order = some[_falling(p[some])] if enough else _falling(p)
+    sorted_p = p[order]
+    upto = np.cumsum(sorted_p)
+    count = len(order)
     if s.top_p < 1:
         # The first token that reaches top_p is kept, and so are all tokens as likely.
-        last = min(int(np.searchsorted(np.cumsum(p), s.top_p)), count - 1)
-        count = int(np.searchsorted(-p, -p[last], side="right"))
+        last = min(int(np.searchsorted(upto, s.top_p)), count - 1)
+        count = int(np.searchsorted(-sorted_p, -sorted_p[last], side="right"))
     if s.top_k > 0:
         count = min(count, s.top_k)
     if s.min_p > 0:
-        count = min(count, max(1, int(np.searchsorted(-p, -s.min_p * p[0], side="right"))))
-    p = (p[:count] / p[0]) ** (1 / s.temperature)
+        count = min(count, max(1, int(np.searchsorted(-sorted_p, -s.min_p * sorted_p[0], side="right"))))
+    p = (sorted_p[:count] / sorted_p[0]) ** (1 / s.temperature)
     return order[:count], p / p.sum()
+
+
+def _falling(p: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the order in which p falls, equal ones as they come: np.argsort(-p, kind="stable").
+
+    Numbers that are not negative are in the order of their bits. NumPy sorts 16 bits by counting, which takes a third
+    of the time for a whole vocabulary.
+    """
+    bits = ~p.view(np.uint64)
+    order = np.argsort(bits.astype(np.uint16), kind="stable")
+    for shift in (16, 32, 48):
+        digits = (bits >> np.uint64(shift)).astype(np.uint16)
+        order = order[np.argsort(digits[order], kind="stable")]
+    return order

@@ -256,3 +256,22 @@ def test_penalties_are_those_of_a_table_bit_for_bit() -> None:
     for _ in range(1000):
         fading.sample(np.array([1e9, 0, 0, 0], np.float32))
     assert fading.counts == {0: pytest.approx(2), 3: 0}
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.6, 3.0, 300.0])
+@pytest.mark.parametrize(
+    "settings", [Sampling(), Sampling(top_p=1.0), Sampling(top_p=0.3), Sampling(top_p=1.0, min_p=1e-4)]
+)
+def test_candidates_have_the_bits_of_a_plain_sort(spread: float, settings: Sampling) -> None:
+    for digits in (1, 9):  # the first has many tokens that are equally likely
+        logits = np.round(np.random.default_rng(1).standard_normal(3000) * spread, digits)
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        order = np.argsort(-p, kind="stable")
+        p = p[order]
+        last = p[min(int(np.searchsorted(np.cumsum(p), settings.top_p)), len(p) - 1)] if settings.top_p < 1 else 0.0
+        count = int(((p >= last) & (p >= settings.min_p * p[0])).sum())
+        kept, got = candidates(logits, settings)
+        np.testing.assert_array_equal(kept, order[:count])
+        want = p[:count] / p[0]
+        np.testing.assert_array_equal(got, want / want.sum())

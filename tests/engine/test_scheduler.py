@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rwkv_cli.engine.batch import complete_together
 from rwkv_cli.engine.choosing import Chooser, scored
 from rwkv_cli.engine.completion import Completion, Request
 from rwkv_cli.engine.model import LanguageModel
@@ -15,6 +16,7 @@ from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.engine.scheduler import Limits, Scheduler
 from rwkv_cli.engine.work import Answer, Vector, Work
 from rwkv_cli.errors import BusyError
+from rwkv_cli.models import State
 
 STORY = b"Once upon a time there was a little fish who lived in the deep blue sea with nine friends. " * 3
 
@@ -85,6 +87,22 @@ def test_answers_are_those_made_alone_with_and_without_known_states(model: Langu
             if known:
                 assert answer.cached == len(prompt)
     assert (scheduler.running, scheduler.waiting) == (0, 0)
+
+
+def test_who_comes_takes_the_row_of_who_has_ended(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, stack = [], State.stack
+    monkeypatch.setattr(State, "stack", lambda states: made.append(len(states)) or stack(states))
+
+    def new(i: int) -> Completion:
+        request = Request(list(STORY[i : 2 * i + 9]), 3 + i % 5, ("qq",), ignore_eos=True)
+        return Completion(model, model.new_state(), chooser(i), request)
+
+    completions = [new(i) for i in range(24)]
+    for _ in complete_together(model, completions, 6):
+        pass
+    assert made == [6, 3, 1], "states move where there are half as many texts, not where others come"
+    for i, completion in enumerate(completions):
+        assert completion.result.ids == alone(model, STORY[i : 2 * i + 9], 3 + i % 5, i)
 
 
 def test_a_conversation_goes_on_from_its_end(model: LanguageModel, scheduler: Scheduler) -> None:
