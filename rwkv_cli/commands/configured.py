@@ -95,6 +95,17 @@ def parsed(command: click.Command, name: str, parent: click.Context, args: Seque
     return bare.make_context(name, list(args), parent)
 
 
+def from_file(name: str, args: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what the file sets for a command of `rwkv` with these arguments, by the names of its parameters."""
+    root = click.get_current_context().find_root()
+    assert isinstance(root.command, click.Group)
+    command = root.command.get_command(root, name)
+    assert command is not None
+    ctx = parsed(command, name, root, args)
+    given = (param for param in options(command).values() if origin(ctx, param)[0] == "file")
+    return {param.name or "": ctx.params[param.name or ""] for param in given}
+
+
 def leaves(ctx: click.Context) -> Iterator[tuple[str, click.Command, click.Context]]:
     """Yield every command that is no group, with its name and the context of the group that it is in."""
     for name, child in _children(ctx.command, ctx):

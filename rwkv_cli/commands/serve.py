@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from rwkv_cli.commands.configured import from_file
 from rwkv_cli.commands.options import ModelWord, load_server_model, named_model
 from rwkv_cli.terminal.output import note
-from rwkv_cli.terminal.settings import Whole
+from rwkv_cli.terminal.settings import SAMPLING, Whole
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
@@ -97,7 +98,7 @@ def command(
         raise click.BadParameter("an empty key is none", param_hint="--api-key")
     try:
         from rwkv_cli.server.app import bind, serve
-        from rwkv_cli.server.hosting import Host, Hosted, Settings
+        from rwkv_cli.server.hosting import Host, Hosted, Settings, Usual
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f'serve needs {error.name}; install it with: pip install "rwkv-cli[serve]"'
@@ -114,26 +115,36 @@ def command(
         name = name_of(path).removesuffix(".safetensors")
         if name in hosted:
             raise click.UsageError(f"two models are named {name}: {hosted[name].path} and {path}; rename one")
-        hosted[name] = Hosted(name, path, load)
-    listening = bind(host, port)
-    next(iter(hosted.values())).model()  # what is wrong with the first model is said now
-    folder = states_folder() if cache_disk and cache else None
-    prefixes = Prefixes(Bounds(memory=cache * _MB, disk=cache_disk * _MB, folder=folder)) if cache else None
-    inside = Host(
-        hosted,
-        Scheduler(Limits(running=batch_size, waiting=max_requests), prefixes),
-        Settings(
-            max_tokens=max_tokens,
-            body_bytes=max_body * _MB,
-            api_key=api_key,
-            hosts=frozenset(name.lower() for name in (host, *allow_host)),
-            origins=frozenset(origin.rstrip("/") for origin in cors),
-        ),
-        note,
-    )
-    at = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    said = f"Serving {', '.join(hosted)} at {at}/v1, and a page for chats at {at} (Ctrl-C stops)."
-    serve(inside, listening, grace, lambda: note(said))
+        hosted[name] = Hosted(
+            name, path, load, in_chats=Usual(**_set("chat", path)), elsewhere=Usual(**_set("generate", path))
+        )
+    with bind(host, port) as listening:
+        next(iter(hosted.values())).model()  # what is wrong with the first model is said now
+        folder = states_folder() if cache_disk and cache else None
+        prefixes = Prefixes(Bounds(memory=cache * _MB, disk=cache_disk * _MB, folder=folder)) if cache else None
+        inside = Host(
+            hosted,
+            Scheduler(Limits(running=batch_size, waiting=max_requests), prefixes),
+            Settings(
+                max_tokens=max_tokens,
+                body_bytes=max_body * _MB,
+                api_key=api_key,
+                hosts=frozenset(name.lower() for name in (host, *allow_host)),
+                origins=frozenset(origin.rstrip("/") for origin in cors),
+            ),
+            note,
+        )
+        at = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        said = f"Serving {', '.join(hosted)} at {at}/v1, and a page for chats at {at} (Ctrl-C stops)."
+        serve(inside, listening, grace, lambda: note(said))
+
+
+def _set(command: str, path: Path) -> dict[str, Any]:
+    """Return what config.toml sets for the texts of a command with this model, as `Usual` takes it."""
+    found = from_file(command, [f"--model={path}"])
+    names = ("seed", "max_tokens", "system", "template", "style", "think")
+    settings: dict[str, Any] = {name: found[name] for name in names if name in found}
+    return settings | {"sampling": {n: found[n] for n in SAMPLING if n in found and n != "seed"}}
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -58,20 +59,25 @@ def _prepare(
     tools = fields.get("tools") or []
     if fields.get("tool_choice") == "none":
         tools = []
+    usual = hosted.in_chats
+    wanted = wanted.filled(usual)
     chat = checked_chat(fields.get("messages"), tools, "'messages'", "'tools'")
-    template = model.template.template(fields.text("template"), fields.text("style")).for_chat(chat)
+    if usual.system and not any(message["role"] == "system" for message in chat.messages):
+        chat = replace(chat, messages=[{"role": "system", "content": usual.system}, *chat.messages])
+    name, style = fields.text("template"), fields.text("style")
+    template = model.template.template(name or usual.template, style or (None if name else usual.style)).for_chat(chat)
     found = wanted_language(fields, [function_of(tool)["name"] for tool in chat.tools])
-    think = _think(fields, template, found is not None)
+    think = _think(fields, template, found is not None, usual.think)
     text = template.whole(chat, think)
     begun = template.begun(text, think)
     language = None if found is None else Language(model, found[0], begun, found[1])
-    usual = _REASONING if think in ("on", "short", "long") else _USUAL
+    most = _REASONING if think in ("on", "short", "long") else _USUAL
     stops = wanted.stops if language else (*template.stops, *_tool_stops(chat), *wanted.stops)
     asked = Asked(
         prompt=[*template.first_ids, *template.encode(model.text_tokenizer, text)],
-        max_tokens=min(usual if wanted.max_tokens is None else wanted.max_tokens, host.settings.max_tokens),
+        max_tokens=min(most if wanted.max_tokens is None else wanted.max_tokens, host.settings.max_tokens),
         stops=stops,
-        sampling=wanted.settings(template.sampling_for(think)),
+        sampling=wanted.settings(template.sampling_for(think).changed(**usual.sampling)),
         top=top,
         grammar=language.guide if language else None,
     )
@@ -89,8 +95,11 @@ def _top(fields: Fields) -> int | None:
     return top or 0
 
 
-def _think(fields: Fields, template: Template, formed: bool) -> str:
-    """Read how the model reasons. An answer in a form does not unasked. Raises ConversationError for an unknown way."""
+def _think(fields: Fields, template: Template, formed: bool, usual: str | None) -> str:
+    """Read how the model reasons. An answer in a form does not unasked. Raises ConversationError for an unknown way.
+
+    `usual` is the operator's choice, which not every template knows.
+    """
     think = fields.get("think")
     if type(think) is bool:
         think = "on" if think else "off"
@@ -99,6 +108,8 @@ def _think(fields: Fields, template: Template, formed: bool) -> str:
     effort = fields.choice("reasoning_effort", list(_EFFORTS))
     if think is None and effort is not None and template.thinks:
         think = next((mode for mode in _EFFORTS[effort] if mode in template.modes), None)
+    if think is None and not formed and usual in template.modes:
+        think = usual
     think = think or ("off" if formed else template.default_think)
     template.mode(think)
     return think

@@ -40,6 +40,9 @@ async def complete(request: Request) -> ASGIApp:
     if (fields.whole("best_of", 1, 1 << 31) or wanted.choices) != wanted.choices:
         raise ApiError(400, "'best_of' is not offered beyond 'n'", "best_of")
     hosted, model = await host.find(fields.text("model"))
+    wanted = wanted.filled(hosted.elsewhere)
+    most = min(_USUAL if wanted.max_tokens is None else wanted.max_tokens, host.settings.max_tokens)
+    sampling = wanted.settings(Sampling().changed(**hosted.elsewhere.sampling))
     news = News()
 
     def prepare() -> "CompletionReply":
@@ -50,11 +53,9 @@ async def complete(request: Request) -> ASGIApp:
             for prompt in read_prompts(fields, "prompt", model):
                 asked = Asked(
                     prompt=prompt,
-                    max_tokens=min(
-                        _USUAL if wanted.max_tokens is None else wanted.max_tokens, host.settings.max_tokens
-                    ),
+                    max_tokens=most,
                     stops=wanted.stops,
-                    sampling=wanted.settings(Sampling()),
+                    sampling=sampling,
                     top=top,
                     grammar=language.guide if language else None,
                     scores_prompt=echo and top is not None,

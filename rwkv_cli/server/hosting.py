@@ -15,11 +15,32 @@ from rwkv_cli.errors import RwkvError
 from rwkv_cli.server.errors import ApiError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Usual:
+    """What the operator has set for answers of a model. It holds where a request says nothing."""
+
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None
+    system: str | None = None
+    template: str | None = None
+    style: str | None = None
+    think: str | None = None
+
+
 class Hosted:
     """A model of a server, loaded at its first use."""
 
-    def __init__(self, name: str, path: Path, load: Callable[[Path], LanguageModel]) -> None:
-        self.name, self.path = name, path
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        load: Callable[[Path], LanguageModel],
+        *,
+        in_chats: Usual = Usual(),
+        elsewhere: Usual = Usual(),
+    ) -> None:
+        self.name, self.path, self.in_chats, self.elsewhere = name, path, in_chats, elsewhere
         self.created = int(path.stat().st_mtime)
         self._load, self._lock = load, threading.Lock()
         self._model: LanguageModel | None = None
@@ -36,6 +57,7 @@ class Hosted:
         with self._lock:
             if self._model is None:
                 model = self._load(self.path)
+                model.template.template(self.in_chats.template, self.in_chats.style)  # said now, not to a client
                 self.uncounted = uncounted(model.text_tokenizer)
                 self._model = model
             return self._model

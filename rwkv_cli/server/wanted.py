@@ -1,7 +1,7 @@
 """What requests for texts have in common: where a text ends, how tokens are chosen, what comes with it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rwkv_cli.engine.choosing import Chooser, Grammar
@@ -12,7 +12,7 @@ from rwkv_cli.engine.tokenizer import Tokenizer
 from rwkv_cli.engine.work import Answer, OnChange
 from rwkv_cli.server.errors import ApiError
 from rwkv_cli.server.fields import Fields
-from rwkv_cli.server.hosting import Hosted
+from rwkv_cli.server.hosting import Hosted, Usual
 
 _CHOICES = 16
 """The most choices of a request."""
@@ -61,8 +61,13 @@ class Wanted:
             usage=options is not None and options.flag("include_usage"),
         )
 
+    def filled(self, usual: Usual) -> "Wanted":
+        """Return this with the operator's values where the request has none. Sampling is left to `settings`."""
+        seed = usual.seed if self.seed is None else self.seed
+        return replace(self, seed=seed, max_tokens=usual.max_tokens if self.max_tokens is None else self.max_tokens)
+
     def settings(self, usual: Sampling) -> Sampling:
-        """Return the settings where the usual ones fill in. The likeliest tokens are not penalized unasked."""
+        """Return the settings, where `usual` fills in. The likeliest tokens are not penalized unasked."""
         if self.sampling["temperature"] == 0:
             usual = usual.changed(presence_penalty=0.0, frequency_penalty=0.0)
         return usual.changed(**self.sampling)

@@ -20,10 +20,12 @@ from rwkv_cli.server.hosting import Host, Hosted, Settings
 class Served:
     """A server, its address and what its operator was told."""
 
-    def __init__(self, models: dict[str, Path], limits: Limits, cache: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, models: dict[str, Path], limits: Limits, cache: bool = True, usual: Any = None, **settings: Any
+    ) -> None:
         self.said: list[str] = []
         prefixes = Prefixes(Bounds(memory=1 << 26)) if cache else None
-        hosted = {name: Hosted(name, path, LanguageModel.load) for name, path in models.items()}
+        hosted = {name: Hosted(name, path, LanguageModel.load, **(usual or {})) for name, path in models.items()}
         self.host = Host(hosted, Scheduler(limits, prefixes), Settings(**settings), self.said.append)
         listening = bind("127.0.0.1", 0)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # so that a slow reader is felt soon

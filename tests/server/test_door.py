@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from rwkv_cli.engine.scheduler import Limits
+from rwkv_cli.server.hosting import Usual
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 
@@ -393,3 +394,35 @@ def test_mistakes_are_sentences(rwkv: Callable[..., Any], byte_model: Path, tmp_
     result = rwkv("serve", "-m", tmp_path / "none.safetensors")
     assert result.exit_code == 1
     assert "none.safetensors" in result.output
+
+
+def test_models_and_settings_are_those_of_config_toml(
+    rwkv: Callable[..., Any], byte_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rwkv_cli.server import app
+
+    hosts: list[Any] = []
+    monkeypatch.setattr(app, "serve", lambda host, *_: hosts.append(host))
+    monkeypatch.setenv("RWKV_MODELS", str(tmp_path))
+    monkeypatch.setenv("RWKV_CONFIG", str(tmp_path / "config.toml"))
+    for name in ("one-a", "two-b"):
+        (tmp_path / f"{name}.safetensors").symlink_to(byte_model)
+    settings = 'top-p = 0.4\n[serve]\nmodel = ["two", "one-a"]\ncache = 0\n[chat]\nthink = "short"\n'
+    presets = '[presets.one]\ntemperature = 0.7\nsystem = "Be kind."\nseed = 3\n[presets.two]\ntemplate = "g1"\n'
+    (tmp_path / "config.toml").write_text(settings + presets)
+    result = rwkv("serve", "--port", 0)
+    assert result.exit_code == 0, result.output
+    two, one = hosts[0].models.values()
+    assert (two.name, one.name) == ("two-b", "one-a")
+    assert one.in_chats == Usual(sampling={"top_p": 0.4, "temperature": 0.7}, seed=3, system="Be kind.", think="short")
+    assert one.elsewhere == Usual(sampling={"top_p": 0.4, "temperature": 0.7}, seed=3)
+    assert two.in_chats == Usual(sampling={"top_p": 0.4}, template="g1", think="short")
+    hosts[0].scheduler.close(0)
+    (tmp_path / "config.toml").write_text("[presets.one]\ntemperature = -1\n")
+    result = rwkv("serve", "-m", "one", "--port", 0)
+    assert result.exit_code == 1
+    assert "presets.one.temperature" in result.output
+    (tmp_path / "config.toml").write_text('[presets.one]\nstyle = "assistant"\n')
+    result = rwkv("serve", "-m", "one", "--port", 0)
+    assert result.exit_code == 1
+    assert "has no style assistant" in result.output

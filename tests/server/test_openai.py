@@ -17,6 +17,7 @@ from rwkv_cli.engine.completion import Completion, Request, new_sampler
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.engine.templates import TEMPLATES
+from rwkv_cli.server.hosting import Usual
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CLOCK = {
@@ -111,6 +112,34 @@ def test_a_chat_is_answered_as_the_engine_would(client: Any, model: LanguageMode
     assert events[-1].usage.prompt_tokens_details.cached_tokens == len(prompt)
     assert not events[-1].choices
     assert len({event.id for event in events}) == 1
+
+
+def test_the_operators_settings_hold_where_a_request_says_nothing(start: Any, model: LanguageModel) -> None:
+    usual = Usual(sampling={"temperature": 0.5}, seed=4, max_tokens=20, system="Be brief.", template="g1", think="off")
+    served = start(usual={"in_chats": usual, "elsewhere": Usual(sampling={"top_p": 0.5}, seed=8, max_tokens=9)})
+    template = TEMPLATES["g1"]
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
+
+        def chat(messages: list[Any], **asked: Any) -> Any:
+            return client.chat.completions.create(model="tiny", messages=messages, **asked)
+
+        def want(system: str, settings: Sampling, seed: int, n: int, template: Any = template) -> str:
+            prompt = template.begin(system) + template.prompt("Hello")
+            return alone(model, prompt, settings, seed, n, template.stops).lstrip()
+
+        cool = template.sampling.changed(temperature=0.5)
+        assert chat(HELLO).choices[0].message.content == want("Be brief.", cool, 4, 20)
+        own = [{"role": "system", "content": "Be long."}, *HELLO]
+        got = chat(own, temperature=0.9, seed=6, max_tokens=30).choices[0].message.content
+        assert got == want("Be long.", cool.changed(temperature=0.9), 6, 30)
+        plain = TEMPLATES["plain"]
+        got = chat(HELLO, extra_body={"template": "plain"}).choices[0].message.content
+        assert got == want("Be brief.", plain.sampling.changed(temperature=0.5), 4, 20, plain)
+        assert chat(HELLO, extra_body={"think": "on"}).choices[0].message.content.startswith("<think")
+        go_on = client.completions.create(model="tiny", prompt="Once")
+        assert go_on.choices[0].text == alone(model, "Once", Sampling(top_p=0.5), 8, 9)
+        asked = client.completions.create(model="tiny", prompt="Once", top_p=1, seed=1, max_tokens=5)
+        assert asked.choices[0].text == alone(model, "Once", Sampling(top_p=1), 1, 5)
 
 
 def test_a_completion_takes_every_setting(client: Any, model: LanguageModel) -> None:
