@@ -108,18 +108,24 @@ def spread(format: Any, layout: str, fan_in: int) -> tuple[dict[str, Any], float
         scale = target / DEVIATION
         unit = math.floor(math.log2(scale)) - 14
         return {"unit": unit}, scale / 2.0**unit
+    if format.NAME == "float":
+        return {}, target / DEVIATION
     return {}, target / DEVIATION / float(np.std(LEVELS[format.bits]))
 
 
 def write_model(path: Path, config: Any, quant: str = "int8") -> int:
-    """Write a converted file with random weights, and return how many bytes of matrices a token reads."""
+    """Write a converted file with random weights, and return how many bytes of matrices a token reads.
+
+    Weights that stay float are float16.
+    """
     from rwkv_cli.engine.recipes import RECIPES
     from rwkv_cli.models.registry import tensors
     from rwkv_cli.quant.formats import FORMATS
     from rwkv_cli.quant.formats.contract import Spec
 
     layouts: dict[str, Any] = {}
-    pieces: list[tuple[str, str, tuple[int, ...], Any]] = []  # name, dtype, shape, values or None for noise
+    # name, dtype, shape; values, or the factor of noise in float16, or None for noise
+    pieces: list[tuple[str, str, tuple[int, ...], Any]] = []
     read = 0
     for name, entry in tensors(config).items():
         if entry.optional:
@@ -132,9 +138,11 @@ def write_model(path: Path, config: Any, quant: str = "int8") -> int:
         layout = format.LAYOUTS[entry.kind]
         facts, factor = spread(format, layout, entry.shape[1])
         layouts[name] = {"layout": layout, "shape": list(entry.shape), **facts}
-        for suffix, part in zip(format.SUFFIXES, format.parts(Spec(layout, entry.shape)), strict=True):
-            values = None
-            if part.dtype.startswith("F"):
+        for suffix, part in zip(format.SUFFIXES, format.parts(Spec(layout, entry.shape, "F16")), strict=True):
+            values: Any = None
+            if layout == "float":
+                values = factor
+            elif part.dtype.startswith("F"):
                 last = (factor * RNG.uniform(0.8, 1.2, part.shape[-1])).astype(f"<f{SIZES[part.dtype]}")
                 values = np.broadcast_to(last, part.shape)
             pieces.append((name + suffix, part.dtype, part.shape, values))
@@ -155,13 +163,13 @@ def write_model(path: Path, config: Any, quant: str = "int8") -> int:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, shape, values in pieces:
-            if values is not None:
+            if isinstance(values, np.ndarray):
                 file.write(np.ascontiguousarray(values).tobytes())
                 continue
             left, start = math.prod(shape), int(RNG.integers(1 << 20))
             while left:
                 piece = NOISE[start : start + left]
-                file.write(piece.tobytes())
+                file.write((piece if values is None else (piece * np.float32(values)).astype("<f2")).tobytes())
                 left, start = left - len(piece), 0
     return read
 
@@ -192,7 +200,7 @@ def correctness(report: Report, plan: Plan, folder: Path) -> None:
 
     layers, width, head = plan.small
     versions = ("4", "5.0", "5.1", "5.2", "6", "7", "7a", "8-rc00")
-    for version, quant in [*((version, "int8") for version in versions), *(("7", quant) for quant in CODES)]:
+    for version, quant in [*((version, "int8") for version in versions), *(("7", quant) for quant in (*CODES, "none"))]:
         path = folder / f"small-{version}-{quant}.safetensors"
         write_model(path, config_of(version, layers, width, head, plan.vocab, ranks_of(version, 32)), quant)
         ids = RNG.integers(0, plan.vocab, plan.prompt + plan.steps).tolist()
@@ -254,11 +262,11 @@ def speed(report: Report, plan: Plan, folder: Path, text: Path | None, simulated
             folder / f"{name}.safetensors",
             config_of("7", layers, width, 16 if simulated else 64, plan.vocab, ranks),
         )
-        for quant in CODES:
+        for quant in (*CODES, *(["none"] if name == names[0] else [])):
             read = write_model(path, config, quant)
             model = rwkv_cli.load(path, device="cuda")
             decode(report, plan, f"{name} in {quant}", model, read, bandwidth)
-            if name == names[-1]:
+            if name == names[-1] or quant == "none":
                 together(report, plan, f"{name} in {quant}", model)
             del model
         read = write_model(path, config)

@@ -15,7 +15,7 @@ from rwkv_cli.kernels.cuda.driver import capability
 from rwkv_cli.kernels.cuda.executable import CudaProgram
 from rwkv_cli.kernels.cuda.launches import AddressOf, Argument, Between, Blocks, Place, Table, Tiles
 from rwkv_cli.kernels.cuda.lowering import Levels, Lowering, forms_of
-from rwkv_cli.kernels.cuda.rules import FloatProduct, Int8Products, Multiply, NormShift, RoundFactors, Step, steps_of
+from rwkv_cli.kernels.cuda.rules import FloatProducts, Int8Products, Multiply, NormShift, RoundFactors, Step, steps_of
 from rwkv_cli.kernels.cuda.weights import CodeTable, FloatMatrix, Fragments, Int8Table
 from rwkv_cli.numbers import FLOAT_DTYPES, GROUP
 
@@ -38,8 +38,8 @@ def lower(program: p.Program) -> CudaProgram:
 def _embed(low: Lowering, op: p.Embed) -> None:
     ids, table, out, D = low.place(op.ids), op.table, low.new(op.out), op.out.columns
     if isinstance(table, FloatMatrix):
-        kind = FLOAT_DTYPES.index(table.dtype)
-        low.by_columns(elementwise.embed_float, op.out, ids=ids, table=table.bits, kind=kind, out=out, D=D)
+        bits, kind, width = table.bits, FLOAT_DTYPES.index(table.dtype), table.width
+        low.by_columns(elementwise.embed_float, op.out, ids=ids, table=bits, kind=kind, out=out, D=D, width=width)
         return
     if isinstance(table, CodeTable):
         codes = {name: getattr(table, name) for name in ("values", "scales", "rows", "levels", "bits")}
@@ -135,7 +135,7 @@ def _round_factors(low: Lowering, step: RoundFactors) -> None:
 
 
 def _read(low: Lowering, x: p.Factor) -> dict[str, Any]:
-    """x, delta and mix of a factor with their strides, as `FactorRow` and `lerp` name them."""
+    """x, delta and mix of a factor with their strides, as `FactorRow` names them."""
     if isinstance(x, p.Lerp):
         mix_stride = x.mix.columns if isinstance(x.mix, p.Value) else 0
         delta, mix = low.place(x.delta), low.at(x.mix)
@@ -213,29 +213,42 @@ def _product_row(low: Lowering, part: Multiply) -> matmul.ProductRow:
     )
 
 
-def _float_product(low: Lowering, step: FloatProduct) -> None:
-    part, product, weight, rows = step.part, step.part.product, step.part.product.weight, step.part.out.rows
+def _float_products(low: Lowering, step: FloatProducts) -> None:
+    """Launches for the parts whose weights have the same type."""
+    by_kind: dict[int, list[Multiply]] = {}
+    for part in step.parts:
+        assert isinstance(part.product.weight, FloatMatrix)
+        by_kind.setdefault(FLOAT_DTYPES.index(part.product.weight.dtype), []).append(part)
+    for kind, parts in by_kind.items():
+        table = Table(tuple(_float_row(low, part) for part in parts))
+        N, (first, *_), count = max(part.out.columns for part in parts), parts, len(parts)
+        rows, least = first.out.rows, 2
+        one = Blocks((-(-N // matmul_float.VECTOR_ROWS), count), matmul_float.VECTOR_THREADS, Between(rows, 1, 1))
+        low.launches.add(matmul_float.matvec_float(kind), one, table=table)
+        few, many = matmul_float.TILE_TOKENS
+        for tokens, most in ((few, min(few, rows.most)), (many, rows.most)):
+            if least <= most:
+                grid, only = (-(-N // matmul_float.TILE_ROWS), Tiles(rows, tokens), count), Between(rows, least, most)
+                blocks = Blocks(grid, matmul_float.TILE_THREADS, only)
+                low.launches.add(matmul_float.matmul_float(kind, tokens), blocks, table=table, T=rows)
+            least = most + 1
+
+
+def _float_row(low: Lowering, part: Multiply) -> matmul_float.FloatRow:
+    product, weight = part.product, part.product.weight
     assert isinstance(weight, FloatMatrix)
-    (N, K), side, x = weight.shape, matmul_float.SIDE, product.x
-    if isinstance(x, p.Lerp):
-        lerped = p.Value(rows, K)
-        low.by_columns(elementwise.lerp, lerped, **_read(low, x), out=low.new(lerped), K=K)
-        x = lerped
-    y = low.place(part.out) if part.add else low.new(part.out)
-    low.launches.add(
-        matmul_float.matmul_float,
-        Blocks((-(-N // side), Tiles(rows, side)), (side, side)),
-        **_plain(low, x),
+    N, K = weight.shape
+    return matmul_float.FloatRow(
+        **_read(low, product.x),
+        K=K,
         weight=weight.bits,
-        kind=FLOAT_DTYPES.index(weight.dtype),
+        width=weight.width,
         bias=product.bias,
         activation=p.ACTIVATIONS.index(product.activation),
         add=part.add,
-        y=y,
+        y=low.place(part.out) if part.add else low.new(part.out),
         y_stride=N,
-        T=rows,
         N=N,
-        K=K,
     )
 
 
@@ -338,7 +351,7 @@ LOWER: dict[type[Step], Callable[[Lowering, Any], None]] = {
     p.RowProducts: _row_products,
     RoundFactors: _round_factors,
     Int8Products: _int8_products,
-    FloatProduct: _float_product,
+    FloatProducts: _float_products,
     p.Wkv4: _wkv4,
     p.Wkv6: _wkv6,
     p.Wkv7: _wkv7,

@@ -2,7 +2,7 @@
 
 1. `join_norms`: a layer norm and the token shift of its result are one launch.
 2. `gather_products`: all products of one `Linear` that are made in int8 are one step, a launch for each number of bits
-   that the weights have.
+   that the weights have. Those with float matrices are another, a launch for each type.
 3. `insert_rounding`: the factors of that step are rounded in one launch before it. A factor whose own kernel can put
    its levels is not among them.
 """
@@ -48,13 +48,13 @@ class Int8Products:
 
 
 @dataclass(frozen=True, eq=False)
-class FloatProduct:
-    """A product with a float matrix."""
+class FloatProducts:
+    """Products of the same rows with float matrices."""
 
-    part: Multiply
+    parts: tuple[Multiply, ...]
 
 
-Step = p.Operation[Any] | NormShift | RoundFactors | Int8Products | FloatProduct
+Step = p.Operation[Any] | NormShift | RoundFactors | Int8Products | FloatProducts
 
 
 def steps_of(operations: Sequence[p.Operation[Any]]) -> tuple[list[Step], set[p.Value]]:
@@ -75,7 +75,7 @@ def join_norms(steps: Sequence[Step]) -> list[Step]:
 
 
 def gather_products(steps: Sequence[Step]) -> list[Step]:
-    """Gather the products in int8 of each Linear, and do those with float matrices one by one."""
+    """Gather the products in int8 of each Linear, and those with float matrices."""
     gathered: list[Step] = []
     for step in steps:
         if not isinstance(step, p.Linear | p.AddLinear):
@@ -85,7 +85,8 @@ def gather_products(steps: Sequence[Step]) -> list[Step]:
         int8 = tuple(part for part in parts if isinstance(part.product.weight, Fragments))
         if int8:
             gathered.append(Int8Products(int8))
-        gathered += [FloatProduct(part) for part in parts if part not in int8]
+        if floats := tuple(part for part in parts if part not in int8):
+            gathered.append(FloatProducts(floats))
     return gathered
 
 
@@ -135,10 +136,8 @@ def computed_with_levels(step: Step) -> set[p.Value]:
 def changed_by(step: Step) -> set[p.Value]:
     """The values that a step changes in place."""
     match step:
-        case Int8Products():
+        case Int8Products() | FloatProducts():
             return {part.out for part in step.parts if part.add}
-        case FloatProduct():
-            return {step.part.out} if step.part.add else set()
         case p.AddGated() | p.Gate() | p.RoundTo():
             return {step.x}
     return set()

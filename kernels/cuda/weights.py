@@ -12,7 +12,7 @@ from rwkv_cli.kernels.cuda.device import fragments
 from rwkv_cli.kernels.cuda.device.codes import STRIP
 from rwkv_cli.kernels.cuda.device.compile import Kernel
 from rwkv_cli.kernels.cuda.driver import Block, stream, synchronize, upload
-from rwkv_cli.numbers import LEVELS
+from rwkv_cli.numbers import GROUP, LEVELS
 
 _REPACK_BLOCKS = 1024
 
@@ -80,6 +80,8 @@ class FloatMatrix:
     shape: tuple[int, int]
     bits: Block
     dtype: str
+    width: int
+    """K padded to whole groups."""
     skips_zeros = False
 
     @property
@@ -97,7 +99,9 @@ def weight(stored: StoredMatrix) -> CudaWeight:
 
 def _floats(stored: StoredFloats) -> FloatMatrix:
     N, K = stored.shape
-    return FloatMatrix((N, K), _uploaded(stored.bits), stored.dtype)
+    width = -(-K // GROUP) * GROUP
+    bits = stored.bits if width == K else np.pad(stored.bits, ((0, 0), (0, width - K)))
+    return FloatMatrix((N, K), _uploaded(bits), stored.dtype, width)
 
 
 def _int8(stored: StoredInt8) -> Int8Table | Fragments:

@@ -28,7 +28,9 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
     from rwkv_cli.kernels.cuda.device import elementwise as cuda_elementwise
     from rwkv_cli.kernels.cuda.device import heads, wkv6, wkv7
     from rwkv_cli.kernels.cuda.device import matmul as cuda_matmul
+    from rwkv_cli.kernels.cuda.device import matmul_float as cuda_matmul_float
     from rwkv_cli.kernels.cuda.device.compile import KERNELS
+    from rwkv_cli.numbers import FLOAT_DTYPES
 
     for bits in (4, 5, 6, 8):
         cuda_matmul.matvec(bits)
@@ -38,6 +40,10 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
     # For many tokens, codes of 5 bits stand for the others too: they need the most registers.
     cuda_matmul.matmul(cuda_matmul.SHAPES[-1], 5)
     cuda_matmul.matmul_wide(5)
+    for kind in range(len(FLOAT_DTYPES)):
+        cuda_matmul_float.matvec_float(kind)
+        for tokens in cuda_matmul_float.TILE_TOKENS:
+            cuda_matmul_float.matmul_float(kind, tokens)
     for width in (768, 4096):
         cuda_elementwise.layer_norm(width)
         cuda_elementwise.norm_shift(width)

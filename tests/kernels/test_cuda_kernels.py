@@ -108,6 +108,38 @@ def floats(values: Any, dtype: str) -> tuple[Any, Any]:
     return cuda.weight(Floats("float", dtype, bits)), rounded
 
 
+@pytest.mark.parametrize("T", [1, 3, 18])
+def test_float_products(T: int) -> None:
+    """Several at once, of two types: a shared and a mixed input, a bias; then one that adds."""
+    K, lab = 37, Lab("cuda")
+    x, delta, mix, bias = normal(T, K), normal(T, K), uniform(0, 1, 1, K), normal(1, 70)
+    (a, wa), (b, wb), (c, wc), (d, wd) = (
+        floats(normal(N, columns), dtype)
+        for N, columns, dtype in ((70, K, "F16"), (9, K, "F16"), (5, K, "BF16"), (70, 9, "F32"))
+    )
+    dx, lerp = lab.matrix(x), p.Lerp(lab.matrix(x), lab.matrix(delta), lab.vector(mix))
+    outs = lab.ops.linear(p.Product(dx, a, "silu", lab.vector(bias)), p.Product(lerp, b), p.Product(lerp, c, "tanh"))
+    first, second, *_ = outs
+    lab.ops.add(p.AddLinear(first, second, d))
+    x, lerped = x.astype(float), x + delta.astype(float) * mix
+    wanted = [
+        (x @ wa.T + bias) * sigmoid(x @ wa.T + bias) + lerped @ wb.T @ wd.T,
+        lerped @ wb.T,
+        np.tanh(lerped @ wc.T),
+    ]
+    for got, want in zip(run(lab, *outs), wanted, strict=True):
+        check(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_a_float_product_with_one_token_reads_a_long_row(dtype: str) -> None:
+    """It has several loads of a lane under way, then what is left, and more columns than shared memory at a time."""
+    K, lab = 2090, Lab("cuda")
+    x, (w, full) = normal(1, K), floats(normal(3, K, scale=0.1), dtype)
+    (out,) = lab.ops.linear(p.Product(lab.matrix(x), w))
+    check(lab.run(out), x.astype(float) @ full.T, 1e-5)
+
+
 def test_gates_and_ranges_of_columns() -> None:
     x, y, gate, lab = normal(3, 37), normal(3, 37), normal(3, 37), Lab("cuda")
     ones, zeros = np.ones(37), np.zeros(37)

@@ -15,7 +15,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from rwkv_cli.kernels.cuda import rules
 from rwkv_cli.kernels.cuda.lower import LOWER
-from rwkv_cli.kernels.cuda.rules import FloatProduct, Int8Products, NormShift, RoundFactors
+from rwkv_cli.kernels.cuda.rules import FloatProducts, Int8Products, NormShift, RoundFactors
 from rwkv_cli.kernels.cuda.weights import FloatMatrix, Fragments
 
 NOTHING: Any = None
@@ -29,7 +29,7 @@ def int8(N: int = 32, K: int = 32) -> Fragments:
 
 
 def floats(N: int = 32, K: int = 32) -> FloatMatrix:
-    return FloatMatrix((N, K), NOTHING, "F32")
+    return FloatMatrix((N, K), NOTHING, "F32", K)
 
 
 def value(rows: p.Count = MANY, columns: int = 32) -> p.Value:
@@ -55,7 +55,7 @@ def test_every_operation_is_lowered() -> None:
         below = kinds.pop().__subclasses__()
         kinds += below
         found |= {kind for kind in below if not kind.__name__.startswith("_")}
-    own = {NormShift, RoundFactors, Int8Products, FloatProduct}
+    own = {NormShift, RoundFactors, Int8Products, FloatProducts}
     assert (found - {p.Linear, p.AddLinear}) | own == set(LOWER)
 
 
@@ -85,17 +85,16 @@ def test_a_shift_joins_one_norm() -> None:
     assert left is second
 
 
-def test_int8_products_of_a_linear_are_gathered() -> None:
+def test_products_of_a_linear_are_gathered() -> None:
     x = value()
     linear = p.Linear((p.Product(x, int8()), p.Product(x, floats()), p.Product(x, int8()), p.Product(x, floats())))
-    gathered, first, second = rules.gather_products([linear])
-    assert isinstance(gathered, Int8Products)
-    assert isinstance(first, FloatProduct)
-    assert isinstance(second, FloatProduct)
+    in_int8, in_float = rules.gather_products([linear])
+    assert isinstance(in_int8, Int8Products)
+    assert isinstance(in_float, FloatProducts)
     a, b, c, d = linear.out
-    assert [part.out for part in gathered.parts] == [a, c]
-    assert [first.part.out, second.part.out] == [b, d]
-    assert not any(part.add for part in (*gathered.parts, first.part, second.part))
+    assert [part.out for part in in_int8.parts] == [a, c]
+    assert [part.out for part in in_float.parts] == [b, d]
+    assert not any(part.add for part in (*in_int8.parts, *in_float.parts))
 
 
 def test_linears_are_not_gathered_with_each_other() -> None:
@@ -108,7 +107,8 @@ def test_linears_are_not_gathered_with_each_other() -> None:
 def test_add_linear_adds(weight: Any) -> None:
     x, y = value(), value()
     (step,) = rules.gather_products([p.AddLinear(x, y, weight)])
-    (part,) = step.parts if isinstance(step, Int8Products) else (step.part,)  # type: ignore[union-attr]
+    assert isinstance(step, Int8Products | FloatProducts)
+    (part,) = step.parts
     assert (part.product.x, part.product.weight, part.out, part.add) == (y, weight, x, True)
     assert rules.changed_by(step) == {x}
 

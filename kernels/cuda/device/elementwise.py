@@ -69,22 +69,6 @@ def activate(x: Float, kind: Int) -> Any:
     return x
 
 
-@function
-def stored_float(address: Address, kind: Int) -> Any:
-    """The float of type FLOAT_DTYPES[kind] at an address."""
-    if kind == _F32:
-        return f32(address)
-    if kind == _BF16:
-        return bf16(address)
-    return f16(address)
-
-
-@function
-def float_size(kind: Int) -> Any:
-    """Bytes of a float of type FLOAT_DTYPES[kind]."""
-    return 4 if kind == _F32 else 2
-
-
 def norm_threads(D: int) -> int:
     """Threads of a block that norms a row of D columns: whole warps, one column each as far as that goes."""
     return min(_MOST_THREADS, -(-D // 32) * 32)
@@ -260,23 +244,6 @@ def shift(x: Address, delta: Address, starts: Address, last: Slot, last_offset: 
 
 
 @kernel(THREADS)
-def lerp(
-    x: Address, x_stride: Int, delta: Address, delta_stride: Int, mix: Address, mix_stride: Int, out: Address, K: Int
-) -> None:
-    """out = x + delta ∘ mix, all [T, K]. Blocks: (K, T), a thread a column.
-
-    Strides are in elements from row to row. That of mix is 0 where one row serves all.
-    """
-    let_next_begin()
-    wait_for_previous()
-    k, t = np.int64(cuda.grid(1)), np.int64(cuda.blockIdx.y)
-    if k < K:
-        y = f32(x + 4 * (x_stride * t + k))
-        y += f32(delta + 4 * (delta_stride * t + k)) * f32(mix + 4 * (mix_stride * t + k))
-        put_f32(out + 4 * (K * t + k), y)
-
-
-@kernel(THREADS)
 def add_gated(x: Address, y: Address, gate: Address, D: Int) -> None:
     """x += y ∘ gate, all [T, D]. Blocks: (D, T), a thread a column."""
     let_next_begin()
@@ -377,11 +344,17 @@ def embed_codes(
 
 
 @kernel(THREADS)
-def embed_float(ids: Address, table: Address, kind: Int, out: Address, D: Int) -> None:
-    """out[t] = row ids[t] of a table [V, D] of FLOAT_DTYPES[kind]. Blocks: (D, T), a thread a column."""
+def embed_float(ids: Address, table: Address, kind: Int, out: Address, D: Int, width: Int) -> None:
+    """out[t] = row ids[t] of a table [V, width] of FLOAT_DTYPES[kind]. Blocks: (D, T), a thread a column."""
     let_next_begin()
     wait_for_previous()
     d, t = np.int64(cuda.grid(1)), np.int64(cuda.blockIdx.y)
     if d < D:
-        at = table + float_size(kind) * (D * i64(ids + 8 * t) + d)
-        put_f32(out + 4 * (D * t + d), stored_float(at, kind))
+        at = width * i64(ids + 8 * t) + d
+        if kind == _F32:
+            y = f32(table + 4 * at)
+        elif kind == _BF16:
+            y = bf16(table + 2 * at)
+        else:
+            y = f16(table + 2 * at)
+        put_f32(out + 4 * (D * t + d), y)

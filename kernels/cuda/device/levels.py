@@ -132,14 +132,22 @@ def put_group(y: Float, at: Any, token: Int, puts: Any) -> None:
 
 
 @function
-def _mixed(row: Address, t: Int, k: Int) -> Any:
-    """Element (t, k) of the matrix that a `FactorRow` describes, and 0 beyond its columns."""
-    if k >= i64(row + FACTOR.K):
+def operand_of(row: Address) -> Any:
+    """What `mixed` needs of a row whose first fields are those of a `FactorRow`."""
+    x, x_stride, delta = i64(row + FACTOR.x), i64(row + FACTOR.x_stride), i64(row + FACTOR.delta)
+    delta_stride, mix = i64(row + FACTOR.delta_stride), i64(row + FACTOR.mix)
+    return x, x_stride, delta, delta_stride, mix, i64(row + FACTOR.mix_stride), i64(row + FACTOR.K)
+
+
+@function
+def mixed(operand: Any, t: Int, k: Int) -> Any:
+    """Element (t, k) of the matrix of an `operand_of`, and 0 beyond its columns."""
+    x, x_stride, delta, delta_stride, mix, mix_stride, K = operand
+    if k >= K:
         return np.float32(0)
-    y = f32(i64(row + FACTOR.x) + 4 * (i64(row + FACTOR.x_stride) * t + k))
-    if i64(row + FACTOR.delta) != 0:
-        delta = f32(i64(row + FACTOR.delta) + 4 * (i64(row + FACTOR.delta_stride) * t + k))
-        y += delta * f32(i64(row + FACTOR.mix) + 4 * (i64(row + FACTOR.mix_stride) * t + k))
+    y = f32(x + 4 * (x_stride * t + k))
+    if delta != 0:
+        y += f32(delta + 4 * (delta_stride * t + k)) * f32(mix + 4 * (mix_stride * t + k))
     return y
 
 
@@ -152,7 +160,8 @@ def quantize(table: Address) -> None:
     row = table + _FACTOR_ROW_BYTES * np.int64(cuda.blockIdx.z)
     t, quad, tid = np.int64(cuda.blockIdx.y), np.int64(cuda.grid(1)), cuda.threadIdx.x
     groups, k = (i64(row + FACTOR.K) + GROUP - 1) // GROUP, 4 * quad
-    y0, y1, y2, y3 = _mixed(row, t, k), _mixed(row, t, k + 1), _mixed(row, t, k + 2), _mixed(row, t, k + 3)
+    x = operand_of(row)
+    y0, y1, y2, y3 = mixed(x, t, k), mixed(x, t, k + 1), mixed(x, t, k + 2), mixed(x, t, k + 3)
     tops[tid] = max(max(_magnitude(y0), _magnitude(y1)), max(_magnitude(y2), _magnitude(y3)))
     cuda.syncthreads()
     if quad < groups * QUADS:

@@ -33,18 +33,17 @@ from rwkv_cli.kernels.cuda.device.compile import (
     let_next_begin,
     prefetch,
     products,
-    put_f32,
     quad_sum,
     types,
     wait_for_previous,
     words,
 )
-from rwkv_cli.kernels.cuda.device.elementwise import activate
 from rwkv_cli.kernels.cuda.device.levels import FACTOR_BYTES, LEVEL_BYTES, TOKENS, levels_at, put_group
+from rwkv_cli.kernels.cuda.device.outputs import OutputFields, put_output
 
 
 class ProductRow(NamedTuple):
-    """A row of the table that `matvec` and `matmul` read: y = activation(x · wᵀ + bias), or y += that."""
+    """A row of the table that `matvec` and `matmul` read. From `bias` on it has `OutputFields`."""
 
     weights: Address
     scales: Address
@@ -56,7 +55,6 @@ class ProductRow(NamedTuple):
     rows: Address
     """A factor of each row of codes, float32; 0 for none."""
     bias: Address
-    """0 for none."""
     activation: Int
     add: Int
     y: Address
@@ -70,6 +68,7 @@ class ProductRow(NamedTuple):
 PRODUCT = ProductRow(*range(0, 8 * len(ProductRow._fields), 8))
 """The offset of each column in a row, in bytes."""
 _PRODUCT_ROW_BYTES = 8 * len(PRODUCT)
+assert ProductRow._fields[PRODUCT.bias // 8 : PRODUCT.y_levels // 8] == OutputFields._fields
 
 _MOST_WARPS, _FEW_STRIPS = 16, 512
 _VECTOR_THREADS = 2 * 32 * _MOST_WARPS
@@ -112,15 +111,7 @@ def _finish(row: Address, total: Float, t: Int, n: Int) -> Any:
     rows = i64(row + PRODUCT.rows)
     if rows != 0:
         y *= f32(rows + 4 * n)
-    bias = i64(row + PRODUCT.bias)
-    if bias != 0:
-        y += f32(bias + 4 * n)
-    y = activate(y, i64(row + PRODUCT.activation))
-    at = i64(row + PRODUCT.y) + 4 * (i64(row + PRODUCT.y_stride) * t + n)
-    if i64(row + PRODUCT.add) != 0:
-        y += f32(at)
-    put_f32(at, y)
-    return y
+    return put_output(row + PRODUCT.bias, y, t, n)
 
 
 @function
