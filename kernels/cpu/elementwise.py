@@ -51,6 +51,15 @@ def span(part, parts, n):
 
 
 @function()
+def fill(weights, room):
+    """Put weights, fewer than a group, and zeros to `room` [32]. Returns its address."""
+    room[:] = 0
+    for i in range(len(weights)):
+        room[i] = weights[i]
+    return address_of(room)
+
+
+@function()
 def activate(x, activation):
     """ACTIVATIONS[activation] of each element of x [n], in place. NaN stays NaN."""
     n = len(x)

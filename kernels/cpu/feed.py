@@ -15,9 +15,16 @@ from rwkv_cli.kernels.cpu.elementwise import address_of, span
 from rwkv_cli.kernels.cpu.llvm.bits import bits_of, float_of
 from rwkv_cli.kernels.cpu.llvm.emitter import F32 as FLOAT
 from rwkv_cli.kernels.cpu.llvm.emitter import I64, Emitter, vector
-from rwkv_cli.kernels.cpu.quantize_packed import LANES, first_least, nearest_level, scales_tried
-from rwkv_cli.kernels.cpu.quantize_weights import CANDIDATES, STEP
+from rwkv_cli.kernels.cpu.llvm.fit import first_least
+from rwkv_cli.kernels.cpu.quantize_packed import nearest_level, shares_of, stored_scale
 from rwkv_cli.numbers import GROUP, LEVELS
+
+CANDIDATES, STEP = 24, 3
+"""float16 numbers that are tried as the scale of a group of int8, from absmax/128 upward, and their distance."""
+_SEARCHED = {4: (0.86, 1.08), 5: (0.94, 1.04), 6: (0.97, 1.03)}
+"""Where the candidates of codes lie, as `shares_of` takes them."""
+LANES = 16
+"""Candidates of codes, half of them of either sign."""
 
 
 def _codes(bits: int) -> NDArray[np.uint8]:
@@ -159,7 +166,8 @@ def _try(bits: int) -> Any:
                 return []
 
             e.loop(I64(0), I64(GROUP), 1, [], lay)
-            scale = scales_tried(e, bits, largest)
+            shares = ir.Constant(kind, [FLOAT(share) for share in shares_of(bits, *_SEARCHED[bits], LANES // 2)])
+            scale = stored_scale(e, b.fmul(e.splat(largest, LANES), shares))
             inverse = b.fdiv(e.constant(FLOAT(1), LANES), scale)
 
             def round_one(i: Any, carried: list[Any]) -> list[Any]:

@@ -1,63 +1,66 @@
 """float32 to codes of 4, 5 or 6 bits in groups of 32 columns, with int8 scales: quant/formats/packed.py.
 
-A row's factor brings the scale of its largest weight to 127. A group's scale is found by search: of either sign, eight
-integers are tried from about the one that brings the largest weight to the end of the levels downward, and the one with
-the least squared error wins.
+A row's factor brings the scale of its largest weight to 127. A group's scale is found by least squares
+(`llvm.fit`) from candidates of either sign, near those that bring the largest weight to the end of the levels.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.cpu.args import F32_1, F32_2, F64_1, I8_2, U8_2, Int, unpack
 from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.cores import usable_cores
-from rwkv_cli.kernels.cpu.elementwise import address_of, span
+from rwkv_cli.kernels.cpu.elementwise import address_of, fill, span
+from rwkv_cli.kernels.cpu.llvm.bits import bits_of, float_of
 from rwkv_cli.kernels.cpu.llvm.emitter import F32 as FLOAT
-from rwkv_cli.kernels.cpu.llvm.emitter import I1, I8, I32, I64, Emitter, vector
+from rwkv_cli.kernels.cpu.llvm.emitter import I8, I16, I32, Emitter, vector
+from rwkv_cli.kernels.cpu.llvm.fit import bring, clamped, fit, place, to_bytes, whole
 from rwkv_cli.kernels.cpu.steps import Share, Steps
 from rwkv_cli.kernels.cpu.team import TEAM
 from rwkv_cli.numbers import CURVES, GROUP, LEVELS
 
-_SEARCHED = {4: (0.86, 1.08), 5: (0.94, 1.04), 6: (0.97, 1.03)}
-"""Where candidates lie, as a share of the scale that brings the largest weight to the end of the levels."""
-LANES = 16
-"""Lanes of vectors. A lane is a candidate: of one sign in the lower half, of the other in the upper half."""
-
 _LEVELS4, _LEVELS5, _LEVELS6 = (np.array(LEVELS[bits], np.float32) for bits in (4, 5, 6))
 
 
-def _clamped(e: Emitter, x: Any, low: float, high: float) -> Any:
-    for sign, end in ((">", low), ("<", high)):
-        limit = e.constant(FLOAT(end), x.type.count)
-        x = e.b.select(e.b.fcmp_ordered(sign, x, limit), x, limit)
-    return x
-
-
 def _code(e: Emitter, bits: int, t: Any) -> Any:
-    """The code whose level is next to t in each lane, as float32."""
+    """The code whose level is next to t in each lane, as bytes."""
     b, levels, n = e.b, LEVELS[bits], t.type.count
     if bits not in CURVES:
-        whole = e.call(f"llvm.rint.v{n}f32", t.type, b.fsub(t, e.constant(FLOAT(levels[0]), n)))
-        return _clamped(e, whole, 0, len(levels) - 1)
-    q = e.constant(FLOAT(0), n)
-    for code, (low, high) in enumerate(pairwise(levels), 1):
-        q = b.select(b.fcmp_ordered(">", t, e.constant(FLOAT((low + high) / 2), n)), e.constant(FLOAT(code), n), q)
-    return q
+        return b.sub(to_bytes(e, nearest_level(e, bits, t)), e.constant(I8(levels[0]), n))
+    # t is beyond the middle of two levels if ⌈2t⌉ is above their sum
+    words = vector(I16, n)
+    twice = e.call(f"llvm.ceil.v{n}f32", t.type, b.fmul(t, e.constant(FLOAT(2), n)))
+    twice = b.trunc(b.fptosi(twice, vector(I32, n)), words)
+    code = e.constant(I16(0), n)
+    for low, high in pairwise(levels):
+        code = b.sub(code, b.sext(b.icmp_signed(">", twice, e.constant(I16(low + high), n)), words))
+    return b.trunc(code, vector(I8, n))
+
+
+def _level(e: Emitter, bits: int, codes: Any) -> Any:
+    """The levels of codes, as bytes."""
+    b, levels, n = e.b, LEVELS[bits], codes.type.count
+    if bits not in CURVES:
+        return b.add(codes, e.constant(I8(levels[0]), n))
+    low = b.and_(codes, e.constant(I8(15), n))
+    found = e.lookup(levels[:16], low)
+    if bits == 5:
+        upper = b.icmp_unsigned(">", codes, e.constant(I8(15), n))
+        found = b.select(upper, e.lookup(levels[16:], low), found)
+    return found
 
 
 def nearest_level(e: Emitter, bits: int, t: Any) -> Any:
     """A level that is next to t in each lane, or so near the middle of two that it hardly matters which."""
     b, levels, n = e.b, LEVELS[bits], t.type.count
-    rint, contract = f"llvm.rint.v{n}f32", ("contract",)
+    contract = ("contract",)
     if bits not in CURVES:
-        return _clamped(e, e.call(rint, t.type, t), levels[0], levels[-1])
+        return clamped(e, whole(e, t), levels[0], levels[-1])
     bend, shift = CURVES[bits]
     half = 1 << (bits - 1)
     # u(t) of level u · (bend + u²) · scale is found by an odd polynomial that was fitted to it
@@ -67,9 +70,9 @@ def nearest_level(e: Emitter, bits: int, t: Any) -> Any:
     for c in reversed(inner):
         u = b.fadd(b.fmul(u, squared, flags=contract), c, flags=contract)
     u = b.fsub(b.fmul(u, t), e.constant(FLOAT(shift), n))
-    u = b.fadd(_clamped(e, e.call(rint, t.type, u), -half, half - 1), e.constant(FLOAT(shift), n))
+    u = b.fadd(clamped(e, whole(e, u), -half, half - 1), e.constant(FLOAT(shift), n))
     curve = b.fadd(b.fmul(u, u, flags=contract), e.constant(FLOAT(bend), n), flags=contract)
-    return e.call(rint, t.type, b.fmul(b.fmul(curve, u), e.constant(FLOAT(_scale(bits)), n)))
+    return whole(e, b.fmul(b.fmul(curve, u), e.constant(FLOAT(_scale(bits)), n)))
 
 
 def _scale(bits: int) -> float:
@@ -90,103 +93,50 @@ def _inverse(bits: int) -> list[float]:
     return [float(c / 127.0**i) for c, i in zip(fitted, powers, strict=True)]
 
 
-def _round(bits: int) -> Any:
-    """round(x, inverse, codes): put the codes next to x · inverse, 32 float32 at address `x`, to 32 bytes."""
+def shares_of(bits: int, low: float, high: float, each: int) -> Sequence[float]:
+    """Candidates for a group's scale as shares of its largest weight: `each` of either sign, even steps apart.
 
-    @intrinsic
-    def round_(typingctx, x, inverse, codes):  # noqa: ARG001
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-            e, b = Emitter(builder), builder
-            x, inverse, codes = args
-            t = b.fmul(e.load(vector(FLOAT, GROUP), x), e.splat(inverse, GROUP))
-            found = _code(e, bits, t)
-            e.store(b.trunc(b.fptosi(found, vector(I32, GROUP)), vector(I8, GROUP)), codes)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.float32, types.int64), generate
-
-    return round_
-
-
-def scales_tried(e: Emitter, bits: int, largest: Any) -> Any:
-    """The scales that are tried for a group whose weight of the largest magnitude is `largest`: integers, none of 0."""
-    b, floats = e.b, vector(FLOAT, LANES)
-    low, high = _SEARCHED[bits]
-    half = LANES // 2
-    shares = [
-        (low + (high - low) * i / (half - 1)) / end for end in (LEVELS[bits][0], LEVELS[bits][-1]) for i in range(half)
-    ]
-    scale = b.fmul(e.splat(largest, LANES), ir.Constant(floats, [FLOAT(share) for share in shares]))
-    scale = _clamped(e, e.call(f"llvm.rint.v{LANES}f32", floats, scale), -127, 127)
-    return b.select(b.fcmp_ordered("==", scale, e.constant(FLOAT(0), LANES)), e.constant(FLOAT(1), LANES), scale)
-
-
-def first_least(e: Emitter, total: Any) -> Any:
-    """The first lane with the least total."""
-    b = e.b
-    least = e.call(f"llvm.vector.reduce.fmin.v{LANES}f32", FLOAT, total)
-    found = b.bitcast(b.fcmp_ordered("==", total, e.splat(least, LANES)), ir.IntType(LANES))
-    return b.zext(b.cttz(found, I1(0)), I32)
-
-
-def _search(bits: int) -> Any:
-    """search(group, largest): the scale, int64, with the least Σ (x − level · scale)².
-
-    x are the 32 float32 at address `group`. `largest` is the x that is largest in magnitude.
+    They are `low` to `high` times the scale that brings that weight to the end of the levels.
     """
-
-    @intrinsic
-    def search(typingctx, group, largest):  # noqa: ARG001
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-            e, b, floats = Emitter(builder), builder, vector(FLOAT, LANES)
-            group, largest = args
-            scale = scales_tried(e, bits, largest)
-            inverse = b.fdiv(e.constant(FLOAT(1), LANES), scale)
-
-            def add_error(i: Any, carried: list[Any]) -> list[Any]:
-                x = e.splat(e.load(FLOAT, b.add(group, b.mul(i, I64(4))), align=4), LANES)
-                q = nearest_level(e, bits, b.fmul(x, inverse))
-                d = b.fsub(x, b.fmul(q, scale, flags=("contract",)), flags=("contract",))
-                return [b.fadd(carried[0], b.fmul(d, d))]
-
-            (total,) = e.loop(I64(0), I64(GROUP), 1, [ir.Constant(floats, None)], add_error)
-            return b.fptosi(b.extract_element(scale, first_least(e, total)), I64)
-
-        return types.int64(types.int64, types.float32), generate
-
-    return search
+    return [share / end for end in (LEVELS[bits][0], LEVELS[bits][-1]) for share in np.linspace(low, high, each)]
 
 
-_search4, _search5, _search6 = map(_search, (4, 5, 6))
-_round4, _round5, _round6 = map(_round, (4, 5, 6))
+def stored_scale(e: Emitter, scale: Any) -> Any:
+    """The integer next to a scale, of at most ±127 and never 0."""
+    found, n = clamped(e, whole(e, scale), -127, 127), scale.type.count
+    return e.b.select(e.b.fcmp_ordered("==", found, e.constant(FLOAT(0), n)), e.constant(FLOAT(1), n), found)
+
+
+def _fit(bits: int, low: float, high: float, each: int) -> Any:
+    return fit(shares_of(bits, low, high, each), lambda e, t: nearest_level(e, bits, t), stored_scale)
+
+
+def _place(bits: int) -> Any:
+    return place(lambda e, t: _code(e, bits, t), lambda e, codes: _level(e, bits, codes))
+
+
+_fit4, _fit5, _fit6 = _fit(4, 0.90, 1.05, 4), _fit(5, 0.96, 1.07, 4), _fit(6, 0.97, 1.07, 8)
+_place4, _place5, _place6 = map(_place, (4, 5, 6))
 
 
 @function(FIXED_ORDER)
-def best_scale(x, bits):
-    """The scale of a group x [32], as `_search` finds it; 0 for zeros."""
-    largest = np.float32(0)
-    for i in range(GROUP):
-        if abs(x[i]) > abs(largest):
-            largest = x[i]
-    if largest == 0:
-        return np.int64(0)
+def _best_scale(group, largest, bits):
+    """The scale of the 32 float32 at address `group`."""
     if bits == 4:
-        return _search4(address_of(x), largest)
+        return _fit4(group, largest)
     if bits == 5:
-        return _search5(address_of(x), largest)
-    return _search6(address_of(x), largest)
+        return _fit5(group, largest)
+    return _fit6(group, largest)
 
 
 @function(FIXED_ORDER)
-def nearest(x, scale, bits, codes):
-    """codes[i] = the code whose level · scale is next to x[i], for a group x [32]."""
-    inverse = np.float32(1) / np.float32(scale) if scale else np.float32(0)
+def _codes(group, scale, bits, codes):
+    """Put the codes of a group to address `codes`. Returns their squared error."""
     if bits == 4:
-        _round4(address_of(x), inverse, address_of(codes))
-    elif bits == 5:
-        _round5(address_of(x), inverse, address_of(codes))
-    else:
-        _round6(address_of(x), inverse, address_of(codes))
+        return _place4(group, scale, codes)
+    if bits == 5:
+        return _place5(group, scale, codes)
+    return _place6(group, scale, codes)
 
 
 class PackRowsArgs(NamedTuple):
@@ -207,29 +157,32 @@ def _pack(args: int, part: int, parts: int) -> None:
     w, bits, codes, scales = a.w, a.bits, a.codes, a.scales
     K = w.shape[1]
     levels = _LEVELS4 if bits == 4 else _LEVELS5 if bits == 5 else _LEVELS6
-    group = np.empty(GROUP, np.float32)
+    room = np.empty(GROUP, np.float32)
+    group = address_of(room)
     begin, end = span(part, parts, len(w))
     for n in range(begin, end):
-        top = np.float32(0)
+        weights = w[n]
+        top = np.int32(0)
         for k in range(K):
-            top = max(top, abs(w[n, k]))
-        row = row_factor(top, bits)
+            top = max(top, bits_of(weights[k]) & np.int32(0x7FFFFFFF))
+        row = row_factor(float_of(top), bits)
         a.rows[n] = row
         inverse = np.float32(1) / row if top else np.float32(0)
         error = np.float64(0)
-        for g in range(scales.shape[1]):
-            source, out = w[n, g * GROUP : min((g + 1) * GROUP, K)], codes[n, g * GROUP : (g + 1) * GROUP]
-            group[:] = 0
-            for i in range(len(source)):
-                group[i] = source[i] * inverse
-            scale = best_scale(group, bits)
-            scales[n, g] = scale
-            nearest(group, scale, bits, out)
-            by = np.float32(scale) * row
-            for i in range(len(source)):
-                d = np.float64(source[i] - levels[out[i]] * by)
-                error += d * d
-        a.errors[n] = error
+        found, first, out = scales[n], address_of(weights), address_of(codes[n])
+        for g in range(len(found)):
+            source = first + 4 * GROUP * g
+            if g == K // GROUP:
+                source = fill(weights[g * GROUP :], room)
+            largest = bring(source, inverse, group)
+            scale = _best_scale(group, largest, bits) if abs(largest) > np.float32(0.5) else np.float32(0)
+            error += np.float64(_codes(group, scale, bits, out + GROUP * g))
+            found[g] = np.int64(scale)
+        for k in range(K, codes.shape[1]):  # columns that only pad the row
+            lost = levels[codes[n, k]] * np.float64(found[-1])
+            error -= lost * lost
+        a.errors[n] = error * np.float64(row) * np.float64(row)
+    room[0] = 0  # it must live until here, and its address alone does not keep it
 
 
 @function()

@@ -25,6 +25,7 @@ from rwkv_cli.errors import FormatError
 from rwkv_cli.numbers import GROUP
 from rwkv_cli.quant.dtypes import to_float32
 from rwkv_cli.quant.formats.contract import Encoded, Facts, Kind, Part, Shape, Spec, StoredArray
+from rwkv_cli.quant.formats.transpose import transposed
 
 NAME = "int8"
 QUANTIZED = True
@@ -75,8 +76,8 @@ class _Order(NamedTuple):
 
     def values_from_rows(self, q: NDArray[np.int8]) -> NDArray[np.int8]:
         """Stored values of quantized rows [R, K padded], where R is a multiple of `rows`."""
-        blocks = q.reshape(-1, self.rows, q.shape[1] // self.columns, self.columns)
-        return blocks.transpose(0, 2, 1, 3).reshape(-1, *self.values[1:])
+        moved = q if self.rows == 1 else transposed(q.reshape(-1, self.rows, q.shape[1]), self.columns)
+        return moved.reshape(-1, *self.values[1:])
 
     def scales_from_rows(self, s: NDArray[np.uint16]) -> NDArray[np.uint16]:
         """Stored scales of the scales [R, K/32] of rows."""

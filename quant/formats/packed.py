@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from rwkv_cli.errors import FormatError
 from rwkv_cli.numbers import GROUP, LEVELS
 from rwkv_cli.quant.formats.contract import Encoded, Facts, Kind, Part, Shape, Spec, StoredArray
+from rwkv_cli.quant.formats.transpose import transposed
 
 PIECES = 8
 _STRIP = 16
@@ -43,17 +44,23 @@ Rounded = tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.float32], float]
 Quantizer = Callable[[NDArray[np.float32]], Rounded]
 
 
-def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Bytes [..., U·bits] of codes [..., 8, U]."""
-    low = codes & 15
-    parts = [(low[..., ::2, :] | low[..., 1::2, :] << 4).reshape(*codes.shape[:-2], -1)]
+def pack(codes: NDArray[Any], bits: int) -> NDArray[Any]:
+    """Bytes [..., U·bits] of codes [..., 8, U]. Words whose bytes are codes make words of such bytes."""
+    low = codes & _each_byte(codes, 15)
+    slices = [low[..., ::2, :] | low[..., 1::2, :] << 4]
     each = bits - 4
     if each:
-        together = PIECES * each // 8
-        high = (codes >> 4).reshape(*codes.shape[:-2], together, PIECES // together, -1)
-        shifts = np.arange(0, 8, each, dtype=np.uint8)[:, None]
-        parts.append(np.bitwise_or.reduce(high << shifts, axis=-2).reshape(*codes.shape[:-2], -1))
-    return np.concatenate(parts, axis=-1)
+        high = codes >> 4 & _each_byte(codes, (1 << each) - 1)
+        high = high.reshape(*codes.shape[:-2], PIECES * each // 8, 8 // each, codes.shape[-1])
+        slices.append(high[..., 0, :])
+        for piece in range(1, 8 // each):
+            slices[1] |= high[..., piece, :] << each * piece
+    return np.concatenate(slices, axis=-2).reshape(*codes.shape[:-2], -1)
+
+
+def _each_byte(like: NDArray[Any], value: int) -> Any:
+    """A number of an array's type with this value in each of its bytes."""
+    return like.dtype.type(int.from_bytes(bytes([value] * like.itemsize), "little"))
 
 
 def unpack(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -79,15 +86,16 @@ class _Order(NamedTuple):
     blocks: int
     groups: int
 
-    def pieces(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Pieces [blocks, G or K, 8, U] of the codes [R, K padded] of rows, where R is a multiple of `rows`."""
-        if self.layout == "rows":
-            return codes.reshape(len(codes), self.groups, PIECES, 4)
-        if self.layout == "tile":
-            tiles = codes.reshape(-1, _STRIP, self.groups, PIECES, 4).transpose(0, 2, 3, 1, 4)
-            return tiles.reshape(-1, self.groups, PIECES, 64)
-        chunks = codes.reshape(-1, self.rows // _CHUNK, PIECES, _STRIP, codes.shape[1])
-        return chunks.transpose(0, 4, 1, 2, 3)
+    def packed(self, codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+        """Values of the codes [R, K padded] of rows, where R is a multiple of `rows`: [blocks, G or K, bytes]."""
+        if self.layout == "columns":
+            columns = codes.shape[1]
+            slices = pack(codes.reshape(-1, PIECES, _STRIP * columns), bits)
+            values = transposed(slices.reshape(-1, self.rows // PIECES * bits, columns), 1)
+            return values.reshape(*values.shape[:2], -1)
+        words = np.ascontiguousarray(codes).view(np.uint32).reshape(-1, self.rows, self.groups, PIECES)
+        packed: NDArray[np.uint8] = pack(words.transpose(0, 2, 3, 1), bits).view(np.uint8)
+        return packed
 
     def codes(self, pieces: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The codes of rows from their pieces."""
@@ -189,9 +197,7 @@ class PackedFormat:
             codes, scales = np.pad(codes, ((0, short), (0, 0))), np.pad(scales, ((0, short), (0, 0)))
             row = np.pad(row, (0, short))
         together = row.reshape(-1, order.rows) if order.rows > 1 else row
-        values = pack(order.pieces(codes), self.bits)
-        values = values.reshape(*values.shape[:2], -1)
-        return Encoded([values, order.together(scales), together], squared_error)
+        return Encoded([order.packed(codes, self.bits), order.together(scales), together], squared_error)
 
     def accepts(self, spec: Spec, facts: Facts) -> bool:
         """Return true for any matrix."""

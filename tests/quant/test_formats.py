@@ -156,9 +156,27 @@ def test_codes_are_as_near_as_a_search_over_all_scales(bits: int) -> None:
     got = np.square(groups - stored_).sum(-1)
     np.testing.assert_allclose(got, errors(scales.astype(float)), rtol=1e-3, atol=1e-9)
     best = np.min([errors(np.full((40, 3), float(s))) for s in range(-127, 128)], axis=0)
-    assert got.sum() <= 1.03 * best.sum()
+    assert got.sum() <= {4: 1.012, 5: 1.022, 6: 1.008}[bits] * best.sum()
     assert (stored_[3] == 0).all()
     assert (stored_[4, 1] == 0).all()
+
+
+def test_int8_is_as_near_as_a_search_over_many_scales() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((40, 96)).astype(np.float32) * rng.lognormal(0, 1, (40, 1)).astype(np.float32)
+    w[3] = 0
+    w[4] *= 1e-14  # no float16 reaches so far below the largest weight
+    tensor = int8.quantize(w, "rows", quantize_rows)
+    got = np.square(tensor.float32() - w, dtype=float).sum()
+    assert np.isclose(quantize_rows(w, tensor.unit)[-1], got, rtol=1e-5)
+    assert not tensor.float32()[3:5].any()
+    groups = w.reshape(-1, 32)
+    scales = np.abs(groups).max(1)[:, None] / np.float32(128)
+    errors = []
+    for share in np.linspace(1, 1.1, 400):
+        scale = np.maximum(scales * share, 1e-30)
+        errors.append(np.square(groups - np.clip(np.rint(groups / scale), -128, 127) * scale).sum(1))
+    assert got <= 1.07 * np.min(errors, axis=0).sum()
 
 
 @few
