@@ -136,3 +136,5 @@ def command(
         repl.ask(text)
     else:
         repl.converse()
+    if repl.unsaved:
+        raise SystemExit(1)

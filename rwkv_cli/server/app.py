@@ -29,6 +29,7 @@ def application(host: Host) -> ASGIApp:
         Route("/v1/chat/completions", answer_chat, methods=["POST"]),
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/embeddings", small.embed, methods=["POST"]),
+        Route("/tokenizer_info", small.tokenizer_info, methods=["GET"]),
         Route("/tokenize", small.tokenize, methods=["POST"]),
         Route("/detokenize", small.detokenize, methods=["POST"]),
         Route("/health", small.health, methods=["GET"]),

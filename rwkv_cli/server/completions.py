@@ -112,7 +112,8 @@ class _Choice:
         text = before + "".join(pieces)
         if self.answer.sampler.top is None:
             return text, None
-        new = self.answer.sampler.scores[self._scores : len(result.ids)]
+        # the end of the text has a score, too: evaluation programs count on one for each token that was sampled
+        new = self.answer.sampler.scores[self._scores : result.tokens]
         self._scores += len(new)
         return text, self._told([*scores, *new])
 

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rwkv_cli.server.errors import ApiError
 from rwkv_cli.server.hosting import Host
 
-_GUARDED = ("/v1/", "/tokenize", "/detokenize", "/metrics")
+_GUARDED = ("/v1/", "/tokenize", "/tokenizer_info", "/detokenize", "/metrics")
 """Beginnings of the paths that need the key. The page and /health do not."""
 
 

@@ -83,6 +83,17 @@ class EmbeddingReply:
         return iter(())
 
 
+async def tokenizer_info(request: Request) -> Response:
+    """Tell the text that ends a text, for programs that have the server split their texts (lm-eval)."""
+    host: Host = request.app.state.host
+    _, model = await host.find(request.query_params.get("model"))
+    tokenizer, end = model.text_tokenizer, None
+    for token in model.ends[:1]:
+        text = tokenizer.decode([token])
+        end = text if text and tokenizer.encode(text) == [token] else None
+    return JSONResponse({"eos_token": end, "bos_token": None, "pad_token": None})
+
+
 async def tokenize(request: Request) -> Response:
     """Turn a text into ids."""
     host: Host = request.app.state.host

@@ -46,6 +46,8 @@ class Repl:
         self.edited = ""
         """The last turn's text, while the person changes it."""
         self.over = False
+        self.unsaved = False
+        """True while what was said is not on disk, though it should be."""
         keep_as = "keep the conversation as a session; without one, go on in it"
         self.commands = {
             "/undo": Command("", "take the last turn back", self.undo),
@@ -166,8 +168,11 @@ class Repl:
                 self._keep_in(self.session)
             elif self._nameless():
                 self.unnamed.keep_last(self.talk)
+            self.unsaved = False
         except (OSError, RwkvError) as error:
-            note(f"not saved: {reason(error) if isinstance(error, OSError) else error}")
+            self.unsaved = True
+            what = f"session {self.session.name}" if self.session else "the chat"
+            note(f"{what} was not saved: {reason(error) if isinstance(error, OSError) else error}")
 
     def _keep_in(self, session: Session) -> None:
         """Save the conversation under a name, or under a free one where another chat has changed what is there."""

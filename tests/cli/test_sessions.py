@@ -243,9 +243,12 @@ def test_a_death_while_saving_loses_one_turn_at_most(
 def test_a_chat_goes_on_where_it_cannot_be_saved(chat: Run, home: Path) -> None:
     home.write_text("a file where the folder should be")
     result = chat("--session", "a", "--seed", 5, input="Hi\nThere\n")
-    assert result.exit_code == 0
+    assert result.exit_code == 1, "what was said is on no disk"
     assert result.stdout == chat("--seed", 5, input="Hi\nThere\n").stdout
-    assert result.stderr.count("not saved: ") == 2
+    assert result.stderr.count("session a was not saved: ") == 2
+    assert chat("--session", "a", "Hi").exit_code == 1
+    home.unlink()
+    assert chat("--session", "a", "Hi").exit_code == 0
 
 
 def test_two_chats_do_not_overwrite_each_other(byte_model: Path) -> None:
