@@ -281,12 +281,17 @@ def open_speculation(
     model: "LanguageModel", draft: str | None, lookup: bool, threads: int | None
 ) -> "Speculation | None":
     """Load what guesses ahead of the model's texts, and all kernels that this takes. None without such options."""
+    return speculation_by(model, None if draft is None else open_model(draft, "cpu", threads), lookup)
+
+
+def speculation_by(model: "LanguageModel", draft: "LanguageModel | None", lookup: bool) -> "Speculation | None":
+    """Return what guesses ahead of the model's texts, after all kernels that this takes were loaded."""
     from rwkv_cli.engine.drafting import DraftModel, PromptLookup
     from rwkv_cli.engine.speculation import Speculation
 
     if draft is None and not lookup:
         return None
-    drafter: Drafter = PromptLookup() if draft is None else DraftModel(open_model(draft, "cpu", threads), model)
+    drafter: Drafter = PromptLookup() if draft is None else DraftModel(draft, model)
     speculation = Speculation(model, drafter)
     make_ready(model, "ahead")
     if isinstance(drafter, DraftModel):

@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_cli.commands.configured import from_file
-from rwkv_cli.commands.options import ModelWord, load_server_model, named_model
+from rwkv_cli.commands.options import (
+    ModelWord,
+    check_draft,
+    draft_options,
+    load_server_model,
+    named_model,
+    open_model,
+    speculation_by,
+)
 from rwkv_cli.terminal.output import note
 from rwkv_cli.terminal.settings import SAMPLING, Whole
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
+    from rwkv_cli.engine.speculation import Speculation
 
 _MB = 1 << 20
 
@@ -65,6 +74,7 @@ _MB = 1 << 20
     "--grace", type=Whole(min=1), default=30, show_default=True, metavar="SECONDS",
     help="On SIGTERM, time for answers in the making.",
 )  # fmt: skip
+@draft_options
 def command(
     *,
     model: tuple[str, ...],
@@ -83,6 +93,8 @@ def command(
     cache: int,
     cache_disk: int,
     grace: int,
+    draft: str | None,
+    lookup: bool,
 ) -> None:
     """Serve models to programs that speak OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/embeddings.
 
@@ -96,6 +108,7 @@ def command(
         raise click.UsageError(f"--host {host} serves other machines: give --api-key KEY, or --no-auth to let all in")
     if api_key == "":
         raise click.BadParameter("an empty key is none", param_hint="--api-key")
+    check_draft(draft, lookup)
     try:
         from rwkv_cli.server.app import bind, serve
         from rwkv_cli.server.hosting import Host, Hosted, Settings, Usual
@@ -106,9 +119,20 @@ def command(
     from rwkv_cli.engine.library import name_of
     from rwkv_cli.engine.prefixes import Bounds, Prefixes, states_folder
     from rwkv_cli.engine.scheduler import Limits, Scheduler
+    from rwkv_cli.errors import DraftError
+
+    guesser: LanguageModel | None = None
+    speculations: dict[LanguageModel, Speculation | None] = {}
 
     def load(path: Path) -> LanguageModel:
-        return load_server_model(path, device, threads)
+        made = load_server_model(path, device, threads)
+        try:
+            speculations[made] = speculation_by(made, guesser, lookup)
+        except DraftError as error:
+            if not speculations:  # this is the model that the draft was chosen for
+                raise
+            note(f"{error}. {made.path.name} answers without guesses.")
+        return made
 
     hosted: dict[str, Hosted] = {}
     for path in map(named_model, model or (None,)):
@@ -119,12 +143,13 @@ def command(
             name, path, load, in_chats=Usual(**_set("chat", path)), elsewhere=Usual(**_set("generate", path))
         )
     with bind(host, port) as listening:
+        guesser = None if draft is None else open_model(draft, "cpu", threads)
         next(iter(hosted.values())).model()  # what is wrong with the first model is said now
         folder = states_folder() if cache_disk and cache else None
         prefixes = Prefixes(Bounds(memory=cache * _MB, disk=cache_disk * _MB, folder=folder)) if cache else None
         inside = Host(
             hosted,
-            Scheduler(Limits(running=batch_size, waiting=max_requests), prefixes),
+            Scheduler(Limits(running=batch_size, waiting=max_requests), prefixes, speculations.get),
             Settings(
                 max_tokens=max_tokens,
                 body_bytes=max_body * _MB,

@@ -5,8 +5,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rwkv_cli.engine.completion import Completion, Steps
+from rwkv_cli.engine.completion import Completion, Logits, Steps
 from rwkv_cli.engine.model import LanguageModel
+from rwkv_cli.engine.speculation import Speculation
 from rwkv_cli.models import State
 
 _SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
@@ -26,8 +27,11 @@ class _Member:
 class Batch:
     """Completions of one model that share its forward passes. Each makes the text that it would make alone."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, speculation: Speculation | None = None) -> None:
+        """`speculation` guesses ahead for a text that is alone. Several texts fill the passes themselves."""
+        self.model, self._speculation = model, speculation
+        self._guessed: Completion | None = None
+        """The completion that the speculation has begun with."""
         self._members: list[_Member] = []
         self._state: State | None = None
         """The states of all members, each in its row, and rows that are free."""
@@ -47,6 +51,22 @@ class Batch:
         Where `most` is given, members that have more than a token to read share so many rows evenly, and the others
         wait no longer than these take.
         """
+        alone = len(self) == 1 and bool(self._members[0].completion.result.tokens)
+        logits = self._read_together(most) if self._speculation is None or not alone else self._read_alone()
+        running, ended = [], []
+        for member, row in zip(self._members, logits, strict=True):  # they are in the order of their rows
+            try:
+                if not len(member.ids):
+                    member.ids = member.steps.send(row)
+                running.append(member)
+            except StopIteration:
+                ended.append(member.completion)
+        self._members = running
+        return ended
+
+    def _read_together(self, most: int | None) -> Sequence[Logits]:
+        """Have each member read its next ids. Returns the logits [V] after them, in the order of the members."""
+        self._guessed = None
         state = self._seated()
         longer = sum(len(member.ids) > 1 for member in self._members)
         share = max(1, most // longer) if most is not None and longer else None
@@ -57,17 +77,21 @@ class Batch:
         # The rows are taken after the pass: the device may have taken the state in, and left earlier rows behind.
         for member in self._members:
             member.completion.state = state.row(member.row)
-        running, ended = [], []
-        for member, row in zip(self._members, logits, strict=True):  # they are in the order of their rows
             member.ids = member.ids[len(ids[member.row]) :]
-            try:
-                if not len(member.ids):
-                    member.ids = member.steps.send(row)
-                running.append(member)
-            except StopIteration:
-                ended.append(member.completion)
-        self._members = running
-        return ended
+        return list(logits)  # members are in the order of their rows
+
+    def _read_alone(self) -> Sequence[Logits]:
+        """Have the only member read its next ids, and guesses behind them. Its state leaves the batch's for that."""
+        (member,), speculation = self._members, self._speculation
+        assert speculation is not None, "it is asked for"
+        completion = member.completion
+        if self._guessed is not completion:
+            text = [*completion.request.prompt, *completion.result.ids]
+            speculation.begin(text[: len(text) - len(member.ids)])
+            self._guessed, self._state, completion.state = completion, None, completion.state.clone()
+        logits, completion.state = speculation.advance(member.ids, completion.state, completion.sampler)
+        member.ids = ()
+        return [logits]
 
     def remove(self, completion: Completion) -> None:
         """Give up a member before its end."""

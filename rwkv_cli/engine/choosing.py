@@ -1,5 +1,6 @@
 """The choice of tokens for a request: biases, a grammar, and how likely each token was."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple, Protocol
@@ -56,6 +57,12 @@ class Chooser(Sampler):
             (score,) = scored(logits[None], [token], self.top)
             self.scores.append(score)
         return token
+
+    def copy(self) -> "Chooser":
+        """Return a sampler that will choose the same. It keeps no scores, which would be copied with each guess."""
+        bare = copy.copy(self)
+        bare.top, bare.scores = None, []
+        return copy.deepcopy(bare)
 
     def ahead(self) -> list[int]:
         """Return what the grammar demands next. With scores nothing is ahead, since each token needs its logits."""

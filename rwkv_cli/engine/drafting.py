@@ -1,6 +1,5 @@
 """Guesses at the next tokens of a text. The text never depends on them: where they are right, it comes faster."""
 
-import copy
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,6 +18,9 @@ class Drafter(Protocol):
     patience: int
     """The number of tokens from one guess to the next where guesses are only made to see if they would be right."""
 
+    def begin(self, ids: Sequence[int]) -> None:
+        """Forget all, and learn the last of these tokens, with which another text begins."""
+
     def read(self, ids: Sequence[int]) -> None:
         """Learn the next tokens of the text."""
 
@@ -36,15 +38,23 @@ _LENGTHS = (4, 3, 2)
 """Numbers of tokens that have to be the same as before. The longest that are found say how the text goes on."""
 
 
+_LOOKED_UP = 1 << 14
+"""The most tokens at the beginning of a text in which others are looked up."""
+
+
 class PromptLookup:
     """Guesses that the text goes on as it did where its last tokens stood before."""
 
     patience = 1
 
     def __init__(self) -> None:
+        self.begin(())
+
+    def begin(self, ids: Sequence[int]) -> None:
         self._ids: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
         """The place after the last occurrence of some tokens that something has come after."""
+        self.read(ids[-_LOOKED_UP:])
 
     def read(self, ids: Sequence[int]) -> None:
         for token in ids:
@@ -85,6 +95,11 @@ class DraftModel:
             raise DraftError(f"{model.path}: has another vocabulary than {of.path}; a draft model needs the same")
         self.go_back(None)
 
+    def begin(self, ids: Sequence[int]) -> None:
+        """Begin as `Drafter.begin`, with as many tokens as one pass reads."""
+        self.go_back(None)
+        self.read(ids[-self.model.backend.chunk :])
+
     def read(self, ids: Sequence[int]) -> None:
         for token in ids:
             if self._guessed and self._guessed[0][0] == token:
@@ -94,14 +109,17 @@ class DraftModel:
                 self._unread.append(token)
 
     def guess(self, most: int, sampler: Sampler) -> list[int]:
-        """Guess as `Drafter.guess`. A long text is read a part with each call, and nothing is guessed meanwhile."""
+        """Guess as `Drafter.guess`, nothing beyond the text's end.
+
+        A long text is read a part with each call, and nothing is guessed meanwhile.
+        """
         logits = self._read_part()
         if logits is None or self._unread:
             return []
-        chooser, state, guesses = copy.deepcopy(sampler), self._state, list[int]()
+        chooser, state, guesses = sampler.copy(), self._state, list[int]()
         while True:
             guesses.append(chooser.sample(logits))
-            if len(guesses) == most:
+            if len(guesses) == most or guesses[-1] in self.model.ends:
                 return guesses
             state = state.clone()
             logits = self._advance(guesses[-1:], state)

@@ -4,6 +4,7 @@ Penalties come off the logits. Softmax, top-p, top-k and min-p follow, at temper
 a power of the probabilities that are left.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,6 +86,10 @@ class Sampler:
         if self.settings.presence_penalty or self.settings.frequency_penalty:
             self._make_room(vocab)
             self._remember(token)
+
+    def copy(self) -> "Sampler":
+        """Return a sampler that will choose the same, whatever becomes of this one."""
+        return copy.deepcopy(self)
 
     def ahead(self) -> list[int]:
         """Tokens that follow for certain, whatever the logits are. Here there are none."""

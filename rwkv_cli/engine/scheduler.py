@@ -15,6 +15,7 @@ from rwkv_cli.engine.batch import Batch
 from rwkv_cli.engine.completion import Completion
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.prefixes import ModelPrefixes, Prefixes
+from rwkv_cli.engine.speculation import Speculation
 from rwkv_cli.engine.work import Work
 from rwkv_cli.errors import BusyError
 
@@ -46,6 +47,10 @@ class Counts:
     tokens: int = 0
     """Tokens of answers."""
     cancelled: int = 0
+    drafted: int = 0
+    """Guesses at tokens that passes have read."""
+    accepted: int = 0
+    """Guesses that were right."""
 
 
 @dataclass
@@ -54,6 +59,7 @@ class _Lane:
 
     model: LanguageModel
     batch: Batch
+    speculation: Speculation | None
     prefixes: ModelPrefixes | None
     alone: deque[tuple[Work, Iterator[None]]] = field(default_factory=deque)
     """Work that needs passes of its own."""
@@ -68,7 +74,14 @@ class _Lane:
 class Scheduler:
     """The thread, and what waits for it."""
 
-    def __init__(self, limits: Limits, prefixes: Prefixes | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        prefixes: Prefixes | None = None,
+        speculation: Callable[[LanguageModel], Speculation | None] = lambda _: None,
+    ) -> None:
+        """`speculation` returns what guesses ahead for a model's answer that is alone, if anything does."""
+        self._speculation = speculation
         self.limits, self.prefixes, self.counts = limits, prefixes, Counts()
         self._change = threading.Condition()
         self._waiting: deque[Work] = deque()
@@ -152,7 +165,8 @@ class Scheduler:
         """Return the lane of a model."""
         if model not in self._lanes:
             known = None if self.prefixes is None else ModelPrefixes(self.prefixes, model)
-            self._lanes[model] = _Lane(model, Batch(model), known)
+            speculation = self._speculation(model)
+            self._lanes[model] = _Lane(model, Batch(model, speculation), speculation, known)
         return self._lanes[model]
 
     def _advance(self, lane: _Lane) -> None:
@@ -172,6 +186,10 @@ class Scheduler:
         tokens = {completion: completion.result.tokens for completion in lane.together}
         ended = lane.batch.step(_PART if len(lane.together) > 1 else None)
         self.counts.passes += 1
+        if lane.speculation is not None:
+            guesses = lane.speculation.count()
+            self.counts.drafted += guesses.read
+            self.counts.accepted += guesses.right
         for completion, work in list(lane.together.items()):
             self.counts.prompt_tokens += completion.result.prompt_tokens - before[completion]
             self.counts.tokens += completion.result.tokens - tokens[completion]

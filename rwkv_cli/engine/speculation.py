@@ -102,6 +102,12 @@ class Speculation:
         self._waited = 0
         self._read = self._right = 0
 
+    def begin(self, ids: Sequence[int]) -> None:
+        """Begin with another text, of which these tokens were read."""
+        self.drafter.begin(ids)
+        self._guesses.clear()
+        self._own = self._at = None
+
     def advance(
         self, ids: Sequence[int], state: State, sampler: Sampler, watch: Callable[[int], object] | None = None
     ) -> tuple[Logits, State]:

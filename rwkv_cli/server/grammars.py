@@ -55,7 +55,12 @@ class Guide:
     """An answer that is followed (`engine.choosing.Grammar`)."""
 
     def __init__(self, model: LanguageModel, matcher: LLMatcher) -> None:
-        self._vocab, self._ends, self._matcher = model.config.vocab, model.ends, matcher
+        self._model, self._matcher = model, matcher
+        self._vocab, self._ends = model.config.vocab, model.ends
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "Guide":
+        """Follow the answer from here on apart from this one."""
+        return Guide(self._model, self._matcher.deep_copy())
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return for each token [V] whether it may come next."""

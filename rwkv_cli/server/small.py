@@ -142,6 +142,8 @@ async def metrics(request: Request) -> Response:
         ("generated_tokens_total", "counter", "Tokens of answers.", counts.tokens),
         ("passes_total", "counter", "Passes through a model that answers shared.", counts.passes),
         ("busy_seconds_total", "counter", "Time that the models ran.", counts.seconds),
+        ("drafted_tokens_total", "counter", "Guesses at tokens that passes have read.", counts.drafted),
+        ("accepted_tokens_total", "counter", "Guesses at tokens that were right.", counts.accepted),
         ("cancelled_total", "counter", "Answers whose client went away.", counts.cancelled),
         ("running", "gauge", "Answers in the making.", scheduler.running),
         ("waiting", "gauge", "Answers that wait for their beginning.", scheduler.waiting),

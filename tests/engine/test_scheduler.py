@@ -10,10 +10,12 @@ import pytest
 from rwkv_cli.engine.batch import complete_together
 from rwkv_cli.engine.choosing import Chooser, scored
 from rwkv_cli.engine.completion import Completion, Request
+from rwkv_cli.engine.drafting import DraftModel, PromptLookup
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.prefixes import Bounds, ModelPrefixes, Prefixes
 from rwkv_cli.engine.sampling import Sampling
 from rwkv_cli.engine.scheduler import Limits, Scheduler
+from rwkv_cli.engine.speculation import Pace, Speculation
 from rwkv_cli.engine.work import Answer, Vector, Work
 from rwkv_cli.errors import BusyError
 from rwkv_cli.models import State
@@ -276,6 +278,70 @@ def test_tokens_that_are_certain_are_read_together(
     assert bytes(answer.result.unread_ids).decode() == answer.result.unread
     if top is None and not stops:
         assert scheduler.counts.passes < len(text)
+
+
+@pytest.mark.parametrize("by", ["itself", "other", "lookup"])
+def test_an_answer_that_is_alone_is_guessed_ahead(
+    model: LanguageModel, converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """The first answer is alone at its beginning and at its end, and others come and go in between."""
+    monkeypatch.setattr(Pace, "best", lambda _: 3)
+    other = LanguageModel.load(converted("6", vocab=model.config.vocab)) if by == "other" else model
+    monkeypatch.setattr(other, "tokenizer", model.tokenizer)
+    speculation = Speculation(model, PromptLookup() if by == "lookup" else DraftModel(other, model))
+    prefixes = Prefixes(Bounds(memory=1 << 26))
+    scheduler = Scheduler(Limits(running=4), prefixes, lambda _: speculation)
+    watched, late = Watched(), Watched()
+    first = ask(model, watched, STORY[:90], 120)
+    others = [ask(model, late, STORY[i : i + 40], 12 + i, i) for i in range(2)]
+    come = threading.Event()
+
+    def watch() -> None:
+        if len(first.result.ids) > 30 and not come.is_set():
+            come.set()
+            scheduler.submit(late.works)
+        watched.on_change()
+
+    first.on_change = watch
+    scheduler.submit([first])
+    watched.wait()
+    late.wait()
+    assert first.error is None
+    assert first.result.ids == alone(model, STORY[:90], 120)
+    for i, answer in enumerate(others):
+        assert answer.result.ids == alone(model, STORY[i : i + 40], 12 + i, i)
+    counts = scheduler.counts
+    assert counts.tokens == 120 + 12 + 13
+    assert counts.accepted <= counts.drafted
+    if by == "itself":
+        assert counts.accepted > 60, "whoever has the same weights guesses right"
+    assert by == "lookup" or counts.drafted > 0
+    again = Watched()  # from what was kept of states that were views
+    on = ask(model, again, STORY[:90] + bytes(first.result.ids) + b" and", 9, 1)
+    scheduler.submit([on])
+    again.wait()
+    assert on.cached >= 90 + 100
+    assert on.result.ids == alone(model, STORY[:90] + bytes(first.result.ids) + b" and", 9, 1)
+    scheduler.close(0)
+
+
+def test_a_certain_text_is_guessed_ahead(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses follow a copy of the grammar, and stop where the text ends."""
+    monkeypatch.setattr(Pace, "best", lambda _: 7)
+    speculation = Speculation(model, DraftModel(model, model))
+    scheduler = Scheduler(Limits(), None, lambda _: speculation)
+    for top in (None, 2):
+        watched = Watched()
+        text = b"a fish in the sea"
+        sampler = Chooser(Sampling(), 0, top=top, grammar=Certain(text + b"\0"))
+        answer = Answer(model, sampler, Request(list(b"Hi"), 40), watched.on_change)
+        watched.works.append(answer)
+        run(scheduler, watched)
+        assert answer.error is None
+        assert (answer.result.text, answer.result.stop) == (text.decode(), "eos")
+        assert top is None or len(sampler.scores) == len(text) + 1
+    assert scheduler.counts.accepted > 4
+    scheduler.close(0)
 
 
 def keep_all(known: ModelPrefixes, model: LanguageModel, texts: list[bytes]) -> None:

@@ -29,6 +29,9 @@ class Prophet:
     def __init__(self, text: Sequence[int], rng: np.random.Generator, wrong: float) -> None:
         self.text, self.rng, self.wrong, self.at = text, rng, wrong, 0
 
+    def begin(self, ids: Sequence[int]) -> None:
+        """Nothing: it knows where the text begins."""
+
     def read(self, ids: Sequence[int]) -> None:
         assert list(ids) == list(self.text[self.at : self.at + len(ids)])
         self.at += len(ids)

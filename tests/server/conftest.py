@@ -21,12 +21,20 @@ class Served:
     """A server, its address and what its operator was told."""
 
     def __init__(
-        self, models: dict[str, Path], limits: Limits, cache: bool = True, usual: Any = None, **settings: Any
+        self,
+        models: dict[str, Path],
+        limits: Limits,
+        cache: bool = True,
+        usual: Any = None,
+        ahead: Any = None,
+        **settings: Any,
     ) -> None:
         self.said: list[str] = []
         prefixes = Prefixes(Bounds(memory=1 << 26)) if cache else None
         hosted = {name: Hosted(name, path, LanguageModel.load, **(usual or {})) for name, path in models.items()}
-        self.host = Host(hosted, Scheduler(limits, prefixes), Settings(**settings), self.said.append)
+        self.host = Host(
+            hosted, Scheduler(limits, prefixes, *([ahead] if ahead else [])), Settings(**settings), self.said.append
+        )
         listening = bind("127.0.0.1", 0)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # so that a slow reader is felt soon
         self.port = listening.getsockname()[1]

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from rwkv_cli.engine.scheduler import Limits
+from rwkv_cli.errors import DraftError
 from rwkv_cli.server.hosting import Usual
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
@@ -426,3 +427,39 @@ def test_models_and_settings_are_those_of_config_toml(
     result = rwkv("serve", "-m", "one", "--port", 0)
     assert result.exit_code == 1
     assert "has no style assistant" in result.output
+
+
+def test_who_guesses_ahead_is_opened_for_every_model(
+    rwkv: Callable[..., Any], byte_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rwkv_cli.engine.drafting import DraftModel, PromptLookup
+    from rwkv_cli.engine.model import LanguageModel
+    from rwkv_cli.server import app
+
+    hosts: list[Any] = []
+    monkeypatch.setattr(app, "serve", lambda host, *_: hosts.append(host))
+    same = DraftModel.__init__
+
+    def begin(drafter: DraftModel, model: LanguageModel, of: LanguageModel) -> None:
+        if "words" in of.path.name:
+            raise DraftError(f"{model.path}: has another vocabulary than {of.path}")
+        same(drafter, model, of)
+
+    monkeypatch.setattr(DraftModel, "__init__", begin)
+    words = tmp_path / "words.safetensors"
+    words.symlink_to(byte_model)
+    for options, kind in ((("--lookup",), PromptLookup), (("--draft", byte_model), DraftModel)):
+        result = rwkv("serve", "-m", byte_model, "--port", 0, "--cache", 0, *options)
+        assert result.exit_code == 0, result.output
+        (hosted,) = hosts[-1].models.values()
+        assert isinstance(hosts[-1].scheduler._speculation(hosted.model()).drafter, kind)
+        hosts[-1].scheduler.close(0)
+    result = rwkv("serve", "-m", words, "--port", 0, "--draft", byte_model)
+    assert (result.exit_code, "another vocabulary" in result.output) == (1, True)
+    result = rwkv("serve", "-m", byte_model, "-m", words, "--port", 0, "--cache", 0, "--draft", byte_model)
+    assert result.exit_code == 0, result.output
+    second = hosts[-1].models["words"].model()
+    assert hosts[-1].scheduler._speculation(second) is None
+    hosts[-1].scheduler.close(0)
+    result = rwkv("serve", "-m", byte_model, "--port", 0, "--lookup", "--draft", byte_model)
+    assert (result.exit_code, "exclude each other" in result.output) == (2, True)

@@ -14,8 +14,10 @@ openai = pytest.importorskip("openai", reason="openai is not installed")
 
 from rwkv_cli.engine.choosing import Chooser
 from rwkv_cli.engine.completion import Completion, Request, new_sampler
+from rwkv_cli.engine.drafting import DraftModel
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.sampling import Sampling
+from rwkv_cli.engine.speculation import Pace, Speculation
 from rwkv_cli.engine.templates import TEMPLATES
 from rwkv_cli.server.hosting import Usual
 
@@ -296,6 +298,19 @@ def test_answers_follow_a_schema(client: Any) -> None:
         assert set(json.loads(client.chat.completions.create(**ask).choices[0].message.content)) == {"name", "age"}
     ask |= {"response_format": {"type": "json_object"}, "max_tokens": 3}
     assert client.chat.completions.create(**ask).choices[0].message.content.startswith("{")
+
+
+def test_guesses_ahead_follow_a_schema(start: Any, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "best", lambda _: 3)
+    served = start(ahead=lambda model: Speculation(model, DraftModel(model, model)))
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as other:
+        for extra in ({}, {"logprobs": True}, {"response_format": form}, {"response_format": form, "logprobs": True}):
+            ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "seed": 3, "max_tokens": 60, **extra}
+            got, want = (to.chat.completions.create(**ask).choices[0] for to in (other, client))
+            assert (got.message, got.finish_reason, got.logprobs) == (want.message, want.finish_reason, want.logprobs)
+    counts = served.host.scheduler.counts
+    assert 60 < counts.accepted <= counts.drafted
 
 
 @pytest.mark.parametrize("grammar", ['start: "yes" | "no"', 'root ::= "yes" | "no"'])
