@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.resources
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -199,7 +200,7 @@ def test_dependencies_are_what_is_imported() -> None:
     extras = project["optional-dependencies"]
     wanted = ("lm-eval", "plot", "pull", "ray", "serve")
     lines = [*project["dependencies"], *(line for extra in wanted for line in extras[extra])]
-    declared = {line.split(">")[0].split("=")[0].strip().replace("-", "_") for line in lines}
+    declared = {re.split(r"[\[>=]", line)[0].strip().replace("-", "_") for line in lines}
     used = {name.split(".")[0] for path in SOURCES for name in imports(path)} - set(sys.stdlib_module_names)
     # llvmlite comes with numba, cuda.bindings with numba-cuda, which is numba.cuda; rwkv is read as data
     assert used - {"rwkv_cli", "llvmlite", "cuda"} == declared - {"rwkv"}
