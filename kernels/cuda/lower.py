@@ -9,7 +9,18 @@ from math import prod
 from typing import Any
 
 from rwkv_cli.kernels import program as p
-from rwkv_cli.kernels.cuda.device import elementwise, heads, levels, matmul, matmul_float, scores, wkv4, wkv6, wkv7
+from rwkv_cli.kernels.cuda.device import (
+    elementwise,
+    heads,
+    levels,
+    matmul,
+    matmul_float,
+    norms,
+    scores,
+    wkv4,
+    wkv6,
+    wkv7,
+)
 from rwkv_cli.kernels.cuda.device.compile import Kernel
 from rwkv_cli.kernels.cuda.driver import capability
 from rwkv_cli.kernels.cuda.executable import CudaProgram
@@ -53,7 +64,7 @@ def _embed(low: Lowering, op: p.Embed) -> None:
 
 
 def _layer_norm(low: Lowering, op: p.LayerNorm) -> None:
-    low.by_rows(elementwise.layer_norm(op.x.columns), op.x, **_normed(low, op))
+    low.by_rows(norms.layer_norm(op.x.columns), op.x, **_normed(low, op))
 
 
 def _normed(low: Lowering, op: p.LayerNorm) -> dict[str, Argument]:
@@ -64,14 +75,26 @@ def _normed(low: Lowering, op: p.LayerNorm) -> dict[str, Argument]:
 
 def _token_shift(low: Lowering, op: p.TokenShift) -> None:
     x, delta = low.place(op.x), low.new(op.out)
-    low.by_rows(elementwise.shift, op.x, x=x, delta=delta, **_last_rows(low, op), D=op.x.columns)
+    low.by_rows(norms.shift, op.x, x=x, delta=delta, **_last_rows(low, op), D=op.x.columns)
 
 
 def _norm_shift(low: Lowering, step: NormShift) -> None:
-    norm, delta = _normed(low, step.norm), low.new(step.shift.out)
-    low.by_rows(
-        elementwise.norm_shift(step.norm.x.columns), step.norm.x, **norm, delta=delta, **_last_rows(low, step.shift)
-    )
+    """Launches for few rows, which are spread over blocks, and for many."""
+    D, rows = step.norm.x.columns, step.norm.x.rows
+    arguments = _normed(low, step.norm) | {"delta": low.new(step.shift.out)} | _last_rows(low, step.shift)
+    table = [norms.MixRow(_mix(low, x), *low.new_levels(x)) for x in step.mixes]
+    arguments |= {"table": Table(tuple(table)) if table else None, "mixes": len(table)}
+    threads, few = norms.norm_threads(D), min(norms.SPREAD_ROWS, rows.most)
+    spread = Blocks((-(-D // threads), Tiles(rows)), threads, Between(rows, 1, few))
+    low.launches.add(norms.norm_shift(D, True), spread, **arguments)
+    if few < rows.most:
+        alone = Blocks((1, Tiles(rows)), threads, Between(rows, few + 1, rows.most))
+        low.launches.add(norms.norm_shift(D, False), alone, **arguments)
+
+
+def _mix(low: Lowering, x: p.Factor) -> Any:
+    """The vector of a mix."""
+    return low.at(x.mix) if isinstance(x, p.Lerp) else None
 
 
 def _last_rows(low: Lowering, op: p.TokenShift) -> dict[str, Argument]:

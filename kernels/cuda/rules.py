@@ -5,6 +5,7 @@
    that the weights have. Those with float matrices are another, a launch for each type.
 3. `insert_rounding`: the factors of that step are rounded in one launch before it. A factor whose own kernel can put
    its levels is not among them.
+4. `join_rounding`: if all of them are mixes of a norm and its shift just before, that launch rounds them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,11 @@ from rwkv_cli.kernels.cuda.weights import Fragments
 
 @dataclass(frozen=True, eq=False)
 class NormShift:
-    """A layer norm and the token shift of its result."""
+    """A layer norm, the token shift of its result, and mixes of both that are rounded to levels."""
 
     norm: p.LayerNorm
     shift: p.TokenShift
+    mixes: tuple[p.Factor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,8 @@ Step = p.Operation[Any] | NormShift | RoundFactors | Int8Products | FloatProduct
 
 def steps_of(operations: Sequence[p.Operation[Any]]) -> tuple[list[Step], set[p.Value]]:
     """The steps of a program, and the values that get their levels from the kernel that computes them."""
-    return insert_rounding(gather_products(join_norms(operations)))
+    steps, with_levels = insert_rounding(gather_products(join_norms(operations)))
+    return join_rounding(steps), with_levels
 
 
 def join_norms(steps: Sequence[Step]) -> list[Step]:
@@ -117,6 +120,25 @@ def insert_rounding(steps: Sequence[Step]) -> tuple[list[Step], set[p.Value]]:
         fresh -= changed_by(step)
         fresh |= computed_with_levels(step)
     return inserted, wanted
+
+
+def join_rounding(steps: Sequence[Step]) -> list[Step]:
+    """Join each norm and shift with the rounding that is the next step, if it rounds nothing but mixes of theirs."""
+    joined: list[Step] = []
+    for step in steps:
+        match joined[-1:], step:
+            case [NormShift() as before], RoundFactors() if all(_is_mix(x, before) for x in step.factors):
+                joined[-1] = NormShift(before.norm, before.shift, step.factors)
+            case _:
+                joined.append(step)
+    return joined
+
+
+def _is_mix(x: p.Factor, step: NormShift) -> bool:
+    """True if a factor is the result of a norm, or that and some of its shift by a vector that all rows share."""
+    if isinstance(x, p.Lerp):
+        return x.x is step.norm.out and x.delta is step.shift.out and not isinstance(x.mix, p.Value)
+    return x is step.norm.out
 
 
 def computed_with_levels(step: Step) -> set[p.Value]:

@@ -25,10 +25,10 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capabilities[0])
     from rwkv_cli.kernels.cache import on_first_compilation
     from rwkv_cli.kernels.cuda import backend  # noqa: F401 - with every module that has kernels
-    from rwkv_cli.kernels.cuda.device import elementwise as cuda_elementwise
     from rwkv_cli.kernels.cuda.device import heads, wkv6, wkv7
     from rwkv_cli.kernels.cuda.device import matmul as cuda_matmul
     from rwkv_cli.kernels.cuda.device import matmul_float as cuda_matmul_float
+    from rwkv_cli.kernels.cuda.device import norms as cuda_norms
     from rwkv_cli.kernels.cuda.device.compile import KERNELS
     from rwkv_cli.numbers import FLOAT_DTYPES
 
@@ -45,8 +45,9 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
         for tokens in cuda_matmul_float.TILE_TOKENS:
             cuda_matmul_float.matmul_float(kind, tokens)
     for width in (768, 4096):
-        cuda_elementwise.layer_norm(width)
-        cuda_elementwise.norm_shift(width)
+        cuda_norms.layer_norm(width)
+        for spread in (True, False):
+            cuda_norms.norm_shift(width, spread)
     for size in (64, 24):
         for form in heads.forms(capabilities[0]):
             wkv6.wkv6(size, form)

@@ -34,7 +34,7 @@ from rwkv_cli.kernels.cuda import executable as cuda_executable
 from rwkv_cli.kernels.cuda import gpus
 from rwkv_cli.kernels.cuda import limits as cuda_limits
 from rwkv_cli.kernels.cuda.array import DeviceArray
-from rwkv_cli.kernels.cuda.device import elementwise, matmul
+from rwkv_cli.kernels.cuda.device import elementwise, matmul, norms
 from rwkv_cli.kernels.cuda.device.compile import SIMULATED
 from rwkv_cli.kernels.cuda.launches import AddressOf, Blocks, Launches, Place, Table
 
@@ -100,8 +100,8 @@ def test_a_launch_names_its_kernels_arguments() -> None:
         launches.add(elementwise.add_gated, blocks, x=x, y=rows, gate=x, D=1)
     state = AddressOf(p.Input("state", (1, 1, 1)))
     with pytest.raises(TypeError, match="shift: last must be given as slot, not as Place"):
-        launches.add(elementwise.shift, blocks, x=x, delta=x, starts=x, last=x, last_offset=0, B=1, D=1)
-    launches.add(elementwise.shift, blocks, x=x, delta=x, starts=x, last=state, last_offset=0, B=1, D=1)
+        launches.add(norms.shift, blocks, x=x, delta=x, starts=x, last=x, last_offset=0, B=1, D=1)
+    launches.add(norms.shift, blocks, x=x, delta=x, starts=x, last=state, last_offset=0, B=1, D=1)
     row = matmul.ProductRow(x, x, 1, 1, x, x, 1.0, None, None, 0, False, x, 1, 1, None, None)
     launches.add(matmul.matvec(8), blocks, table=Table((row, row)))
     with pytest.raises(TypeError, match="ProductRow: unit must be given as float, not as int"):

@@ -9,7 +9,7 @@ import naive
 import numpy as np
 import pytest
 import tiny
-from lab import RNG, Lab, guarded_gpu, lone_arrays, normal, quantize
+from lab import RNG, Lab, guarded_gpu, lone_arrays, normal, parts, quantize
 from naive import error_ratio, sigmoid
 
 from rwkv_cli.kernels import program as p
@@ -20,6 +20,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from rwkv_cli.kernels.cuda import backend as cuda
 from rwkv_cli.kernels.cuda.array import DeviceArray
+from rwkv_cli.kernels.cuda.device import norms
 
 pytestmark = [
     # Floats of the simulator are numpy's, which warns where a GPU goes on.
@@ -106,6 +107,30 @@ def floats(values: Any, dtype: str) -> tuple[Any, Any]:
     (rounded,) = tiny.rounded({"": values}, dtype).values()
     bits = np.frombuffer(tiny.raw(rounded, dtype), "<f4" if dtype == "F32" else "<u2").reshape(values.shape)
     return cuda.weight(Floats("float", dtype, bits)), rounded
+
+
+@pytest.mark.parametrize("lengths", [(1,), (2, 0, 3), (17, 1)])
+def test_a_norm_and_shift_round_their_mixes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader gets the same numbers as from a launch that rounds, with the work of a row spread and not."""
+    monkeypatch.setattr(norms, "_MOST_THREADS", 32)  # a thread has several columns
+    T, B, D, lab = sum(lengths), len(lengths), 90, Lab("cuda")
+    x, last, weight, bias, mix = normal(T, D), normal(B, D), normal(1, D), normal(1, D), uniform(0, 1, 1, D)
+    w, full = stored(normal(20, D), "tile")
+    ops, state = lab.ops, lab.state(last)
+    a = ops.add(p.LayerNorm(lab.matrix(x), p.Norm(lab.vector(weight), lab.vector(bias), 1e-5)))
+    delta = ops.add(p.TokenShift(a, lab.starts(lengths), state))
+    mixed = p.Lerp(a, delta, lab.vector(mix))
+    joined = ops.linear(p.Product(mixed, w), p.Product(a, w))
+    same = p.Lerp(a, delta, lab.matrix(np.tile(mix, (T, 1))))
+    alone = ops.linear(p.Product(same, w), p.Product(p.Columns(a, 0, D), w))
+    *got, of_a, of_delta = run(lab, *joined, *alone, a, delta)
+    np.testing.assert_array_equal(got[:2], got[2:])
+    normed = naive.layer_norm(x.astype(float), weight[0], bias[0], 1e-5)
+    check(of_a, normed)
+    for b, rows in parts(lengths).items():
+        check(of_delta[rows], np.vstack([last[b : b + 1], normed[rows][:-1]]) - normed[rows])
+        check(lab.state_after(state)[b], normed[rows][-1])
+    check(got[0], (of_a.astype(float) + of_delta * mix.astype(float)) @ full.T, 1e-4)
 
 
 @pytest.mark.parametrize("T", [1, 3, 18])

@@ -189,7 +189,7 @@ def test_a_value_that_was_changed_is_rounded_again() -> None:
         assert rounding(wkv, change(wkv.out), p.Linear((p.Product(wkv.out, int8()),)))[1] == set()
 
 
-def test_a_layer_of_rwkv_7_with_one_token_is_ten_launches() -> None:
+def test_a_layer_of_rwkv_7_with_one_token_is_eight_launches() -> None:
     """The steps of a layer as models/rwkv7.py writes it."""
     x, first = value(ONE), value(ONE)
     attention = p.LayerNorm(x, NORM)
@@ -212,10 +212,32 @@ def test_a_layer_of_rwkv_7_with_one_token_is_ten_launches() -> None:
         p.AddLinear(x, k, int8()),
     ])  # fmt: skip
     assert [type(step) for step in steps] == [
-        NormShift, RoundFactors, Int8Products, Int8Products, p.Wkv7, Int8Products,
-        NormShift, RoundFactors, Int8Products, Int8Products,
+        NormShift, Int8Products, Int8Products, p.Wkv7, Int8Products, NormShift, Int8Products, Int8Products,
+    ]  # fmt: skip
+    assert [list(step.mixes) for step in steps if isinstance(step, NormShift)] == [
+        mixed, [each.x for each in key.products]
     ]  # fmt: skip
     assert wanted == {*one.out[1:], wkv.out, k}
+
+
+def test_a_norm_and_shift_round_their_own_mixes() -> None:
+    norm = p.LayerNorm(value(), NORM)
+    shift, vector = shift_of(norm.out), np.zeros(32)
+    own = p.Lerp(norm.out, shift.out, vector)
+    for factors, joins in (
+        ([own, norm.out], True), ([own, value()], False), ([shift.out], False),
+        ([p.Lerp(norm.out, value(), vector)], False), ([p.Lerp(value(), shift.out, vector)], False),
+        ([p.Lerp(norm.out, shift.out, value())], False), ([p.Columns(norm.out, 0, 32)], False),
+    ):  # fmt: skip
+        linear = p.Linear(tuple(p.Product(each, int8()) for each in factors))
+        steps, _ = rules.steps_of([norm, shift, linear])
+        assert [type(step) for step in steps] == [NormShift, *[RoundFactors][joins:], Int8Products]
+        first, *_ = steps
+        assert isinstance(first, NormShift)
+        assert list(first.mixes) == factors * joins
+    later = p.Linear((p.Product(own, int8()),))
+    steps, _ = rules.steps_of([norm, shift, p.AddGated(value(), value(), value()), later])
+    assert [type(step) for step in steps] == [NormShift, p.AddGated, RoundFactors, Int8Products]
 
 
 SOURCES = Path(rules.__file__).parent / "device"

@@ -1,21 +1,17 @@
-"""Norms, shifts, mixes and activations on the GPU, for float32 matrices [T, D] with a row a token.
+"""Rows, gates and activations on the GPU, for float32 matrices [T, D] with a row a token.
 
 Every kernel takes addresses and sizes. T is not among its arguments: it is how many blocks there are in one direction.
 """
 
-import functools
 from typing import Any
 
 import numpy as np
 
 from rwkv_cli.kernels.cuda.device.codes import code_at
 from rwkv_cli.kernels.cuda.device.compile import (
-    MOST_WARPS,
     Address,
     Float,
     Int,
-    Kernel,
-    Slot,
     bf16,
     bits,
     cuda,
@@ -29,20 +25,15 @@ from rwkv_cli.kernels.cuda.device.compile import (
     kernel,
     let_next_begin,
     put_f32,
-    sqrt,
     tanh,
     through_half,
-    types,
     wait_for_previous,
-    warp_sums,
 )
 from rwkv_cli.kernels.program import ACTIVATIONS
 from rwkv_cli.numbers import FLOAT_DTYPES, GROUP
 
 THREADS = 256
 """Most threads of a block of any other kernel here."""
-_MOST_THREADS = 512
-"""Threads of a block that norms a row. More would leave too few registers for what each keeps of a wide row."""
 _ONE = np.float32(1)
 _SOFT = np.float32(-0.606530659712633)  # −e^{−1/2}
 _SIGMOID, _SILU, _TANH = ACTIVATIONS.index("sigmoid"), ACTIVATIONS.index("silu"), ACTIVATIONS.index("tanh")
@@ -67,180 +58,6 @@ def activate(x: Float, kind: Int) -> Any:
     if kind == _SOFT_DECAY:
         return exp(_SOFT / (_ONE + exp(-x)))
     return x
-
-
-def norm_threads(D: int) -> int:
-    """Threads of a block that norms a row of D columns: whole warps, one column each as far as that goes."""
-    return min(_MOST_THREADS, -(-D // 32) * 32)
-
-
-@function
-def _two_sums(pair: Any, scratch: Any) -> None:
-    """The sums of both numbers of a pair over a block, in every thread's pair.
-
-    `scratch`, in shared memory, is for this call alone.
-    """
-    lane, warp, warps = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32, cuda.blockDim.x // 32
-    warp_sums(pair, 2)
-    if lane == 0:
-        scratch[0, warp], scratch[1, warp] = pair[0], pair[1]
-    cuda.syncthreads()
-    pair[0] = scratch[0, lane] if lane < warps else np.float32(0)
-    pair[1] = scratch[1, lane] if lane < warps else np.float32(0)
-    warp_sums(pair, 2)
-
-
-@functools.cache
-def layer_norm(D: int) -> Kernel:
-    """The kernel for rows of D columns."""
-    THREADS, COUNT, SCRATCH = norm_threads(D), -(-D // norm_threads(D)), (2, MOST_WARPS)
-
-    @kernel(THREADS, name=f"layer_norm ×{COUNT}")
-    def layer_norm(x: Address, weight: Address, bias: Address, out: Address, eps: Float, D: Int) -> None:
-        """out[t] = (x[t] − mean) / √(variance + eps) · weight + bias.
-
-        x and out are [T, D], weight and bias [D]. Blocks: (T), each for a row, which its threads keep in registers.
-        """
-        let_next_begin()
-        sums = cuda.shared.array(SCRATCH, types.float32)
-        squares = cuda.shared.array(SCRATCH, types.float32)
-        own, weights = cuda.local.array(COUNT, types.float32), cuda.local.array(COUNT, types.float32)
-        biases, pair = cuda.local.array(COUNT, types.float32), cuda.local.array(2, types.float32)
-        row, tid = 4 * D * np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
-        for i in range(COUNT):
-            d = tid + THREADS * i
-            weights[i] = f32(weight + 4 * d) if d < D else np.float32(0)
-            biases[i] = f32(bias + 4 * d) if d < D else np.float32(0)
-        wait_for_previous()
-        pair[0] = pair[1] = np.float32(0)
-        for i in range(COUNT):
-            d = tid + THREADS * i
-            own[i] = f32(x + row + 4 * d) if d < D else np.float32(0)
-            pair[0] += own[i]
-        _two_sums(pair, sums)
-        mean, pair[0] = pair[0] / np.float32(D), np.float32(0)
-        for i in range(COUNT):
-            if tid + THREADS * i < D:
-                own[i] -= mean
-                pair[0] += own[i] * own[i]
-        _two_sums(pair, squares)
-        scale = _ONE / sqrt(pair[0] / np.float32(D) + eps)
-        for i in range(COUNT):
-            d = tid + THREADS * i
-            if d < D:
-                put_f32(out + row + 4 * d, own[i] * scale * weights[i] + biases[i])
-
-    return layer_norm
-
-
-@function
-def _sequence_of(t: Int, starts: Address, B: Int, found: Any) -> Any:
-    """The sequence that has row t, in every thread: b with starts[b] ≤ t < starts[b + 1]. `found` is shared."""
-    if B == 1:
-        return np.int64(0)
-    for b in range(cuda.threadIdx.x, B, cuda.blockDim.x):
-        if i64(starts + 8 * b) <= t and t < i64(starts + 8 * b + 8):
-            found[0] = b
-    cuda.syncthreads()
-    return found[0]
-
-
-@functools.cache
-def norm_shift(D: int) -> Kernel:
-    """The kernel for rows of D columns."""
-    THREADS, COUNT, SCRATCH = norm_threads(D), -(-D // norm_threads(D)), (2, MOST_WARPS)
-
-    @kernel(THREADS, name=f"norm_shift ×{COUNT}")
-    def norm_shift(
-        x: Address,
-        weight: Address,
-        bias: Address,
-        out: Address,
-        delta: Address,
-        starts: Address,
-        last: Slot,
-        last_offset: Int,
-        eps: Float,
-        B: Int,
-        D: Int,
-    ) -> None:
-        """`layer_norm` of x to out, and the token shift of out: delta[t] = out[t − 1] − out[t].
-
-        x, out and delta are [T, D]; starts is int64 [B + 1]. The row before the first one of sequence b is row b of a
-        state [B, D], which lies last_offset bytes after the address at `last`. Blocks: (T), each for a row, which its
-        threads keep in registers.
-
-        A block works out the row before its own again, so none reads what another has written. The block of a
-        sequence's first row, and no other, works out the sequence's last row instead and puts it into the state.
-        """
-        let_next_begin()
-        sums = cuda.shared.array(SCRATCH, types.float32)
-        squares = cuda.shared.array(SCRATCH, types.float32)
-        own, other = cuda.local.array(COUNT, types.float32), cuda.local.array(COUNT, types.float32)
-        weights, biases = cuda.local.array(COUNT, types.float32), cuda.local.array(COUNT, types.float32)
-        pair, found = cuda.local.array(2, types.float32), cuda.shared.array(1, types.int64)
-        t, tid = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
-        for i in range(COUNT):
-            d = tid + THREADS * i
-            weights[i] = f32(weight + 4 * d) if d < D else np.float32(0)
-            biases[i] = f32(bias + 4 * d) if d < D else np.float32(0)
-        wait_for_previous()
-        kept = i64(last) + last_offset
-        for i in range(COUNT):
-            d = tid + THREADS * i
-            own[i] = f32(x + 4 * (D * t + d)) if d < D else np.float32(0)
-        b = _sequence_of(t, starts, B, found)
-        kept += 4 * D * b
-        begins = t == i64(starts + 8 * b)
-        there = i64(starts + 8 * b + 8) - 1 if begins else t - 1
-        pair[0] = pair[1] = np.float32(0)
-        for i in range(COUNT):
-            d = tid + THREADS * i
-            other[i] = f32(x + 4 * (D * there + d)) if d < D else np.float32(0)
-            pair[0] += own[i]
-            pair[1] += other[i]
-        _two_sums(pair, sums)
-        mean, mean_other = pair[0] / np.float32(D), pair[1] / np.float32(D)
-        pair[0] = pair[1] = np.float32(0)
-        for i in range(COUNT):
-            if tid + THREADS * i < D:
-                own[i] -= mean
-                other[i] -= mean_other
-                pair[0] += own[i] * own[i]
-                pair[1] += other[i] * other[i]
-        _two_sums(pair, squares)
-        scale, scale_other = _ONE / sqrt(pair[0] / np.float32(D) + eps), _ONE / sqrt(pair[1] / np.float32(D) + eps)
-        for i in range(COUNT):
-            d = tid + THREADS * i
-            if d < D:
-                a, before = own[i] * scale * weights[i] + biases[i], other[i] * scale_other * weights[i] + biases[i]
-                put_f32(out + 4 * (D * t + d), a)
-                if begins:
-                    put_f32(delta + 4 * (D * t + d), f32(kept + 4 * d) - a)
-                    put_f32(kept + 4 * d, before)
-                else:
-                    put_f32(delta + 4 * (D * t + d), before - a)
-
-    return norm_shift
-
-
-@kernel(THREADS)
-def shift(x: Address, delta: Address, starts: Address, last: Slot, last_offset: Int, B: Int, D: Int) -> None:
-    """The token shift of x itself. The arguments and blocks are those of `norm_shift`."""
-    let_next_begin()
-    wait_for_previous()
-    t = np.int64(cuda.blockIdx.x)
-    b = _sequence_of(t, starts, B, cuda.shared.array(1, types.int64))
-    begin, end = i64(starts + 8 * b), i64(starts + 8 * b + 8)
-    for d in range(cuda.threadIdx.x, D, cuda.blockDim.x):
-        at = x + 4 * (D * t + d)
-        a = f32(at)
-        if t > begin:
-            put_f32(delta + 4 * (D * t + d), f32(at - 4 * D) - a)
-        else:
-            kept = i64(last) + last_offset + 4 * (D * b + d)
-            put_f32(delta + 4 * (D * t + d), f32(kept) - a)
-            put_f32(kept, f32(x + 4 * (D * (end - 1) + d)))
 
 
 @kernel(THREADS)
