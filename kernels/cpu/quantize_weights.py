@@ -22,7 +22,7 @@ from rwkv_cli.kernels.cpu.steps import Share, Steps
 from rwkv_cli.kernels.cpu.team import TEAM
 from rwkv_cli.numbers import GROUP
 
-_SHARES = [share / 128 for share in np.linspace(1, 1.085, 16)]
+_SHARES = [share / 128 for share in np.linspace(1, 1.07, 16)]
 """Candidates for the scale of a group as shares of its largest weight."""
 _SUBNORMAL = 2.0**112
 """The factor from float32 numbers whose bits are those of a float16, 13 places up, to the number itself."""

@@ -224,8 +224,8 @@ def wkv7(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     h, b = part // B, part % B
     S, here = a.state[b, h], slice(h * N, h * N + N)
     bonus, key_scale, key_rate = a.bonus[h], a.key_scale[here], a.key_rate[here]
-    value, kappa, beta = np.empty(N, np.float32), np.empty(N, np.float32), np.empty(N, np.float32)
-    key, out = np.empty(N, np.float32), np.empty(N, np.float32)
+    room = np.empty((5, N), np.float32)
+    value, kappa, beta, key, out = room[0], room[1], room[2], room[3], room[4]
     for t in range(a.starts[b], a.starts[b + 1]):
         rt, wt, kt, vt, at = a.r[t, here], a.decay[t, here], a.k[t, here], a.v[t, here], a.rate[t, here]
         if len(a.first):

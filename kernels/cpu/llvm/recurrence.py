@@ -4,13 +4,14 @@ Sums over keys stay in registers, one lane a column, and are taken key by key. S
 is the same whatever the width of a CPU's vectors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from rwkv_cli.kernels.cpu.compile import has_vnni, pair_words
 from rwkv_cli.kernels.cpu.llvm.emitter import F32, I64, Emitter, vector
 
 _FMA = ("contract",)
@@ -53,6 +54,17 @@ class _Keys:
     def __init__(self, e: Emitter, width: int, size: Any) -> None:
         self.e, self.b, self.kind, self.size = e, e.b, vector(F32, width), size
 
+    def parts(self) -> Iterator[tuple["_Keys", range]]:
+        """Parts of the columns for which three vectors fit the CPU's registers, and room is left."""
+        width = self.kind.count
+        step = min(width, 64 if has_vnni() else 2 * pair_words() or 16)
+        for first in range(0, width, step):
+            yield _Keys(self.e, step, self.size), range(first, first + step)
+
+    def at(self, address: Any, lanes: range) -> Any:
+        """The address of the first of these columns."""
+        return self.b.add(address, I64(4 * lanes.start))
+
     def row(self, address: Any) -> Any:
         """The columns at an address."""
         return self.e.load(self.kind, address, align=4)
@@ -82,32 +94,36 @@ class _Keys:
         return self.e.loop(I64(0), self.size, 1, [ir.Constant(self.kind, None)], step)[0]
 
 
-def _delta(k: _Keys, at: DeltaStep) -> None:
+def _delta(whole: _Keys, at: DeltaStep) -> None:
     """removed = κ·S · S ← diag(w)·S + kᵀv − βᵀ·removed · out = r·S."""
-    value = k.row(at.value)
-    removed = k.sum(lambda i, row, total: k.add(total, k.multiply(k.row(row), k.each(at.kappa, i))), at.state)
+    removed_ = whole.sum(
+        lambda i, row, total: whole.add(total, whole.multiply(whole.row(row), whole.each(at.kappa, i))), at.state
+    )
+    for k, lanes in whole.parts():
+        value, removed = k.row(k.at(at.value, lanes)), k.e.lanes(removed_, lanes)
 
-    def update(i: Any, row: Any, total: Any) -> Any:
-        less = k.multiply(removed, k.each(at.beta, i))
-        new = k.b.fsub(k.multiply(value, k.each(at.key, i)), less, flags=_FMA)
-        new = k.add(k.multiply(k.row(row), k.each(at.decay, i)), new)
-        k.put(new, row)
-        return k.add(total, k.multiply(new, k.each(at.receptance, i)))
+        def update(i: Any, row: Any, total: Any, k: _Keys = k, value: Any = value, removed: Any = removed) -> Any:
+            less = k.multiply(removed, k.each(at.beta, i))
+            new = k.b.fsub(k.multiply(value, k.each(at.key, i)), less, flags=_FMA)
+            new = k.add(k.multiply(k.row(row), k.each(at.decay, i)), new)
+            k.put(new, row)
+            return k.add(total, k.multiply(new, k.each(at.receptance, i)))
 
-    k.put(k.sum(update, at.state), at.out)
+        k.put(k.sum(update, k.at(at.state, lanes)), k.at(at.out, lanes))
 
 
-def _linear(k: _Keys, at: LinearStep) -> None:
+def _linear(whole: _Keys, at: LinearStep) -> None:
     """out = r·(S + bonusᵀv) · S ← diag(w)·S + kᵀv."""
-    value = k.row(at.value)
+    for k, lanes in whole.parts():
+        value = k.row(k.at(at.value, lanes))
 
-    def update(i: Any, row: Any, total: Any) -> Any:
-        old = k.row(row)
-        seen = k.add(old, k.multiply(value, k.each(at.bonus, i)))
-        k.put(k.add(k.multiply(old, k.each(at.decay, i)), k.multiply(value, k.each(at.key, i))), row)
-        return k.add(total, k.multiply(seen, k.each(at.receptance, i)))
+        def update(i: Any, row: Any, total: Any, k: _Keys = k, value: Any = value) -> Any:
+            old = k.row(row)
+            seen = k.add(old, k.multiply(value, k.each(at.bonus, i)))
+            k.put(k.add(k.multiply(old, k.each(at.decay, i)), k.multiply(value, k.each(at.key, i))), row)
+            return k.add(total, k.multiply(seen, k.each(at.receptance, i)))
 
-    k.put(k.sum(update, at.state), at.out)
+        k.put(k.sum(update, k.at(at.state, lanes)), k.at(at.out, lanes))
 
 
 def _step(record: type[NamedTuple], emit: Callable[[_Keys, Any], None], width: int) -> Any:
