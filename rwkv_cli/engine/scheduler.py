@@ -106,7 +106,12 @@ class Scheduler:
         return self._closing
 
     def submit(self, works: Sequence[Work]) -> None:
-        """Take on all of this work. Raises BusyError, and takes none of it, where there is too much already."""
+        """Take on all of this work. Raises BusyError, and takes none of it, where there is too much already.
+
+        Raises ValueError for more work than there ever may be.
+        """
+        if len(works) > self.limits.waiting:
+            raise ValueError(f"this asks for {len(works)} answers at once, and {self.limits.waiting} is the most")
         with self._change:
             if self._closing:
                 raise BusyError("the server is about to stop")
@@ -188,6 +193,7 @@ class Scheduler:
         self.counts.passes += 1
         if lane.speculation is not None:
             guesses = lane.speculation.count()
+            self.counts.passes -= guesses.right  # the pass before had read this token
             self.counts.drafted += guesses.read
             self.counts.accepted += guesses.right
         for completion, work in list(lane.together.items()):

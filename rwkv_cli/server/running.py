@@ -62,6 +62,8 @@ class Running:
             host.scheduler.submit(reply.works)
         except BusyError as error:
             raise ApiError(503 if host.scheduler.closing else 429, str(error)) from None
+        except ValueError as error:  # to ask again is of no use
+            raise ApiError(400, f"{error}; ask for fewer, or have the operator raise --max-requests") from None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as ASGI has it."""

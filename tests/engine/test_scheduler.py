@@ -178,6 +178,8 @@ def test_too_much_is_refused_and_nothing_of_it_taken(model: LanguageModel, sched
     scheduler.submit(watched.works)
     with pytest.raises(BusyError, match="40 answers"):
         scheduler.submit(late.works)
+    with pytest.raises(ValueError, match="41 answers at once, and 40 is the most"):
+        scheduler.submit([*watched.works, *late.works])
     watched.wait()
     run(scheduler, late)
 

@@ -237,7 +237,8 @@ def test_too_much_is_refused(start: Any) -> None:
     connection.request("POST", "/v1/completions", chunks, {"Content-Type": "application/json"}, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
-    assert chat(served.port, n=3)[0] == 429
+    status, body = chat(served.port, n=3)
+    assert (status, "3 answers at once, and 2 is the most" in body["error"]["message"]) == (400, True)
     with stream(served.port, max_tokens=100_000, n=2, stop=["\0\0"], template="g1"):
         status, headers, body = ask(served.port, "POST", "/v1/chat/completions", CHAT)
         assert (status, headers["retry-after"]) == (429, "1")
