@@ -45,12 +45,14 @@ def seconds(graph: Callable[[], None]) -> float:
 
 def replay(calls: Sequence[Any]) -> Graph:
     """Some launches as a graph."""
-    return Graph(lambda on: [call.dispatcher[call.grid, call.threads, on](*call.arguments) for call in calls])
+    return Graph(lambda on: [call.kernel.dispatcher[call.grid, call.threads, on](*call.arguments) for call in calls])
 
 
 def show(step: int, call: Any, each: float) -> None:
-    name = call.dispatcher.py_func.__name__
-    print(f"  {step:3d} {name:14s} grid {call.grid!s:16s} × {call.threads!s:6s} {each * 1e6:9.2f} µs", flush=True)
+    print(
+        f"  {step:3d} {call.kernel.name:18s} grid {call.grid!s:16s} × {call.threads!s:6s} {each * 1e6:9.2f} µs",
+        flush=True,
+    )
 
 
 def measure(model: Any, T: int, read: int, bandwidth: float) -> None:
@@ -69,7 +71,7 @@ def measure(model: Any, T: int, read: int, bandwidth: float) -> None:
     bound = next(reversed(next(reversed(model._passes.values())).executable._bound.values()))
     calls = bound._calls
     whole = seconds(bound.graph or replay(calls))
-    starts = [i for i, call in enumerate(calls) if call.dispatcher.py_func.__name__ == "norm_shift"][::2]
+    starts = [i for i, call in enumerate(calls) if call.kernel.name.startswith("norm_shift")][::2]
     period = starts[2] - starts[1]
     print(
         f"\nT = {T}: {len(calls)} launches, {period} a layer, {'' if bound.graph else 'no '}graph; "

@@ -15,7 +15,7 @@ from rwkv_cli.errors import DeviceError
 from rwkv_cli.kernels.cache import tell
 from rwkv_cli.kernels.contract import Watch
 from rwkv_cli.kernels.cuda.array import DeviceArray
-from rwkv_cli.kernels.cuda.device.compile import SIMULATED, kinds_of
+from rwkv_cli.kernels.cuda.device.compile import SIMULATED, Kernel, kinds_of
 from rwkv_cli.kernels.cuda.driver import Block, Graph, HostMemory, download, move, stream, upload
 from rwkv_cli.kernels.cuda.launches import (
     AddressOf,
@@ -183,7 +183,7 @@ class ResolvedLaunch(NamedTuple):
 class Call(NamedTuple):
     """A launch as numba gets it."""
 
-    dispatcher: Any
+    kernel: Kernel
     grid: tuple[int, ...]
     threads: int | tuple[int, int]
     arguments: tuple[Any, ...]
@@ -204,7 +204,7 @@ class BoundLaunches:
             if 0 in grid or (only is not None and not only.first <= rows[only.rows] <= only.last):
                 continue
             numbers = tuple(rows[n] if isinstance(n, Count) else n for n in arguments)
-            self._calls.append(Call(launch.kernel.dispatcher, grid, blocks.threads, numbers))
+            self._calls.append(Call(launch.kernel, grid, blocks.threads, numbers))
 
     def run(self) -> None:
         """Begin the launches, in order."""
@@ -223,8 +223,8 @@ class BoundLaunches:
             self._loaded = True
 
     def _launch(self, on: Any) -> None:
-        for dispatcher, grid, threads, arguments in self._calls:
-            dispatcher[grid, threads, on](*arguments)
+        for kernel, grid, threads, arguments in self._calls:
+            kernel.dispatcher[grid, threads, on](*arguments)
 
 
 def _most_bytes(of: Input | InputMatrix) -> int:

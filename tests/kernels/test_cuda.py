@@ -16,6 +16,7 @@ import naive
 import numpy as np
 import pytest
 import tiny
+from false_driver import Driver, use_false_driver
 from lab import guarded_gpu, normal, quantize
 from naive import error_ratio
 
@@ -222,51 +223,6 @@ def test_auto_takes_no_simulated_gpu(converted: Any, rwkv: Any) -> None:
     assert "Running on the CPU." in result.stderr
 
 
-class Driver:
-    """A driver with one GPU, as far as it is asked; `memory` bytes, `free` of them free."""
-
-    CUDA_VERSION = 13050
-
-    def __init__(self, **facts: Any) -> None:
-        from cuda.bindings import driver
-
-        self.real = driver
-        self.facts = {"count": 1, "version": 13000, "capability": (9, 0), "memory": 80 << 30} | facts
-        self.calls: list[str] = []
-        self.held: dict[int, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("cu") or name[2:3].islower():
-            return getattr(self.real, name)
-        if name.endswith("_v2"):  # CUDA 12 has these
-            raise AttributeError(name)
-
-        def call(*arguments: Any) -> Any:
-            self.calls.append(name)
-            return (self.facts.get("status", self.real.CUresult.CUDA_SUCCESS), *self.answer(name, *arguments))
-
-        return call
-
-    def answer(self, name: str, *arguments: Any) -> tuple[Any, ...]:
-        if name == "cuMemAlloc":
-            memory = np.full(arguments[0] + 16, 0xFF, np.uint8)
-            address = -(-memory.ctypes.data // 16) * 16
-            self.held[address] = memory
-            return (address,)
-        if name == "cuMemFree":
-            del self.held[arguments[0]]
-        if name.startswith("cuMemcpy"):
-            ctypes.memmove(*arguments[:3])
-        minor = arguments[:1] == (self.real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,)
-        return {
-            "cuDriverGetVersion": (self.facts["version"],), "cuDeviceGetCount": (self.facts["count"],),
-            "cuDeviceGet": (0,), "cuDeviceGetAttribute": (self.facts["capability"][minor],),
-            "cuDeviceGetName": (b"NVIDIA Test\0\0",), "cuDeviceTotalMem": (self.facts["memory"],),
-            "cuStreamEndCapture": ("graph",), "cuGraphInstantiate": ("executable",),
-            "cuGraphGetEdges": (["a", "b"], ["b", "c"], ["plain"] * 2, 2),
-        }.get(name, ())  # fmt: skip
-
-
 @simulated
 @pytest.mark.parametrize(
     ("facts", "size", "message"),
@@ -320,12 +276,7 @@ def test_a_machine_without_a_driver(converted: Any) -> None:
 @simulated
 def test_programs_become_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls of the driver, on a false one whose memory is the host's: copies, capture in the second run, replay."""
-    fake = Driver()
-    monkeypatch.undo()  # the guards: memory is the driver's here
-    monkeypatch.setattr(cuda_driver, "driver", fake)
-    monkeypatch.setattr(cuda_driver, "_streams", lambda: cuda_driver.Streams(0, 1))
-    for module in (cuda_driver, cuda_executable):
-        monkeypatch.setattr(module, "SIMULATED", False)
+    fake = use_false_driver(monkeypatch)
     table = normal(6, 5)
     weight = cuda.weight(Floats("float", "F32", table))
     rows = p.Count(12)
@@ -380,15 +331,7 @@ def test_programs_become_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def false_driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """A false driver whose streams are numbers."""
-    fake = Driver()
-    monkeypatch.undo()  # the guards: memory is the driver's here
-    monkeypatch.setattr(cuda_driver, "driver", fake)
-    monkeypatch.setattr(cuda_driver, "_streams", lambda: cuda_driver.Streams(0, 1))
-    monkeypatch.setattr(cuda_driver, "_thread", cuda_driver._Thread())
-    for module in (cuda_driver, cuda_executable):
-        monkeypatch.setattr(module, "SIMULATED", False)
-    return fake
+    return use_false_driver(monkeypatch)
 
 
 @simulated
