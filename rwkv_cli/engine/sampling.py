@@ -148,7 +148,7 @@ def candidates(logits: NDArray[np.float64], s: Sampling) -> tuple[NDArray[np.int
     # A few likely tokens nearly always hold all that is kept. They sort much faster than a whole vocabulary.
     some = np.flatnonzero(p >= p.max() / 1000)
     enough = 0 < s.top_k <= len(some) or s.min_p >= 1 / 1000 or p[some].sum() >= s.top_p + _ROUNDING
-    order = some[_falling(p[some])] if enough else _falling(p)
+    order = some[_falling(p[some])] if enough and 2 * len(some) < len(p) else _falling(p)
     sorted_p = p[order]
     upto = np.cumsum(sorted_p)
     count = len(order)
