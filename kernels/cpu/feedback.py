@@ -6,8 +6,9 @@ triangular and H = R·Rᵀ, let R = (1 + C)·diag(√d), where C has zeros on an
     Δ·H·Δᵀ = Σ_k d[k] · (x[k] − q[k])²  where  x[k] = w[k] + Σ_{j<k} Δ[j] · C[j, k]
 
 So columns are rounded one after the other, each from x in place of w. (arXiv 2307.13304, section 4, shows that this is
-the GPTQ of arXiv 2210.17323, which inverts H.) A group's scale is the one of those that plain rounding tries whose
-sum over the group is least, with the feedback between the group's own columns.
+the GPTQ of arXiv 2210.17323, which inverts H.) Inputs of much power come first, which makes Σ d less: whole groups by
+their power, and the columns within each. A group's scale is the one of those that plain rounding tries whose sum over
+the group is least, with the feedback between the group's own columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,8 +52,11 @@ class Feedback:
     """The rounding of one matrix, bound to what it multiplies."""
 
     def __init__(self, products: Floats32) -> None:
-        """`products` is XᵀX [K, K], of which this makes C in place."""
+        """`products` is XᵀX [K, K]."""
         K = len(products)
+        self.order = _order(products.diagonal())
+        """The columns in the order of rounding, those of padding included."""
+        products = products[np.ix_(self.order[:K], self.order[:K])]
         mean = float(products.diagonal().mean())
         self.damping = np.float32(_DAMPING * mean if mean > 0 else 1)
         products[np.arange(K), np.arange(K)] += self.damping
@@ -70,9 +74,9 @@ class Feedback:
         values, scales = np.zeros((len(w), _padded(w)), np.int8), np.zeros((len(w), _padded(w) // GROUP), np.uint16)
 
         def each(part: slice, groups: slice, block: _Block) -> None:
-            out, factors = values[:, part].copy(), scales[:, groups].copy()
+            out, factors = np.empty(block.w.shape, np.int8), np.empty(_in_groups(block.w), np.uint16)
             _run(round_, FeedbackArgs(**block._asdict(), values=out, scales=factors))
-            values[:, part], scales[:, groups] = out, factors
+            values[:, self.order[part]], scales[:, self._group_order[groups]] = out, factors
 
         lost, errors = self._rounded(w, each)
         plain = quantize_rows(w, 0)[:2]
@@ -91,9 +95,9 @@ class Feedback:
         codes, scales = np.zeros((len(w), _padded(w)), np.uint8), np.zeros((len(w), _padded(w) // GROUP), np.int8)
 
         def each(part: slice, groups: slice, block: _Block) -> None:
-            out, factors = codes[:, part].copy(), scales[:, groups].copy()
+            out, factors = np.empty(block.w.shape, np.uint8), np.empty(_in_groups(block.w), np.int8)
             _run(pack, PackFeedbackArgs(**block._asdict(), bits=bits, codes=out, scales=factors))
-            codes[:, part], scales[:, groups] = out, factors
+            codes[:, self.order[part]], scales[:, self._group_order[groups]] = out, factors
 
         lost, errors = self._rounded(w * by, each)
         lost *= rows[:, None]
@@ -135,6 +139,7 @@ class Feedback:
     ) -> tuple[Floats32, NDArray[np.float64]]:
         """Δ and Σ d·(x − q)² of rows [R, K]. `each` rounds some columns, whose places and groups' places it gets."""
         K, padded = w.shape[1], _padded(w)
+        w = np.take(w, self.order[:K], axis=1)
         lost, errors = np.zeros((len(w), padded), np.float32), np.zeros(len(w))
         for start, stop in _blocks(K):
             end = min(start + _BLOCK, padded)
@@ -150,14 +155,23 @@ class Feedback:
             )
             each(slice(start, end), slice(start // GROUP, end // GROUP), block)
             lost[:, start:end] = block.lost
-        return np.ascontiguousarray(lost[:, :K]), errors
+        placed = np.empty_like(w)
+        placed[:, self.order[:K]] = lost[:, :K]
+        return placed, errors
+
+    @property
+    def _group_order(self) -> NDArray[np.intp]:
+        """The groups in the order of rounding."""
+        groups: NDArray[np.intp] = self.order[::GROUP] // GROUP
+        return groups
 
     def _effects(self, rows: Floats32) -> NDArray[np.float64]:
         """Σ_t (row · x[t])² of each row."""
+        ordered = np.take(rows, self.order[: rows.shape[1]], axis=1)
         total: NDArray[np.float64] = np.zeros(len(rows))
         for start, stop in _blocks(rows.shape[1]):
-            x = rows[:, start:stop] + rows[:, :start] @ self.carry[:start, start:stop]
-            x += rows[:, start:stop] @ np.triu(self.carry[start:stop, start:stop], 1)
+            x = ordered[:, start:stop] + ordered[:, :start] @ self.carry[:start, start:stop]
+            x += ordered[:, start:stop] @ np.triu(self.carry[start:stop, start:stop], 1)
             total += np.square(x, dtype=np.float64) @ self.weight[start:stop].astype(np.float64)
         undamped: NDArray[np.float64] = np.maximum(total - self._damped(rows), 0)
         return undamped
@@ -166,6 +180,16 @@ class Feedback:
         """The part of a sum that comes of λ."""
         squares: NDArray[np.float64] = np.square(rows, dtype=np.float64).sum(axis=1)
         return float(self.damping) * squares
+
+
+def _order(power: Floats32) -> NDArray[np.intp]:
+    """Columns of this power by groups: those of the most first, and so are the columns of each. Padding comes last."""
+    whole = len(power) // GROUP * GROUP
+    groups = power[:whole].reshape(-1, GROUP)
+    columns = np.argsort(-groups, axis=1, kind="stable") + np.arange(0, whole, GROUP)[:, None]
+    rest = np.arange(whole, -(-len(power) // GROUP) * GROUP)
+    first: NDArray[np.intp] = columns[np.argsort(-groups.sum(axis=1), kind="stable")].reshape(-1)
+    return np.concatenate([first, rest])
 
 
 def factorize(h: NDArray[Any]) -> None:
@@ -190,6 +214,11 @@ def _run(kernel: Kernel, record: NamedTuple) -> None:
     rows = len(record.errors)  # type: ignore[attr-defined]
     steps.add(kernel, record, Share.fixed(min(rows, 8 * threads)))
     steps.finish().run(threads)
+
+
+def _in_groups(w: Floats32) -> tuple[int, int]:
+    """The shape of the scales of w, whose columns are whole groups."""
+    return len(w), w.shape[1] // GROUP
 
 
 def _padded(w: Floats32) -> int:
