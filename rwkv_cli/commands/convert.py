@@ -182,18 +182,28 @@ def _report(conversion: Conversion, done: Converted | None) -> str:
 
 def _warn(done: Converted) -> None:
     """Say what is not as it usually is."""
-    from rwkv_cli.engine.calibration import USUAL_KL, alarming, coarsest
+    from rwkv_cli.engine.calibration import USUAL_EFFECT, USUAL_KL, alarming, coarsest, hurt
 
     if done.spoilt is not None:
         note(
             f"The embedding was kept as it is: rounded, it would be off by {done.spoilt.itself:.1%}, but by "
             f"{done.spoilt.after_norm:.1%} after its norm (ln0)."
         )
-    format = coarsest(done.contents.plan)
-    if done.loss is not None and format is not None and alarming(done.loss, format):
+    spoilt = hurt(done.written)
+    if spoilt:
+        worst, rest = spoilt[0].planned, len(spoilt) - 1
+        format = worst.format.NAME
+        more = f" So it is with {rest} more." if rest else ""
         note(
-            f"Warning: a KL of {done.loss.kl:.1e} is far more than {format} usually costs, which is about "
-            f"{USUAL_KL[format]:.0e}. Convert with --quant none, and compare with rwkv ppl --compare."
+            f"Warning: what {worst.name} computes is off by {spoilt[0].effect:.1%}, and {format} usually costs it "
+            f"{USUAL_EFFECT[format]:.1%} at most.{more} Convert with more bits or --quant none, and compare with "
+            "rwkv ppl --compare."
+        )
+    coarse = coarsest(done.contents.plan)
+    if done.loss is not None and coarse is not None and alarming(done.loss, coarse):
+        note(
+            f"Warning: a KL of {done.loss.kl:.1e} is far more than {coarse} usually costs, which is about "
+            f"{USUAL_KL[coarse]:.0e}. Convert with --quant none, and compare with rwkv ppl --compare."
         )
 
 

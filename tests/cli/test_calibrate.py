@@ -127,6 +127,24 @@ def test_a_usual_embedding_is_rounded_and_its_effect_shown(rwkv: Run, tmp_path: 
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("quant", ["int8", "q4"])
+def test_a_matrix_that_rounding_spoils_is_named(rwkv: Run, tmp_path: Path, quant: str) -> None:
+    """A column is a thousand times as large as the others and its input a thousandth: the same results in float."""
+    weights = {name: array.copy() for name, array in tiny.weights("7", vocab=256, layers=2, width=64, ffn=64).items()}
+    plain = tiny.write_pth(tmp_path / "plain.pth", weights, "F32")
+    told = rwkv("convert", plain, tmp_path / "a", "--quant", quant, "--calibrate", "self")
+    assert "is off by" not in told.stderr
+    for part in ("weight", "bias"):
+        weights[f"blocks.1.ln2.{part}"][::32] /= 1000
+    weights["blocks.1.ffn.key.weight"][:, ::32] *= 1000
+    source = tiny.write_pth(tmp_path / "m.pth", weights, "F32")
+    told = rwkv("convert", source, tmp_path / "m", "--quant", quant, "--calibrate", "self")
+    assert told.exit_code == 0, told.output
+    says = rf"Warning: what blocks\.1\.ffn\.key\.weight computes is off by [0-9.]+%, and {quant} usually costs"
+    assert re.search(says, " ".join(told.stderr.split()))
+
+
+@pytest.mark.usefixtures("few")
 def test_a_great_loss_is_a_warning(rwkv: Run, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(calibration.USUAL_KL, "int8", 1e-12)
     result = rwkv("convert", source, tmp_path / "m", "--calibrate", "self")
