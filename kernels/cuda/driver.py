@@ -96,8 +96,14 @@ def upload(address: int, values: NDArray[Any]) -> None:
     elif values.nbytes:
         # The array lies in pageable memory, so the driver has its own copy when the call returns.
         checked(driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, _handle()))
-        if getattr(cuda.get_current_device(), "PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES", False):
-            synchronize()  # such a GPU reads the host's memory itself
+        if _reads_the_hosts_memory():
+            synchronize()
+
+
+@functools.cache
+def _reads_the_hosts_memory() -> bool:
+    """True if the GPU reads pageable memory of the host by itself. numba takes long to say so."""
+    return bool(getattr(cuda.get_current_device(), "PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES", False))
 
 
 def download(values: NDArray[Any], address: int) -> None:

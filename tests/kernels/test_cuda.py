@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,51 @@ def test_a_capture_that_is_interrupted_is_ended_and_tried_again(false_driver: Dr
     assert false_driver.calls.count("cuStreamEndCapture") == false_driver.calls.count("cuGraphDestroy") == 1
     bound.run()
     assert bound.graph is not None
+
+
+@simulated
+def test_a_token_costs_four_calls_of_the_driver(false_driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a copy each way, the graph, and waiting for it; numba is asked nothing."""
+    ids = p.Input("ids", (p.Count(2),), "I64")
+    ops = p.Program(ids)
+    output = ops.keep(ops.add(p.Embed(ids, cuda.weight(Floats("float", "F32", normal(6, 5))))))
+    program, kept = cuda.compile(ops, 1), list[Any]()
+
+    def token() -> None:
+        program.run({"ids": np.array([3, 4])})
+        kept[:] = [*kept[-1:], program.read(output)]
+
+    for _ in range(3):
+        token()
+    false_driver.calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_driver, "cuda", None)
+        token()
+    assert false_driver.calls == ["cuMemcpyHtoDAsync", "cuGraphLaunch", "cuMemcpyDtoHAsync", "cuStreamSynchronize"]
+
+
+@simulated
+def test_a_thread_gets_a_context_before_it_copies_or_frees(
+    false_driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that has not used the GPU yet may be the one that drops the last reference to memory."""
+    order: list[str] = []
+    answer = false_driver.answer
+    monkeypatch.setattr(false_driver, "answer", lambda name, *rest: (order.append(name), answer(name, *rest))[1])
+    monkeypatch.setattr(cuda_driver.cuda, "current_context", lambda: order.append("context"))
+    blocks = [cuda_driver.Block(64)]
+    cuda_driver.upload(blocks[0].address, np.zeros(16, np.int32))
+    order.clear()
+
+    def use_and_drop() -> None:
+        cuda_driver.upload(blocks[0].address, np.zeros(16, np.int32))
+        blocks.clear()
+
+    thread = threading.Thread(target=use_and_drop)
+    thread.start()
+    thread.join()
+    assert order == ["context", "cuMemcpyHtoDAsync", "context", "cuMemFree"]
+    assert not false_driver.held
 
 
 @simulated

@@ -102,6 +102,20 @@ def test_products(T: int) -> None:
         check(have, expected, 1e-4)  # 15 bits of activation
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_token_has_the_same_bits_beside_others_of_a_form(quantized: bool) -> None:
+    """The form of a kernel depends on how many tokens there are. Within one, a token's sums do not."""
+    x, results = normal(7, 70), []
+    w, _ = stored(normal(20, 70), "tile") if quantized else floats(normal(20, 70), "F16")
+    for rows in (x[:2], x, x[::-1]):
+        lab = Lab("cuda")
+        (out,) = lab.ops.linear(p.Product(lab.matrix(rows), w))
+        results.append(lab.run(out))
+    few, many, turned = results
+    np.testing.assert_array_equal(few, many[:2])
+    np.testing.assert_array_equal(turned[::-1], many)
+
+
 def floats(values: Any, dtype: str) -> tuple[Any, Any]:
     """A float weight on the device and the matrix that it stands for."""
     (rounded,) = tiny.rounded({"": values}, dtype).values()
