@@ -165,7 +165,7 @@ def matmul_float(kind: int, tokens: int) -> Kernel:
     HELD = WEIGHTS + _TILE_DEPTH * STRIDE
     assert HELD >= SUMS * TILE_THREADS
 
-    @kernel(TILE_THREADS, 4, name=f"matmul_float {FLOAT_DTYPES[kind]} ×{tokens}")
+    @kernel(TILE_THREADS, 2, name=f"matmul_float {FLOAT_DTYPES[kind]} ×{tokens}")
     def matmul_float(table: Address, T: Int) -> None:
         """All products of a table of `FloatRow` with T tokens. Blocks: (N, T, products).
 
