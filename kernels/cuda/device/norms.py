@@ -136,9 +136,9 @@ def norm_shift(D: int, spread: bool) -> Kernel:
     Few rows are spread. Each of a row's blocks works out its mean and variance, and then has a column a thread.
     """
     THREADS, COUNT, SCRATCH = norm_threads(D), -(-D // norm_threads(D)), (2, MOST_WARPS)
-    EACH, BLOCKS = (1, 1) if spread else (COUNT, 2 if COUNT <= 8 else 1)
+    EACH = 1 if spread else COUNT
 
-    @kernel(THREADS, BLOCKS, name=f"norm_shift ×{COUNT}{' spread' * spread}")
+    @kernel(THREADS, name=f"norm_shift ×{COUNT}{' spread' * spread}")
     def norm_shift(
         x: Address,
         weight: Address,
