@@ -34,6 +34,8 @@ _BYTES = 1 << 20
 """The most bytes of a text that are read. They have more tokens than are asked for in any language."""
 _TOGETHER = 1000
 """Rows whose products are summed up in one step."""
+_PANEL = 512
+"""Columns of XᵀX that are summed up in one step, so that there is no second matrix of its size."""
 _MOST_LOGITS = 16 << 20
 """The most logits of one model that are held at once."""
 
@@ -176,7 +178,7 @@ class Products:
 
 
 class _Sum:
-    """XᵀX of rows that come in small blocks."""
+    """XᵀX of rows that come in small blocks, on and above its diagonal: it is symmetric, and rounding reads no more."""
 
     def __init__(self, columns: int) -> None:
         self._sum = np.zeros((columns, columns), np.float32)
@@ -192,7 +194,9 @@ class _Sum:
         if self._waiting:
             rows = np.concatenate(self._waiting)
             self._waiting.clear()
-            self._sum += rows.T @ rows
+            for first in range(0, rows.shape[1], _PANEL):
+                panel, above = slice(first, first + _PANEL), slice(first + _PANEL)
+                self._sum[above, panel] += rows[:, above].T @ rows[:, panel]
         return self._sum
 
 
