@@ -21,7 +21,6 @@ from rwkv_cli.kernels.cuda.device.compile import (
     i64,
     kernel,
     let_next_begin,
-    low_word,
     put_f32,
     put_i32,
     put_u8,
@@ -122,7 +121,7 @@ def put_group(y: Float, at: Any, token: Int, puts: Any) -> None:
     """Put a group of a token into the block at `at`, where each lane of a warp has a column. A warp may put none."""
     levels, factors = at
     lane = np.int64(cuda.threadIdx.x) % 32
-    largest = np.int64(warp_max(low_word(_magnitude(y))))
+    largest = warp_max(np.int64(_magnitude(y)))
     if puts:
         level, quad = _level(y, _inverse(largest)), lane // 4
         byte = levels + 16 * (token * 4 + quad % 4) + 4 * (quad // 4) + lane % 4
