@@ -9,6 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import naive
 import numpy as np
 import pytest
 
@@ -155,6 +156,12 @@ class Lab:
         """Run a program on copies of the arrays that it changes."""
         executable.run({n: a if isinstance(a, np.ndarray) else a.copy() for n, a in self.arrays.items()})
         return [executable.read(value) for value in outputs]
+
+
+def read_as(x: Any, stored: Any, device: str = "cpu", mixed: bool = False) -> Any:
+    """x as a product with a stored matrix reads it: the CPU rounds some factors to 8 bits (kernels/cpu/products)."""
+    coarse = stored.layout.startswith("columns") or (stored.layout == "tile4" and mixed)
+    return naive.rounded(x, 8 if coarse and device == "cpu" else 15)
 
 
 def linear(x: Any, stored: Any, activation: Any = "", bias: Any = None, **options: Any) -> Any:

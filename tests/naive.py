@@ -20,6 +20,20 @@ def error_ratio(got: Any, want: Any) -> float:
     return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
 
 
+def rounded(x: Any, bits: int) -> F64:
+    """x [T, K] as rounded activations stand for it: integers of 8 or 15 bits in groups of 32 columns.
+
+    What decides which integer is nearest is computed in float32, as it is by kernels.
+    """
+    T, K = x.shape
+    groups, most = -(-K // 32), np.float32({8: 127, 15: 32512}[bits])
+    grouped = np.pad(np.float32(x), ((0, 0), (0, groups * 32 - K))).reshape(T, groups, 32)
+    top = np.abs(grouped).max(-1, keepdims=True)
+    levels = np.rint(grouped * (most / np.where(top > 0, top, 1)))
+    values: F64 = levels.astype(float) * (top.astype(float) / float(most))
+    return values.reshape(T, -1)[:, :K]
+
+
 def sigmoid(x: F64) -> F64:
     return 1 / (1 + np.exp(-x))
 

@@ -1,7 +1,7 @@
 """y[T, N] = x[T, K] · wᵀ for a matrix whose input is mostly zero: its columns are stored one by one (docs/format.md).
 
 A few tokens read only the columns where the input of one of them is not zero. For many, columns are put into the order
-of tiles first. x is rounded as in `rounding`, and the numbers are the same bits either way.
+of tiles first. x is rounded to 8 bits (see `rounding`), and the numbers are the same bits either way.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.elementwise import address_of, span
 from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP, RowGroup, rows_step
 from rwkv_cli.kernels.cpu.llvm.levels import CACHE_LINE, IN_FOUR, interleave, prefetch
-from rwkv_cli.kernels.cpu.matmul import GROUP_BYTES, Activations, Ending, Strips, multiply
+from rwkv_cli.kernels.cpu.matmul import GROUP_BYTES, Activations, Ending, Strips, multiplier
 from rwkv_cli.kernels.cpu.rounding import VNNI
 from rwkv_cli.numbers import GROUP
 
@@ -26,6 +26,7 @@ FEW, MOST = 4, 8
 into tiles first costs less."""
 _PIECE = 64 if VNNI else 16
 
+_multiply = multiplier(8, halves=True)
 _one_wide, _one_narrow = rows_step(VNNI, _WIDTH, 1), rows_step(VNNI, STRIP, 1)
 _few_wide, _few_narrow = rows_step(VNNI, _PIECE, FEW), rows_step(VNNI, STRIP, FEW)
 
@@ -80,7 +81,7 @@ def find_nonzero(args: int, part: int, parts: int) -> None:
 def _level(a, t, g, i):
     """Level i of a group of a token."""
     if VNNI:
-        return (np.int64(a.bytes[t, g, 0, i]) << 8) + np.int64(a.bytes[t, g, 1, i])
+        return np.int64(a.bytes[t, g, 0, i])
     return np.int64(a.words[t, g, 0, i & ~3 | IN_FOUR[i & 3]])
 
 
@@ -157,7 +158,7 @@ def _many(a, b, first, strips):
                 scale[s, g, i] = scales[b, g, first + s * STRIP + i]
     w = Strips(address_of(tile), address_of(scale), strips, G, a.unit)
     x = Activations(a.levels, address_of(a.factors), a.offsets, a.tokens)
-    multiply(w, x, a.y, a.y[:0], Ending(b * W + first, a.add, 0))
+    _multiply(w, x, a.y, a.y[:0], Ending(b * W + first, a.add, 0))
     # these must live until here, and their addresses alone do not keep them
     tile[0, 0], scale[0, 0, 0] = 0, 0
 

@@ -11,14 +11,14 @@ import numpy as np
 from rwkv_cli.kernels.cpu.args import F32, F32_2, U16_2, U32_2, Address, Int, unpack
 from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.elementwise import activate, address_of, span, widen
-from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP, LevelGroup, WeightGroup, group_step
+from rwkv_cli.kernels.cpu.llvm.int8_dot import PLANES, STRIP, LevelGroup, WeightGroup, group_step
 from rwkv_cli.kernels.cpu.llvm.levels import CACHE_LINE, prefetch
-from rwkv_cli.kernels.cpu.rounding import LEVEL_BYTES, VNNI
+from rwkv_cli.kernels.cpu.rounding import BYTES_8, BYTES_15, VNNI
 from rwkv_cli.numbers import GROUP
 
 _STRIPS = 2 if VNNI else 1
-_MANY, _SOME, _TWO = 6, 4, 2
-"""Strips and tokens that are multiplied together. The sums of the most fit into registers."""
+_SOME, _TWO = 4, 2
+"""Strips and tokens that are multiplied together. For many tokens, the sums of all planes fit into registers."""
 GROUP_BYTES = STRIP * GROUP
 """A strip's weights in one group of 32 columns."""
 _SCALE_BYTES = STRIP * 2
@@ -79,12 +79,6 @@ class Ending(NamedTuple):
 
 
 @function()
-def _together(tokens):
-    """How many of some tokens are multiplied together."""
-    return _MANY if tokens >= _MANY else _SOME if tokens >= _SOME else _TWO if tokens >= _TWO else 1
-
-
-@function()
 def start(sums, y, bias, add):
     """sums = y if `add`, else the bias if there is one, else 0."""
     for i in range(len(sums)):
@@ -94,21 +88,26 @@ def start(sums, y, bias, add):
             sums[i] = bias[i]
 
 
-def multiplier(halves: bool) -> Any:
-    """The function that multiplies by strips whose scales are float16 if they are `halves`, and float32 if not."""
-    many, some, two = (group_step(_STRIPS, tokens, VNNI, halves) for tokens in (_MANY, _SOME, _TWO))
-    single = group_step(1, 1, VNNI, halves)
+def multiplier(bits: int, halves: bool) -> Any:
+    """The function that multiplies activations of some bits by strips.
+
+    Their scales are float16 if they are `halves`, and float32 if not.
+    """
+    most = 12 // PLANES[bits] if VNNI else 6
+    many, some, two = (group_step(_STRIPS, tokens, VNNI, bits, halves) for tokens in (most, _SOME, _TWO))
+    single = group_step(1, 1, VNNI, bits, halves)
     scale_bytes = _SCALE_BYTES if halves else 2 * _SCALE_BYTES
+    level_bytes = BYTES_8 if bits == 8 else BYTES_15
 
     @function(FIXED_ORDER)
     def multiply(w, x, y, bias, ending):
         """The product of x (Activations) and w (Strips) to some columns of y [T, N]; bias [1, N] or none."""
         G, T = w.groups, x.tokens
         w_strip, scale_strip = G * GROUP_BYTES, G * scale_bytes
-        level_token, row, y_row = G * LEVEL_BYTES, G * 4, _STRIPS * STRIP * 4
-        sums = np.zeros((_MANY, _STRIPS * STRIP), np.float32)
+        level_token, row, y_row = G * level_bytes, G * 4, _STRIPS * STRIP * 4
+        sums = np.zeros((most, _STRIPS * STRIP), np.float32)
         flat, out = sums.reshape(-1), address_of(sums)
-        together = max(_MANY, _BLOCK_BYTES // level_token // _MANY * _MANY)
+        together = max(most, _BLOCK_BYTES // level_token // most * most)
         for begin in range(0, T, together):
             stop = min(begin + together, T)
             for strip in range(0, w.strips, _STRIPS):
@@ -117,7 +116,10 @@ def multiplier(halves: bool) -> Any:
                 first_bias = bias[0, here] if len(bias) else y[0, :0]
                 t = begin
                 while t < stop:
-                    tokens = _together(stop - t) if strips == _STRIPS else 1
+                    tokens = 1
+                    if strips == _STRIPS:
+                        left = stop - t
+                        tokens = most if left >= most else _SOME if left >= _SOME else _TWO if left >= _TWO else 1
                     for i in range(tokens):
                         start(sums[i, : strips * STRIP], y[t + i, here], first_bias, ending.add)
                     values, scales = w.values + strip * w_strip, w.scales + strip * scale_strip
@@ -126,14 +128,14 @@ def multiplier(halves: bool) -> Any:
                         for _ in range(G):
                             weights = WeightGroup(values, w_strip, scales, scale_strip, w.unit)
                             group = LevelGroup(levels, level_token, factors, offsets, row)
-                            if tokens == _MANY:
+                            if tokens == most:
                                 many(weights, group, out, y_row)
                             elif tokens == _SOME:
                                 some(weights, group, out, y_row)
                             else:
                                 two(weights, group, out, y_row)
                             values, scales = values + GROUP_BYTES, scales + scale_bytes
-                            levels, factors, offsets = levels + LEVEL_BYTES, factors + 4, offsets + 4
+                            levels, factors, offsets = levels + level_bytes, factors + 4, offsets + 4
                     else:
                         for s in range(strips):
                             for g in range(G):
@@ -141,7 +143,7 @@ def multiplier(halves: bool) -> Any:
                                 for i in range(0, GROUP_BYTES, CACHE_LINE):
                                     prefetch(at + i + _FAR)
                                 weights = WeightGroup(at, 0, scales + s * scale_strip + g * scale_bytes, 0, w.unit)
-                                group = LevelGroup(levels + g * LEVEL_BYTES, 0, factors + g * 4, offsets + g * 4, 0)
+                                group = LevelGroup(levels + g * level_bytes, 0, factors + g * 4, offsets + g * 4, 0)
                                 single(weights, group, out + s * STRIP * 4, 0)
                     if ending.activation:
                         activate(flat[: tokens * _STRIPS * STRIP], ending.activation)
@@ -156,7 +158,7 @@ def multiplier(halves: bool) -> Any:
     return multiply
 
 
-multiply = multiplier(halves=True)
+_multiply = multiplier(15, halves=True)
 
 
 @kernel(TilesArgs, FIXED_ORDER)
@@ -167,7 +169,7 @@ def tiles(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     values, scales = a.values + first * a.groups * GROUP_BYTES, a.scales + first * a.groups * _SCALE_BYTES
     w = Strips(values, scales, last - first, a.groups, a.unit)
     x = Activations(a.levels, a.factors, a.offsets, a.tokens)
-    multiply(w, x, a.y, a.bias, Ending(first * STRIP, a.add, a.activation))
+    _multiply(w, x, a.y, a.bias, Ending(first * STRIP, a.add, a.activation))
 
 
 class FloatsArgs(NamedTuple):

@@ -1,7 +1,8 @@
 """y[T, N] = x[T, K] · wᵀ for weights in codes of 4, 5 or 6 bits. The layouts are in docs/format.md.
 
-x is rounded as for int8. One token takes codes as they are read, and so do a few in columns. Many take two strips of 16
-outputs that were turned into int8 tiles before. The numbers are the same bits.
+x is rounded as for int8, and to 8 bits for some products with codes of 4. One token takes codes as they are read, and
+so do a few in columns. Many take two strips of 16 outputs that were turned into int8 tiles before. The numbers are the
+same bits.
 """
 
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from rwkv_cli.kernels.cpu.llvm.codes import (
 from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP, LevelGroup
 from rwkv_cli.kernels.cpu.llvm.levels import CACHE_LINE, prefetch
 from rwkv_cli.kernels.cpu.matmul import GROUP_BYTES, Activations, Ending, Strips, multiplier, start
-from rwkv_cli.kernels.cpu.rounding import LEVEL_BYTES, VNNI
+from rwkv_cli.kernels.cpu.rounding import BYTES_8, BYTES_15, VNNI
 from rwkv_cli.numbers import GROUP, LEVELS
 
 CHUNK = 128
@@ -35,25 +36,27 @@ _FAR = 2048
 """How many bytes ahead the product of one token asks for."""
 _BITS = (4, 5, 6)
 
-_one4, _one5, _one6 = (code_step(bits, VNNI) for bits in _BITS)
+_coarse4 = code_step(4, VNNI, 8)
+_one4, _one5, _one6 = (code_step(bits, VNNI, 15) for bits in _BITS)
 _rows4, _rows5, _rows6 = (code_rows_step(bits, VNNI) for bits in _BITS)
 _pair4, _pair5, _pair6 = (code_pair_step(bits, VNNI, FEW) for bits in _BITS)
 _tile4, _tile5, _tile6 = map(expand_tile, _BITS)
 _columns4, _columns5, _columns6 = map(expand_columns, _BITS)
-_multiply = multiplier(halves=False)
+_multiply_8, _multiply_15 = (multiplier(bits, halves=False) for bits in (8, 15))
 _LEVELS4, _LEVELS5, _LEVELS6 = (np.array(LEVELS[bits], np.float32) for bits in _BITS)
 
 
 class CodesArgs(NamedTuple):
     """Weights as tiles [S, G, 64·bits], scales [S, G, 16], rows [S, 16]; levels, factors and offsets of x.
 
-    y [T, N padded]; bias [1, N] or none. A part is `strips_per_part` strips.
+    Levels have 15 bits, or 8 with codes of 4. y [T, N padded]; bias [1, N] or none. A part is `strips_per_part` strips.
     """
 
     bits: Int
     values: U8_3
     scales: I8_3
     rows: F32_2
+    activation_bits: Int
     levels: Address
     factors: Address
     offsets: Address
@@ -70,7 +73,8 @@ def tiles_one(args: int, part: int, parts: int) -> None:  # noqa: ARG001
     """y = activation(x · wᵀ + bias), or y += x · wᵀ with `add`, for one token and tiles."""
     a = unpack(args, CodesArgs)
     S, G, group_bytes = a.values.shape
-    bits = a.bits
+    bits, coarse = a.bits, a.activation_bits == 8
+    level_bytes = BYTES_8 if coarse else BYTES_15
     first, last = part * a.strips_per_part, min((part + 1) * a.strips_per_part, S)
     sums = np.zeros(STRIP, np.float32)
     out = address_of(sums)
@@ -83,8 +87,10 @@ def tiles_one(args: int, part: int, parts: int) -> None:  # noqa: ARG001
             for i in range(0, group_bytes, CACHE_LINE):
                 prefetch(values + i + _FAR)
             weights = CodeGroup(values, scales, rows)
-            levels = LevelGroup(a.levels + g * LEVEL_BYTES, 0, a.factors + g * 4, a.offsets + g * 4, 0)
-            if bits == 4:
+            levels = LevelGroup(a.levels + g * level_bytes, 0, a.factors + g * 4, a.offsets + g * 4, 0)
+            if bits == 4 and coarse:
+                _coarse4(weights, levels, out)
+            elif bits == 4:
                 _one4(weights, levels, out)
             elif bits == 5:
                 _one5(weights, levels, out)
@@ -125,7 +131,11 @@ def tiles_many(args: int, part: int, parts: int) -> None:  # noqa: ARG001
                 for j in range(STRIP):
                     scale[i, g, j] = np.float32(a.scales[s + i, g, j]) * a.rows[s + i, j]
         w = Strips(address_of(tile), address_of(scale), strips, G, 0.0)
-        _multiply(w, x, a.y, a.bias, Ending(s * STRIP, a.add, a.activation))
+        ending = Ending(s * STRIP, a.add, a.activation)
+        if a.activation_bits == 8:
+            _multiply_8(w, x, a.y, a.bias, ending)
+        else:
+            _multiply_15(w, x, a.y, a.bias, ending)
     # these must live until here, and their addresses alone do not keep them
     tile[0, 0], scale[0, 0, 0] = 0, 0
 
@@ -188,7 +198,7 @@ def _many(a, b, first):
                 scale[i, g, j] = np.float32(a.scales[b, g, row]) * a.by_row[b, row]
     w = Strips(address_of(tile), address_of(scale), 2, G, 0.0)
     x = Activations(a.levels, address_of(a.factors), a.offsets, a.tokens)
-    _multiply(w, x, a.y, a.y[:0], Ending(b * W + first, a.add, 0))
+    _multiply_8(w, x, a.y, a.y[:0], Ending(b * W + first, a.add, 0))
     # these must live until here, and their addresses alone do not keep them
     tile[0, 0], scale[0, 0, 0] = 0, 0
 

@@ -29,8 +29,9 @@ _NARROW = 64
 
 
 class Rounded(NamedTuple):
-    """Activations as integers (see `rounding`)."""
+    """Activations as integers of some bits (see `rounding`)."""
 
+    bits: int
     levels: View
     factors: View
     offsets: View
@@ -65,13 +66,26 @@ def add_linear(low: Lowering, op: p.AddLinear) -> None:
 
 def _factors(low: Lowering, reads: list[tuple[p.Factor, p.Weight]]) -> list[View | Rounded]:
     """The factor of each product: float32 for a float matrix, integers for any other. Each is made once."""
-    made: dict[tuple[int, bool], View | Rounded] = {}
-    keys = [(id(x), isinstance(weight, FloatWeight)) for x, weight in reads]
-    for key, (x, weight) in zip(keys, reads, strict=True):
+    made: dict[tuple[int, int | None], View | Rounded] = {}
+    keys = [(id(x), _bits(x, weight)) for x, weight in reads]
+    for key, (x, _) in zip(keys, reads, strict=True):
         if key not in made:
-            made[key] = _plain(low, x) if isinstance(weight, FloatWeight) else round_factor(low, x)
+            _, bits = key
+            made[key] = _plain(low, x) if bits is None else round_factor(low, x, bits)
     low.steps.barrier()
     return [made[key] for key in keys]
+
+
+def _bits(x: p.Factor, weight: p.Weight) -> int | None:
+    """The bits to which a factor is rounded for a weight; None for a float matrix.
+
+    8 where that adds little to what the rounding of the weights costs: behind relu², whose matrix skips zeros, and for
+    mixes of what a layer norm has brought to one size, with codes of 4 bits (docs/quantization.md). Else 15.
+    """
+    if isinstance(weight, FloatWeight):
+        return None
+    coarse = isinstance(weight, PackedWeight) and weight.bits == 4 and isinstance(x, p.Lerp)
+    return 8 if weight.skips_zeros or coarse else 15
 
 
 def _plain(low: Lowering, x: p.Factor) -> View:
@@ -90,12 +104,13 @@ def _plain(low: Lowering, x: p.Factor) -> View:
     return out
 
 
-def round_factor(low: Lowering, x: p.Factor) -> Rounded:
-    """A factor as integers."""
+def round_factor(low: Lowering, x: p.Factor, bits: int) -> Rounded:
+    """A factor as integers of some bits."""
     rows, columns = p.rows_of(x), p.columns_of(x)
     groups = -(-columns // GROUP)
     rounded = Rounded(
-        low.steps.empty((rows, groups, rounding.PLANES, GROUP), rounding.LEVEL),
+        bits,
+        low.steps.empty((rows, groups, *rounding.SHAPES[bits]), rounding.LEVEL),
         low.steps.empty((rows, groups)),
         low.steps.empty((rows, groups), np.int32),
     )
@@ -114,6 +129,7 @@ def round_factor(low: Lowering, x: p.Factor) -> Rounded:
         delta=delta,
         mix=mix,
         mix_stride=mix_stride,
+        bits=bits,
         levels=rounded.levels,
         factors=rounded.factors,
         offsets=rounded.offsets,
@@ -190,6 +206,7 @@ def _packed_product(low: Lowering, x: Rounded, weight: PackedWeight, y: View, en
         values=weight.values,
         scales=weight.scales,
         rows=weight.rows,
+        activation_bits=x.bits,
         levels=x.levels,
         factors=x.factors,
         offsets=x.offsets,

@@ -1,9 +1,10 @@
-"""Activations rounded to int16 in the weights' own groups of 32: about 15 bits.
+"""Activations rounded to integers of 8 or of 15 bits in the weights' own groups of 32.
 
-They are `levels` (VNNI: int8 [T, K/32, 2, 32], else int16 [T, K/32, 1, 32] in the order of `levels.IN_FOUR`), `factors`
-and `offsets` [T, K/32]. Byte strides follow from the number of groups, so kernels get them as addresses.
+They are `levels` (VNNI: int8 [T, K/32, planes, 32], else int16 [T, K/32, 1, 32] in the order of `levels.IN_FOUR`),
+`factors` and `offsets` [T, K/32]. Byte strides follow from the number of groups, so kernels get them as addresses.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -12,22 +13,26 @@ from rwkv_cli.kernels.cpu.args import Address, Int, unpack
 from rwkv_cli.kernels.cpu.compile import function, has_vnni, kernel
 from rwkv_cli.kernels.cpu.elementwise import address_of, span
 from rwkv_cli.kernels.cpu.llvm.bits import float_at
+from rwkv_cli.kernels.cpu.llvm.int8_dot import PLANES
 from rwkv_cli.kernels.cpu.llvm.levels import ActivationGroup, quantize_step
-from rwkv_cli.numbers import GROUP, MOST_LEVEL
+from rwkv_cli.numbers import GROUP
 
 VNNI = has_vnni()
-PLANES, LEVEL = (2, np.dtype(np.int8)) if VNNI else (1, np.dtype(np.int16))
-LEVEL_BYTES = PLANES * GROUP * LEVEL.itemsize
-"""A token's levels in one group."""
+LEVEL = np.dtype(np.int8) if VNNI else np.dtype(np.int16)
+SHAPES = {bits: (planes if VNNI else 1, GROUP) for bits, planes in PLANES.items()}
+"""The shape of a token's levels in one group, by their bits."""
+BYTES_8, BYTES_15 = (math.prod(SHAPES[bits]) * LEVEL.itemsize for bits in (8, 15))
+"""Their size."""
 
-_quantize_group = quantize_step(VNNI, MOST_LEVEL, False)
-_quantize_lerp = quantize_step(VNNI, MOST_LEVEL, True)
+_plain_8, _plain_15 = (quantize_step(VNNI, bits, False) for bits in (8, 15))
+_lerp_8, _lerp_15 = (quantize_step(VNNI, bits, True) for bits in (8, 15))
 
 
 class QuantizeArgs(NamedTuple):
     """x [T, K], its rows `stride` bytes apart; delta [T, K] and mix [T, K] or none.
 
-    Rows of mix are `mix_stride` bytes apart (0: one row for all). levels, factors and offsets are as above.
+    Rows of mix are `mix_stride` bytes apart (0: one row for all). levels, of `bits` bits, factors and offsets are as
+    above.
     """
 
     x: Address
@@ -37,6 +42,7 @@ class QuantizeArgs(NamedTuple):
     delta: Address
     mix: Address
     mix_stride: Int
+    bits: Int
     levels: Address
     factors: Address
     offsets: Address
@@ -47,7 +53,7 @@ def quantize(args: int, part: int, parts: int) -> None:
     """Round x, or x + delta · mix if there is a delta, to integers."""
     a = unpack(args, QuantizeArgs)
     K, delta = a.columns, a.delta
-    G = (K + GROUP - 1) // GROUP
+    G, level_bytes = (K + GROUP - 1) // GROUP, BYTES_8 if a.bits == 8 else BYTES_15
     tail = np.zeros((3, GROUP), np.float32)
     begin, end = span(part, parts, a.tokens * G)
     t, g = begin // G, begin % G
@@ -60,11 +66,15 @@ def quantize(args: int, part: int, parts: int) -> None:
                 copy(d, tail[1], K - g * GROUP)
                 copy(m, tail[2], K - g * GROUP)
             x, d, m = address_of(tail), address_of(tail) + GROUP * 4, address_of(tail) + GROUP * 8
-        levels, factor, offset = a.levels + i * LEVEL_BYTES, a.factors + i * 4, a.offsets + i * 4
-        if delta != 0:
-            _quantize_lerp(ActivationGroup(x, d, m, levels, factor, offset))
+        group = ActivationGroup(x, d, m, a.levels + i * level_bytes, a.factors + i * 4, a.offsets + i * 4)
+        if delta != 0 and a.bits == 8:
+            _lerp_8(group)
+        elif delta != 0:
+            _lerp_15(group)
+        elif a.bits == 8:
+            _plain_8(group)
         else:
-            _quantize_group(ActivationGroup(x, 0, 0, levels, factor, offset))
+            _plain_15(group)
         g += 1
         if g == G:
             t, g = t + 1, 0

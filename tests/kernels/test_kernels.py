@@ -80,19 +80,22 @@ def test_what_is_added_onto_is_the_same_bits_too(layout: str) -> None:
     np.testing.assert_array_equal(added(slice(0, 19)), each)
 
 
-def test_activations_keep_fifteen_bits() -> None:
+@pytest.mark.parametrize(("bits", "most"), [(8, 127), (15, 32512)])
+def test_activations_keep_their_bits(bits: int, most: int) -> None:
     x = outliers(3, 70)
     low, node = Lowering(2), InputMatrix(Count(3), 70, name="x")
-    rounded = round_factor(low, node)
-    for view in rounded:
+    made = round_factor(low, node, bits)
+    views = made.levels, made.factors, made.offsets
+    for view in views:
         low.steps.keep(view)
     runnable = low.steps.finish([node])
     runnable.run(2, {"x": x})
-    levels, factors, offsets = map(runnable.read, rounded)
+    levels, factors, offsets = map(runnable.read, views)
     levels = levels.astype(int)
     in_order = [i & ~3 | IN_FOUR[i & 3] for i in range(32)]
-    total = levels[:, :, 0] * 256 + levels[:, :, 1] if rounding.VNNI else levels[:, :, 0, in_order]
-    assert np.abs(total).max() == 32512
+    planes = [levels[:, :, i] if rounding.VNNI else levels[:, :, i, in_order] for i in range(levels.shape[2])]
+    total = planes[0] if len(planes) == 1 else planes[0] * 256 + planes[1]
+    assert np.abs(total).max() == most
     np.testing.assert_array_equal(offsets, total.sum(-1) * -128)
     back = (total * factors[:, :, None]).reshape(3, 96)
     np.testing.assert_allclose(back[:, :70], x, atol=0.51 * factors.max(), rtol=0)

@@ -13,7 +13,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from rwkv_cli.kernels.cpu.llvm.emitter import F32, I8, I16, I32, I64, Emitter, vector
-from rwkv_cli.kernels.cpu.llvm.int8_dot import TILE_BYTES, LevelGroup
+from rwkv_cli.kernels.cpu.llvm.int8_dot import PLANES, TILE_BYTES, LevelGroup
 from rwkv_cli.numbers import LEVELS
 
 PIECES = 8
@@ -99,11 +99,12 @@ class CodeGroup(NamedTuple):
     rows: int
 
 
-def code_step(bits: int, vnni: bool) -> Any:
+def code_step(bits: int, vnni: bool, activation_bits: int) -> Any:
     """step(CodeGroup, LevelGroup, y): y[i] += (Σ_c level[i, c] · a[c]) · (scale[i] · row[i]) · factor for 16 rows i.
 
     It is `int8_dot.group_step` for one strip and one token, of codes.
     """
+    planes = PLANES[activation_bits]
 
     @intrinsic
     def step(typingctx, weights, levels, y):  # noqa: ARG001
@@ -112,16 +113,16 @@ def code_step(bits: int, vnni: bool) -> Any:
             w, a, y = e.record(CodeGroup, args[0]), e.record(LevelGroup, args[1]), args[2]
             slices = _tile_slices(e, w.values)
             if vnni:
-                high, low = ir.Constant(wide, None), e.splat(e.load(I32, a.offsets), 16)
+                # the sums of both planes, or of every other piece of one: they do not wait for each other
+                totals = [ir.Constant(wide, None), e.splat(e.load(I32, a.offsets), 16)]
                 for piece in range(PIECES):
                     tile = levels_of(e, bits, piece, slices, 128)
-                    planes = [
-                        b.bitcast(e.splat(e.load(I32, a.levels, 4 * piece + 32 * plane), 16), tile.type)
-                        for plane in range(2)
-                    ]
-                    high = e.call("llvm.x86.avx512.vpdpbusd.512", wide, high, tile, planes[0])
-                    low = e.call("llvm.x86.avx512.vpdpbusd.512", wide, low, tile, planes[1])
-                sums = b.add(b.shl(high, e.constant(I32(8), 16)), low)
+                    for plane in range(planes):
+                        four = b.bitcast(e.splat(e.load(I32, a.levels, 4 * piece + 32 * plane), 16), tile.type)
+                        i = plane if planes == 2 else piece % 2
+                        totals[i] = e.call("llvm.x86.avx512.vpdpbusd.512", wide, totals[i], tile, four)
+                high, low = totals
+                sums = b.add(b.shl(high, e.constant(I32(8), 16)) if planes == 2 else high, low)
             else:
                 sums = ir.Constant(wide, None)
                 for piece in range(PIECES):

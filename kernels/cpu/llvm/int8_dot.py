@@ -5,11 +5,11 @@
 The sum is exact in int32; the rest is float32. Weights lie in tiles of 16 rows × 4 columns, so that one instruction
 multiplies a tile with 4 activations and adds each row's 4 products into its own lane. No sum crosses lanes.
 
-Activations are int16 (quantized to ±32512 in the same groups of 32). Two forms of the same sum:
+Activations are integers of 8 or of 15 bits, rounded in the same groups of 32. Two forms of the same sum:
 
-- AVX-512 VNNI: `vpdpbusd` multiplies unsigned by signed bytes, so a weight w enters as w + 128 (one xor) and an
-  activation as two signed planes, a = 256·high + low: of a group, 32 bytes of one and then 32 of the other.
-  `offset[t]` = −128 · Σ_c a[t, c] takes the 128 back out.
+- AVX-512 VNNI: `vpdpbusd` multiplies unsigned by signed bytes, so a weight w enters as w + 128 (one xor). An activation
+  of 15 bits is two signed planes, a = 256·high + low: of a group, 32 bytes of one and then 32 of the other. One of 8
+  bits is a plane. `offset[t]` = −128 · Σ_c a[t, c] takes the 128 back out.
 - Portable: both are widened to 16 bits, multiplied and added in pairs (`pmaddwd` on x86; LLVM finds `smlal` on Arm). Of
   each four weights, the first and the third become one pair, since shifts within 16 bits widen them so. Activations
   are stored in that order.
@@ -29,6 +29,8 @@ STRIP = 16
 TILES = 8
 """Tiles of 4 columns in a group of 32."""
 TILE_BYTES = 64
+PLANES = {8: 1, 15: 2}
+"""Signed bytes of an activation, by its bits."""
 
 
 class WeightGroup(NamedTuple):
@@ -57,35 +59,49 @@ class LevelGroup(NamedTuple):
     """The stride of factors and offsets."""
 
 
-def _sums_vnni(e: Emitter, w: WeightGroup, strips: int, a: LevelGroup, tokens: int) -> dict[tuple[int, int], Any]:
-    """256·Σ(w+128)·high + Σ(w+128)·low + offset for each strip and token, <16 x i32>."""
+def _sums_vnni(
+    e: Emitter, w: WeightGroup, strips: int, a: LevelGroup, tokens: int, bits: int
+) -> dict[tuple[int, int], Any]:
+    """256·Σ(w+128)·high + Σ(w+128)·low + offset for each strip and token, or without `high`, <16 x i32>."""
+    planes = PLANES[bits]
     b, wide, bytes_ = e.b, vector(I32, 16), vector(I8, TILE_BYTES)
     flip = e.constant(I8(-128), TILE_BYTES)
     offsets = e.places(a.offsets, a.stride, tokens)
-    keys = [(s, t, plane) for t in range(tokens) for plane in range(2) for s in range(strips)]
-    start = [e.splat(e.load(I32, offsets[t]), 16) if plane else ir.Constant(wide, None) for _, t, plane in keys]
+    keys = [(s, t, plane) for t in range(tokens) for plane in range(planes) for s in range(strips)]
+    start = [
+        e.splat(e.load(I32, offsets[t]), 16) if plane == planes - 1 else ir.Constant(wide, None) for _, t, plane in keys
+    ]
 
     def tile(tiles: Any, levels: Any, sums: list[Any], at: int = 0) -> list[Any]:
         weights = [
             b.xor(e.load(bytes_, place, at * TILE_BYTES), flip) for place in e.places(tiles, w.tile_stride, strips)
         ]
-        planes = [
+        spread = [
             b.bitcast(e.splat(e.load(I32, place, at * 4 + plane * 32), 16), bytes_)
             for place in e.places(levels, a.level_stride, tokens)
-            for plane in range(2)
+            for plane in range(planes)
         ]
         return [
-            e.call("llvm.x86.avx512.vpdpbusd.512", wide, old, weights[s], planes[2 * t + plane])
+            e.call("llvm.x86.avx512.vpdpbusd.512", wide, old, weights[s], spread[planes * t + plane])
             for old, (s, t, plane) in zip(sums, keys, strict=True)
         ]
 
     sums = _over_tiles(e, (w.tiles, a.levels), 4, start, tile=tile, unroll=strips * tokens <= 2)
     by_key = dict(zip(keys, sums, strict=True))
+    if planes == 1:
+        return {(s, t): total for (s, t, _), total in by_key.items()}
     shift = e.constant(I32(8), 16)
     return {(s, t): b.add(b.shl(by_key[s, t, 0], shift), by_key[s, t, 1]) for s, t, plane in keys if plane}
 
 
-def _sums_portable(e: Emitter, w: WeightGroup, strips: int, a: LevelGroup, tokens: int) -> dict[tuple[int, int], Any]:
+def _sums_portable(
+    e: Emitter,
+    w: WeightGroup,
+    strips: int,
+    a: LevelGroup,
+    tokens: int,
+    bits: int,  # noqa: ARG001
+) -> dict[tuple[int, int], Any]:
     """Σ w·a for each strip and token, <16 x i32>."""
     b = e.b
     keys = [(s, t) for t in range(tokens) for s in range(strips)]
@@ -132,11 +148,11 @@ def _over_tiles(
     return e.loop(tiles, limit, TILE_BYTES, [levels, *sums], body)[1:]
 
 
-def group_step(strips: int, tokens: int, vnni: bool, halves: bool = True) -> Any:
+def group_step(strips: int, tokens: int, vnni: bool, bits: int, halves: bool) -> Any:
     """The step for `strips` × `tokens`, callable from a kernel as step(WeightGroup, LevelGroup, y, y_stride).
 
-    Scales are float16 if they are `halves`, and float32 if not. y is the address of float32. y_stride leads to the next
-    token, and strips are neighbours.
+    Activations have so many `bits`. Scales are float16 if they are `halves`, and float32 if not. y is the address of
+    float32. y_stride leads to the next token, and strips are neighbours.
     """
     sums_of = _sums_vnni if vnni else _sums_portable
 
@@ -147,7 +163,7 @@ def group_step(strips: int, tokens: int, vnni: bool, halves: bool = True) -> Any
             w, a = e.record(WeightGroup, args[0]), e.record(LevelGroup, args[1])
             y, y_stride = args[2:]
             factors = e.places(a.factors, a.stride, tokens)
-            sums = sums_of(e, w, strips, a, tokens)
+            sums = sums_of(e, w, strips, a, tokens, bits)
             places = e.places(w.scales, w.scale_stride, strips)
             if halves:
                 by_unit = e.splat(w.unit, 16)

@@ -9,6 +9,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from rwkv_cli.kernels.cpu.llvm.emitter import F32, I8, I16, I32, I64, Emitter, vector
+from rwkv_cli.kernels.cpu.llvm.int8_dot import PLANES
+from rwkv_cli.numbers import MOST_LEVEL
 
 CACHE_LINE = 64
 """Bytes."""
@@ -55,15 +57,17 @@ class ActivationGroup(NamedTuple):
     """Read, as mix is, if the activations are x + delta · mix."""
     mix: int
     levels: int
-    """int8 [2, 32] for VNNI, else int16 [32] in the order of `IN_FOUR`."""
+    """int8 [planes, 32] for VNNI, else int16 [32] in the order of `IN_FOUR`."""
     factor: int
-    """float32: max|x| / most, or NaN if an activation is not finite."""
+    """float32: max|x| / most level, or NaN if an activation is not finite."""
     offset: int
     """int32: −128 times the sum of the levels."""
 
 
-def quantize_step(vnni: bool, most: int, lerp: bool) -> Any:
-    """The step that rounds an ActivationGroup to integers of at most ±`most`, as `group_step` takes them."""
+def quantize_step(vnni: bool, bits: int, lerp: bool) -> Any:
+    """The step that rounds an ActivationGroup to integers of some bits, as `group_step` takes them."""
+    planes = PLANES[bits]
+    most = MOST_LEVEL if planes == 2 else 127
 
     @intrinsic
     def step(typingctx, group):  # noqa: ARG001
@@ -87,7 +91,9 @@ def quantize_step(vnni: bool, most: int, lerp: bool) -> Any:
             scaled = e.call("llvm.rint.v32f32", floats, b.fmul(value, e.splat(inverse, 32)))
             q = b.fptosi(scaled, ints)
             e.store(b.mul(e.call("llvm.vector.reduce.add.v32i32", I32, q), I32(-128)), at.offset)
-            if vnni:
+            if vnni and planes == 1:
+                e.store(b.trunc(q, vector(I8, 32)), at.levels)
+            elif vnni:
                 upper = b.ashr(b.add(q, e.constant(I32(128), 32)), e.constant(I32(8), 32))
                 e.store(b.trunc(upper, vector(I8, 32)), at.levels)
                 e.store(b.trunc(q, vector(I8, 32)), b.add(at.levels, I64(32)))
