@@ -11,14 +11,14 @@ import numpy as np
 from rwkv_cli.kernels.cpu.args import F32, F32_2, U16_2, U32_2, Address, Int, unpack
 from rwkv_cli.kernels.cpu.compile import FIXED_ORDER, function, kernel
 from rwkv_cli.kernels.cpu.elementwise import activate, address_of, span, widen
-from rwkv_cli.kernels.cpu.llvm.int8_dot import PLANES, STRIP, LevelGroup, WeightGroup, group_step
+from rwkv_cli.kernels.cpu.llvm.int8_dot import STRIP, LevelGroup, WeightGroup, groups_step
 from rwkv_cli.kernels.cpu.llvm.levels import CACHE_LINE, prefetch
 from rwkv_cli.kernels.cpu.rounding import BYTES_8, BYTES_15, VNNI
 from rwkv_cli.numbers import GROUP
 
 _STRIPS = 2 if VNNI else 1
-_SOME, _TWO = 4, 2
-"""Strips and tokens that are multiplied together. For many tokens, the sums of all planes fit into registers."""
+_MANY, _SOME, _TWO = 6, 4, 2
+"""Strips and tokens that are multiplied together. The integer sums of the most fit into registers."""
 GROUP_BYTES = STRIP * GROUP
 """A strip's weights in one group of 32 columns."""
 _SCALE_BYTES = STRIP * 2
@@ -79,6 +79,12 @@ class Ending(NamedTuple):
 
 
 @function()
+def _together(tokens):
+    """How many of some tokens are multiplied together."""
+    return _MANY if tokens >= _MANY else _SOME if tokens >= _SOME else _TWO if tokens >= _TWO else 1
+
+
+@function()
 def start(sums, y, bias, add):
     """sums = y if `add`, else the bias if there is one, else 0."""
     for i in range(len(sums)):
@@ -93,9 +99,8 @@ def multiplier(bits: int, halves: bool) -> Any:
 
     Their scales are float16 if they are `halves`, and float32 if not.
     """
-    most = 12 // PLANES[bits] if VNNI else 6
-    many, some, two = (group_step(_STRIPS, tokens, VNNI, bits, halves) for tokens in (most, _SOME, _TWO))
-    single = group_step(1, 1, VNNI, bits, halves)
+    many, some, two = (groups_step(_STRIPS, tokens, VNNI, bits, halves) for tokens in (_MANY, _SOME, _TWO))
+    single = groups_step(1, 1, VNNI, bits, halves)
     scale_bytes = _SCALE_BYTES if halves else 2 * _SCALE_BYTES
     level_bytes = BYTES_8 if bits == 8 else BYTES_15
 
@@ -105,9 +110,9 @@ def multiplier(bits: int, halves: bool) -> Any:
         G, T = w.groups, x.tokens
         w_strip, scale_strip = G * GROUP_BYTES, G * scale_bytes
         level_token, row, y_row = G * level_bytes, G * 4, _STRIPS * STRIP * 4
-        sums = np.zeros((most, _STRIPS * STRIP), np.float32)
+        sums = np.zeros((_MANY, _STRIPS * STRIP), np.float32)
         flat, out = sums.reshape(-1), address_of(sums)
-        together = max(most, _BLOCK_BYTES // level_token // most * most)
+        together = max(_MANY, _BLOCK_BYTES // level_token // _MANY * _MANY)
         for begin in range(0, T, together):
             stop = min(begin + together, T)
             for strip in range(0, w.strips, _STRIPS):
@@ -116,26 +121,19 @@ def multiplier(bits: int, halves: bool) -> Any:
                 first_bias = bias[0, here] if len(bias) else y[0, :0]
                 t = begin
                 while t < stop:
-                    tokens = 1
-                    if strips == _STRIPS:
-                        left = stop - t
-                        tokens = most if left >= most else _SOME if left >= _SOME else _TWO if left >= _TWO else 1
+                    tokens = _together(stop - t) if strips == _STRIPS else 1
                     for i in range(tokens):
                         start(sums[i, : strips * STRIP], y[t + i, here], first_bias, ending.add)
                     values, scales = w.values + strip * w_strip, w.scales + strip * scale_strip
                     levels, factors, offsets = x.levels + t * level_token, x.factors + t * row, x.offsets + t * row
-                    if tokens > 1:
-                        for _ in range(G):
-                            weights = WeightGroup(values, w_strip, scales, scale_strip, w.unit)
-                            group = LevelGroup(levels, level_token, factors, offsets, row)
-                            if tokens == most:
-                                many(weights, group, out, y_row)
-                            elif tokens == _SOME:
-                                some(weights, group, out, y_row)
-                            else:
-                                two(weights, group, out, y_row)
-                            values, scales = values + GROUP_BYTES, scales + scale_bytes
-                            levels, factors, offsets = levels + level_bytes, factors + 4, offsets + 4
+                    weights = WeightGroup(values, w_strip, scales, scale_strip, w.unit)
+                    group = LevelGroup(levels, level_token, factors, offsets, row)
+                    if tokens == _MANY:
+                        many(weights, group, G, out, y_row)
+                    elif tokens == _SOME:
+                        some(weights, group, G, out, y_row)
+                    elif tokens == _TWO:
+                        two(weights, group, G, out, y_row)
                     else:
                         for s in range(strips):
                             for g in range(G):
@@ -144,7 +142,7 @@ def multiplier(bits: int, halves: bool) -> Any:
                                     prefetch(at + i + _FAR)
                                 weights = WeightGroup(at, 0, scales + s * scale_strip + g * scale_bytes, 0, w.unit)
                                 group = LevelGroup(levels + g * level_bytes, 0, factors + g * 4, offsets + g * 4, 0)
-                                single(weights, group, out + s * STRIP * 4, 0)
+                                single(weights, group, 1, out + s * STRIP * 4, 0)
                     if ending.activation:
                         activate(flat[: tokens * _STRIPS * STRIP], ending.activation)
                     for i in range(tokens):

@@ -55,11 +55,11 @@ import platform, re, numba, llvmlite.binding as llvm
 platform.machine = lambda: "aarch64"
 from rwkv_cli.kernels.cpu import columns as sparse
 from rwkv_cli.kernels.cpu import wkv
-from rwkv_cli.kernels.cpu.llvm.int8_dot import LevelGroup, RowGroup, WeightGroup, group_step
+from rwkv_cli.kernels.cpu.llvm.int8_dot import LevelGroup, RowGroup, WeightGroup, groups_step
 from rwkv_cli.kernels.cpu.llvm.recurrence import DeltaStep
 llvm.initialize_all_targets(); llvm.initialize_all_asmprinters()
-product, rows, delta, f32 = group_step(1, 1, False, 15, True), sparse._one_wide, wkv._delta64, numba.float32
-def tile(x, y): product(WeightGroup(x, y, x + 1, y, f32(1)), LevelGroup(x + 2, y, x + 3, x + 4, y), x + 5, y)
+product, rows, delta, f32 = groups_step(1, 1, False, 15, True), sparse._one_wide, wkv._delta64, numba.float32
+def tile(x, y): product(WeightGroup(x, y, x + 1, y, f32(1)), LevelGroup(x + 2, y, x + 3, x + 4, y), y, x + 5, y)
 def columns(x, y): rows(RowGroup(x, y, x + 1, x + 2, y, y, x + 3, x + 4, y, x + 5, y), f32(1))
 def recurrence(x, y): delta(DeltaStep(x, y, x + 1, x + 2, x + 3, x + 4, x + 5, x + 6, y))
 machine = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(cpu="neoverse-n1", opt=3)

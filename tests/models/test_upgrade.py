@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from naive import error_ratio
 from tiny import refused
 
 import rwkv_cli
@@ -28,9 +29,10 @@ def old(version: str, kind: str) -> Path:
 
 
 def check_logits(found: np.ndarray[Any, Any], expected: list[float]) -> None:
-    """Another CPU may round an activation to the next of its 2 · 32512 levels, which costs 2e-5 here."""
+    """Version 0.1.0 had 15 bits for all activations. The 8 bits of ffn.value's move logits by some thousandths."""
     wanted = np.array(expected)
-    assert np.abs(found - wanted).max() <= 5e-5 * np.abs(wanted).max()
+    assert np.abs(found - wanted).max() <= 2e-2 * np.abs(wanted).max()
+    assert error_ratio(found, wanted) < 1e-2
 
 
 @pytest.mark.parametrize("version", EXPECTED)

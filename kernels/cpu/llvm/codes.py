@@ -102,7 +102,7 @@ class CodeGroup(NamedTuple):
 def code_step(bits: int, vnni: bool, activation_bits: int) -> Any:
     """step(CodeGroup, LevelGroup, y): y[i] += (Σ_c level[i, c] · a[c]) · (scale[i] · row[i]) · factor for 16 rows i.
 
-    It is `int8_dot.group_step` for one strip and one token, of codes.
+    It is `int8_dot.groups_step` for one strip and one token, of codes.
     """
     planes = PLANES[activation_bits]
 

@@ -153,10 +153,13 @@ class Emitter:
         return parts[0]
 
     def add_product(self, address: Any, sums: Any, scale: Any) -> None:
-        """16 float32 at `address` += sums · scale, in the one form that makes all paths round alike."""
-        b, floats = self.b, vector(F32, 16)
-        product = b.fmul(b.sitofp(sums, floats), scale, flags=("contract",))
-        self.store(b.fadd(self.load(floats, address), product, flags=("contract",)), address)
+        """16 float32 at `address` += sums · scale."""
+        self.store(self.plus_product(self.load(vector(F32, 16), address), sums, scale), address)
+
+    def plus_product(self, floats: Any, sums: Any, scale: Any) -> Any:
+        """16 float32 + sums · scale, in the one form that makes all paths round alike."""
+        product = self.b.fmul(self.b.sitofp(sums, floats.type), scale, flags=("contract",))
+        return self.b.fadd(floats, product, flags=("contract",))
 
     def two_rows(self, group: Any, n: Any, first: Any) -> list[Any]:
         """The addresses of rows n and n + 1 of a RowGroup's or a CodeRows' list, where row 0 is at `first`."""

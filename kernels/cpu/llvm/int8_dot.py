@@ -1,4 +1,4 @@
-"""The inner step of the int8 matmul: one group of 32 columns, some strips of 16 rows, some tokens.
+"""The inner step of the int8 matmul: groups of 32 columns, some strips of 16 rows, some tokens.
 
     y[t, s·16 + i] += (Σ_c w[s, c, i] · a[t, c]) · (scale[s, i] · unit) · factor[t]      i < 16, c < 32
 
@@ -23,6 +23,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from rwkv_cli.kernels.cpu.llvm.emitter import F32, I8, I16, I32, I64, Emitter, vector
+from rwkv_cli.numbers import GROUP
 
 STRIP = 16
 """Outputs that one strip of tiles holds."""
@@ -148,35 +149,63 @@ def _over_tiles(
     return e.loop(tiles, limit, TILE_BYTES, [levels, *sums], body)[1:]
 
 
-def group_step(strips: int, tokens: int, vnni: bool, bits: int, halves: bool) -> Any:
-    """The step for `strips` × `tokens`, callable from a kernel as step(WeightGroup, LevelGroup, y, y_stride).
+def groups_step(strips: int, tokens: int, vnni: bool, bits: int, halves: bool) -> Any:
+    """The step for `strips` × `tokens`, callable from a kernel as step(WeightGroup, LevelGroup, groups, y, y_stride).
 
-    Activations have so many `bits`. Scales are float16 if they are `halves`, and float32 if not. y is the address of
-    float32. y_stride leads to the next token, and strips are neighbours.
+    It takes so many groups, the first of which lie where the records say; the others follow them. Activations have so
+    many `bits`. Scales are float16 if they are `halves`, and float32 if not. y is the address of float32. y_stride
+    leads to the next token, and strips are neighbours.
     """
     sums_of = _sums_vnni if vnni else _sums_portable
+    level_bytes = GROUP * (PLANES[bits] if vnni else 2)
+    keys = [(s, t) for t in range(tokens) for s in range(strips)]
 
     @intrinsic
-    def step(typingctx, weights, levels, y, y_stride):  # noqa: ARG001
+    def step(typingctx, weights, levels, groups, y, y_stride):  # noqa: ARG001
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
             e, b = Emitter(builder), builder
-            w, a = e.record(WeightGroup, args[0]), e.record(LevelGroup, args[1])
-            y, y_stride = args[2:]
-            factors = e.places(a.factors, a.stride, tokens)
-            sums = sums_of(e, w, strips, a, tokens, bits)
-            places = e.places(w.scales, w.scale_stride, strips)
-            if halves:
-                by_unit = e.splat(w.unit, 16)
-                scales = [b.fmul(e.halves(place), by_unit) for place in places]
-            else:
-                scales = [e.load(vector(F32, 16), place) for place in places]
-            for t, out in enumerate(e.places(y, y_stride, tokens)):
-                by = e.splat(e.load(F32, factors[t]), 16)
-                for s in range(strips):
-                    e.add_product(b.add(out, I64(64 * s)), sums[s, t], b.fmul(scales[s], by))
+            first_weights, first_levels = e.record(WeightGroup, args[0]), e.record(LevelGroup, args[1])
+            groups, y, y_stride = args[2:]
+
+            def one_group(_: Any, carried: list[Any]) -> list[Any]:
+                tiles, scales_at, levels, factors_at, offsets, *floats = carried
+                w = first_weights._replace(tiles=tiles, scales=scales_at)
+                a = first_levels._replace(levels=levels, factors=factors_at, offsets=offsets)
+                sums = sums_of(e, w, strips, a, tokens, bits)
+                places = e.places(w.scales, w.scale_stride, strips)
+                if halves:
+                    by_unit = e.splat(w.unit, 16)
+                    scales = [b.fmul(e.halves(place), by_unit) for place in places]
+                else:
+                    scales = [e.load(vector(F32, 16), place) for place in places]
+                factors = [e.splat(e.load(F32, place), 16) for place in e.places(a.factors, a.stride, tokens)]
+                added = [
+                    e.plus_product(old, sums[s, t], b.fmul(scales[s], factors[t]))
+                    for old, (s, t) in zip(floats, keys, strict=True)
+                ]
+                following = (
+                    b.add(at, I64(step))
+                    for at, step in (
+                        (tiles, TILES * TILE_BYTES),
+                        (scales_at, 16 * (2 if halves else 4)),
+                        (levels, level_bytes),
+                        (factors_at, 4),
+                        (offsets, 4),
+                    )
+                )
+                return [*following, *added]
+
+            outs = e.places(y, y_stride, tokens)
+            at = {(s, t): b.add(outs[t], I64(64 * s)) for s, t in keys}
+            start = [
+                first_weights.tiles, first_weights.scales, first_levels.levels, first_levels.factors,
+                first_levels.offsets, *(e.load(vector(F32, 16), at[key]) for key in keys),
+            ]  # fmt: skip
+            for key, value in zip(keys, e.loop(I64(0), groups, 1, start, one_group)[5:], strict=True):
+                e.store(value, at[key])
             return context.get_dummy_value()
 
-        return types.void(weights, levels, types.int64, types.int64), generate
+        return types.void(weights, levels, types.int64, types.int64, types.int64), generate
 
     return step
 
@@ -209,7 +238,7 @@ class RowGroup(NamedTuple):
 def rows_step(vnni: bool, width: int, tokens: int) -> Any:
     """total[t, i] += (Σ_n w[rows[n], i] · level[t, n]) · (scale[i] · unit) · factor[t] for `width` outputs i.
 
-    It is callable as step(RowGroup, unit), float32 (see `group_step`). Bytes of two rows are interleaved, so that one
+    It is callable as step(RowGroup, unit), float32 (see `groups_step`). Bytes of two rows are interleaved, so that one
     `vpdpwssd` (or `pmaddwd`) adds both products into an output's lane.
     """
 

@@ -65,7 +65,7 @@ class ActivationGroup(NamedTuple):
 
 
 def quantize_step(vnni: bool, bits: int, lerp: bool) -> Any:
-    """The step that rounds an ActivationGroup to integers of some bits, as `group_step` takes them."""
+    """The step that rounds an ActivationGroup to integers of some bits, as `groups_step` takes them."""
     planes = PLANES[bits]
     most = MOST_LEVEL if planes == 2 else 127
 
