@@ -52,11 +52,11 @@ class Feedback:
     """The rounding of one matrix, bound to what it multiplies."""
 
     def __init__(self, products: Floats32) -> None:
-        """`products` is XᵀX [K, K]."""
+        """`products` is XᵀX [K, K], of which only what is on and above the diagonal is read. It becomes the factor."""
         K = len(products)
         self.order = _order(products.diagonal())
         """The columns in the order of rounding, those of padding included."""
-        products = products[np.ix_(self.order[:K], self.order[:K])]
+        _reorder(products, self.order[:K])
         mean = float(products.diagonal().mean())
         self.damping = np.float32(_DAMPING * mean if mean > 0 else 1)
         products[np.arange(K), np.arange(K)] += self.damping
@@ -190,6 +190,22 @@ def _order(power: Floats32) -> NDArray[np.intp]:
     rest = np.arange(whole, -(-len(power) // GROUP) * GROUP)
     first: NDArray[np.intp] = columns[np.argsort(-groups.sum(axis=1), kind="stable")].reshape(-1)
     return np.concatenate([first, rest])
+
+
+def _reorder(h: NDArray[Any], order: NDArray[np.intp]) -> None:
+    """Bring a symmetric h, of which what is below its diagonal is not read, into this order of rows and of columns.
+
+    Panels of it are copied, so that no second matrix of its size exists.
+    """
+    panels = [slice(start, stop) for start, stop in _blocks(len(h))]
+    for panel in panels:
+        corner = np.triu(h[panel, panel])
+        h[panel, panel] = corner + np.triu(corner, 1).T
+        h[panel.stop :, panel] = h[panel, panel.stop :].T
+    for panel in panels:
+        h[panel] = h[panel, order]
+    for panel in panels:
+        h[:, panel] = h[order, panel]
 
 
 def factorize(h: NDArray[Any]) -> None:

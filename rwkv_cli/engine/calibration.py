@@ -173,8 +173,10 @@ class Products:
         self._sums[names[0]].add(rows)
 
     def feedback(self, name: str) -> Feedback:
-        """The rounding of a matrix, whose products are given up."""
-        return Feedback(self._sums.pop(name).total())
+        """The rounding of a matrix, whose products are given up: they are copied only for one that shares them."""
+        own = self._sums.pop(name)
+        products = own.total()
+        return Feedback(products.copy() if own in self._sums.values() else products)
 
 
 class _Sum:

@@ -1,5 +1,6 @@
 """Rounding with feedback against GPTQ as its paper writes it, in float64, and against plain rounding."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,27 @@ def test_a_column_that_is_never_used_keeps_its_weights() -> None:
     nothing = Feedback(np.zeros((64, 64), np.float32))
     assert np.abs(stored(*nothing.quantize_rows(w, UNIT)[:2], 64) - w).max() < 0.03
     assert nothing.effect == 0
+
+
+def test_products_are_put_in_order_within_their_own_memory() -> None:
+    """What is below the diagonal is not read: sums of products leave it out."""
+    columns = 1100
+    x = inputs(1300, columns)
+    products = (x.T @ x).astype(np.float32)
+    half = np.where(np.triu(np.ones_like(products, bool)), products, np.nan)
+    tracemalloc.start()
+    found = Feedback(half)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 0.8 * products.nbytes, "panels, and no second matrix of this size"
+    order = found.order[:columns]
+    assert (order != np.arange(columns)).any()
+    want = products[np.ix_(order, order)]
+    want[np.arange(columns), np.arange(columns)] += found.damping
+    factorize(want)
+    root = want.diagonal().copy()
+    np.testing.assert_array_equal(found.weight, root * root)
+    np.testing.assert_array_equal(np.triu(found.carry), np.triu(want / root))
 
 
 @pytest.mark.parametrize("size", [1, 31, 256, 700])
