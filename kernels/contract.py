@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.program import Array, Program, Value, Weight
+from rwkv_cli.kernels.program import Array, Product, Program, Value, Weight
 
 
 class StoredMatrix(Protocol):
@@ -138,3 +138,6 @@ class Backend(Protocol):
     def product_peak(self, threads: int, rounds: int = 5) -> float | None:
         """Products of an int8 weight and an activation of 15 bits a second that it does at most, measured; None where
         that is not known."""
+
+    def work(self, product: Product) -> float:
+        """The multiply-adds of a product with one row, in units of `product_peak`."""

@@ -8,6 +8,7 @@ from rwkv_cli.kernels.cpu.limits import product_peak as product_peak
 from rwkv_cli.kernels.cpu.limits import read_bandwidth as read_bandwidth
 from rwkv_cli.kernels.cpu.lower import kernels as kernels
 from rwkv_cli.kernels.cpu.lower import lower as compile
+from rwkv_cli.kernels.cpu.products import work as work
 from rwkv_cli.kernels.cpu.weights import weight as weight
 from rwkv_cli.kernels.program import Array
 
@@ -28,6 +29,7 @@ __all__ = [
     "read_bandwidth",
     "vector",
     "weight",
+    "work",
 ]
 
 

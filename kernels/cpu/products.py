@@ -7,6 +7,7 @@
 - A few tokens read only the columns of a sparse weight whose input is not zero (`_sparse_product`).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,6 +87,12 @@ def _bits(x: p.Factor, weight: p.Weight) -> int | None:
         return None
     coarse = isinstance(weight, PackedWeight) and weight.bits == 4 and isinstance(x, p.Lerp)
     return 8 if weight.skips_zeros or coarse else 15
+
+
+def work(product: p.Product) -> float:
+    """The multiply-adds of a product with one row, each as much as what it takes of one with 15 bits."""
+    bits = _bits(product.x, product.weight) or 15
+    return math.prod(product.weight.shape) * rounding.SHAPES[bits][0] / rounding.SHAPES[15][0]
 
 
 def _plain(low: Lowering, x: p.Factor) -> View:

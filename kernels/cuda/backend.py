@@ -1,5 +1,6 @@
 """The GPU as a `contract.Backend`: weights, vectors and states lie in its memory."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from rwkv_cli.kernels.cuda.limits import product_peak as product_peak
 from rwkv_cli.kernels.cuda.limits import read_bandwidth as read_bandwidth
 from rwkv_cli.kernels.cuda.lower import lower
 from rwkv_cli.kernels.cuda.weights import weight as weight
-from rwkv_cli.kernels.program import Array, Program
+from rwkv_cli.kernels.program import Array, Product, Program
 
 name = "cuda"
 keeps_states = False
@@ -34,6 +35,7 @@ __all__ = [
     "read_bandwidth",
     "vector",
     "weight",
+    "work",
 ]
 
 
@@ -55,6 +57,10 @@ def kernels(program: Program, threads: int) -> Sequence[Loadable]:  # noqa: ARG0
 
 def limit_kernels() -> Sequence[Loadable]:
     return ()
+
+
+def work(product: Product) -> float:
+    return math.prod(product.weight.shape)
 
 
 def describe() -> str:

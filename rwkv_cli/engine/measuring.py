@@ -39,6 +39,8 @@ class Report:
     prefill_tokens_per_second: float
     prefill_deviation: float
     prefill_macs: float
+    prefill_work: float
+    """`prefill_macs` in units of the product peak: a product with 8 bits can take less than one."""
     prefill_share: float | None
     """The share of the product peak."""
     decode_tokens_per_second: float
@@ -70,6 +72,8 @@ class Traffic:
     """Multiply-adds of the layers."""
     head: int
     """Multiply-adds of the head, which a prompt needs once."""
+    work: float
+    """Those of the layers in units of the product peak."""
 
 
 def watched_tokens(model: LanguageModel, ids: Iterable[int]) -> Iterator[list[float]]:
@@ -94,7 +98,8 @@ def traffic(model: LanguageModel, ids: Iterable[int]) -> Traffic:
     skipping = np.array([p.weight.nbytes for p in products if p.weight.skips_zeros])
     read = [dense - float(skipping @ (1 - np.array(shares))) for shares in watched_tokens(model, ids)]
     macs = [math.prod(p.weight.shape) for p in products]
-    return Traffic(statistics.mean(read), dense, sum(macs[:-1]), macs[-1])
+    work = sum(model.backend.work(p) for p in products[:-1])
+    return Traffic(statistics.mean(read), dense, sum(macs[:-1]), macs[-1], work)
 
 
 IdsOf = Callable[[int], NDArray[np.int64]]
@@ -184,7 +189,7 @@ def measure(
             generate=generate,
             depth=depth,
             repetitions=repetitions,
-            prefill_share=known["prefill_macs"] / peak if peak else None,
+            prefill_share=known["prefill_work"] / peak if peak else None,
             decode_share=known["decode_bandwidth"] / bandwidth,
             read_bandwidth=bandwidth,
             product_peak=peak,
@@ -207,6 +212,7 @@ def _facts(run: _Runs, prompt: int) -> dict[str, Any]:
         "prefill_tokens_per_second": prefill,
         "prefill_deviation": _deviation(run.prefill),
         "prefill_macs": (seen.layers + seen.head / prompt) * prefill,
+        "prefill_work": (seen.work + seen.head / prompt) * prefill,
         "decode_tokens_per_second": decode,
         "decode_deviation": _deviation(run.decode),
         "decode_bandwidth": seen.read * decode,
