@@ -39,6 +39,8 @@ class Planned:
     """A function that turns the values of the source into this tensor; None leaves them as they are."""
     late: bool = False
     """True for a tensor that is rounded after all others."""
+    kept: bool = False
+    """True for a tensor that has more bits than it was to have, since those would spoil it."""
 
     @property
     def weights(self) -> int:

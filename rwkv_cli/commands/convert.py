@@ -182,20 +182,30 @@ def _report(conversion: Conversion, done: Converted | None) -> str:
 
 def _warn(done: Converted) -> None:
     """Say what is not as it usually is."""
-    from rwkv_cli.engine.calibration import USUAL_EFFECT, USUAL_KL, alarming, coarsest, hurt
+    from rwkv_cli.engine.calibration import USUAL_KL, alarming, coarsest
+    from rwkv_cli.engine.keeping import USUAL_EFFECT, spoilt
 
     if done.spoilt is not None:
         note(
             f"The embedding was kept as it is: rounded, it would be off by {done.spoilt.itself:.1%}, but by "
             f"{done.spoilt.after_norm:.1%} after its norm (ln0)."
         )
-    spoilt = hurt(done.written)
-    if spoilt:
-        worst, rest = spoilt[0].planned, len(spoilt) - 1
-        format = worst.format.NAME
+    if done.kept:
+        worst, rest = max(done.kept, key=lambda each: each.effect), len(done.kept) - 1
+        now = worst.planned.format
+        place = now.NAME if now.QUANTIZED else "the source's dtype"
+        more = f" {rest} more were kept so; rwkv info names all." if rest else ""
+        note(
+            f"{worst.planned.name} was kept in {place}: in {worst.format}, what it computes would be off by "
+            f"{worst.effect:.1%}, and {USUAL_EFFECT[worst.format]:.1%} at most is usual.{more}"
+        )
+    hurt = spoilt(done.written)
+    if hurt:
+        planned, rest = hurt[0].planned, len(hurt) - 1
+        format = planned.format.NAME
         more = f" So it is with {rest} more." if rest else ""
         note(
-            f"Warning: what {worst.name} computes is off by {spoilt[0].effect:.1%}, and {format} usually costs it "
+            f"Warning: what {planned.name} computes is off by {hurt[0].effect:.1%}, and {format} usually costs it "
             f"{USUAL_EFFECT[format]:.1%} at most.{more} Convert with more bits or --quant none, and compare with "
             "rwkv ppl --compare."
         )
@@ -211,21 +221,20 @@ def _errors(done: Sequence[Written]) -> str:
     """The size and the errors of the quantized tensors by kind, as a table; "" if there are none."""
     from rwkv_cli.models.naming import kind_of
 
-    kinds: dict[str, list[tuple[Written, float]]] = defaultdict(list)
+    kinds: dict[str, dict[str, list[Written]]] = defaultdict(lambda: defaultdict(list))
     for item in done:
-        if item.error is not None:
-            kinds[kind_of(item.planned.name)].append((item, item.error))
+        if item.error is not None or item.planned.kept:
+            kinds[kind_of(item.planned.name)][item.planned.format.NAME].append(item)
     if not kinds:
         return ""
     rows = [("tensor", "format", "MB", "bits", "mean error", "worst error", "of outputs")]
-    for kind, items in kinds.items():
-        stored = sum(item.planned.stored_bytes for item, _ in items)
-        bits = stored * 8 / sum(item.planned.weights for item, _ in items)
-        errors = [error for _, error in items]
+    for kind, format, items in ((kind, *pair) for kind, formats in kinds.items() for pair in formats.items()):
+        stored = sum(item.planned.stored_bytes for item in items)
+        bits = stored * 8 / sum(item.planned.weights for item in items)
+        errors = [item.error or 0.0 for item in items]
         mean = sum(errors) / len(errors)
-        effects = [item.effect for item, _ in items if item.effect is not None]
+        effects = [item.effect for item in items if item.effect is not None]
         of_outputs = f"{sum(effects) / len(effects):.3%}" if effects else ""
-        format = items[0][0].planned.format.NAME
         row = f"{stored / 1e6:,.2f}", f"{bits:.2f}", f"{mean:.3%}", f"{max(errors):.3%}", of_outputs
         rows.append((kind, format, *row))
     return columns(rows, right=range(2, 7))

@@ -105,6 +105,7 @@ def _show(facts: dict[str, Any], tensors: bool) -> None:
         *((key, ", ".join(facts[key])) for key in ("styles", "think") if facts[key]),
         ("source", facts["source"]),
         *(("adapter", adapter) for adapter in facts["adapters"]),
+        *(("kept in more bits", name) for name in facts["kept"]),
         *_calibration(facts["calibration"]),
         ("digest", facts["digest"]),
     ]))  # fmt: skip

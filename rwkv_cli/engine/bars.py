@@ -10,7 +10,8 @@ done."""
 Bars = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """A bar for each part of the work, by its label."""
 
-OF_TOKENS = WRITING, CHOOSING, MEASURING = "Writing a text", "Choosing formats", "Measuring"
+WRITING, KEEPING, CHOOSING, MEASURING = "Writing a text", "Judging matrices", "Choosing formats", "Measuring"
+OF_TOKENS = WRITING, KEEPING, CHOOSING, MEASURING
 """The parts of a conversion that count tokens in place of bytes."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from rwkv_cli.models.base import chunks
 from rwkv_cli.models.layerwise import Layerwise
 from rwkv_cli.quant import Checkpoint, check_regular
 from rwkv_cli.quant.formats.packed import PackedFormat
-from rwkv_cli.quant.writer import Planned, Written
+from rwkv_cli.quant.writer import Planned
 
 _TEXTS = 16
 """Texts that a model writes side by side, so that nothing depends on one beginning."""
@@ -43,11 +42,6 @@ USUAL_KL = {"int8": 2e-5, "q6": 1e-4, "q5": 4e-4, "q4": 1.2e-3}
 """What a format usually costs, in nats a token: the KL to float of a trained RWKV-7 (docs/quantization.md)."""
 _ALARMING = 25
 """Times the usual KL from which a model is called damaged."""
-
-USUAL_EFFECT = {"int8": 0.002, "q6": 0.007, "q5": 0.015, "q4": 0.025}
-"""The most that a format usually costs a matrix: the relative error of its outputs in the same model."""
-_HURT = 6
-"""Times the usual error of outputs from which a matrix is named."""
 
 
 @dataclass(frozen=True)
@@ -224,16 +218,6 @@ def coarsest(plan: Sequence[Planned]) -> str | None:
 def alarming(loss: Loss, format: str) -> bool:
     """True if a format has cost far more than it usually does."""
     return not loss.kl < _ALARMING * USUAL_KL[format]
-
-
-def hurt(written: Sequence[Written]) -> list[Written]:
-    """The matrices whose outputs rounding changed far more than it usually does, the worst first."""
-    found = []
-    for item in written:
-        most = _HURT * USUAL_EFFECT.get(item.planned.format.NAME, math.inf)
-        if item.effect is not None and item.effect > most:
-            found.append(item)
-    return sorted(found, key=lambda item: -(item.effect or 0))
 
 
 def first_token(ends: Collection[int]) -> int:

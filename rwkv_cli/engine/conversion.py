@@ -24,7 +24,8 @@ from rwkv_cli.engine.calibration import (
 )
 from rwkv_cli.engine.inside import check_kind, template_inside, tokenizer_inside
 from rwkv_cli.engine.json_tokenizer import JsonTokenizer
-from rwkv_cli.engine.mixture import check_bits, mixed
+from rwkv_cli.engine.keeping import Kept, judge, keep
+from rwkv_cli.engine.mixture import check_bits, mixed, with_lowest
 from rwkv_cli.engine.recipes import LADDER, RECIPES, mixture_name
 from rwkv_cli.engine.rounding import ROUNDING_KERNELS, Judgement, Loss, Plain, judge_embedding
 from rwkv_cli.engine.stored import template_beside
@@ -61,6 +62,8 @@ class Converted:
     written: Sequence[Written]
     spoilt: Judgement | None
     """What rounding would have done to the embedding, if it was kept from it."""
+    kept: Sequence[Kept]
+    """The matrices that have more bits than they were to have."""
     text: Text | None
     loss: Loss | None
     """What quantizing cost on a part of the text, if there is one."""
@@ -151,7 +154,10 @@ class Conversion:
     @property
     def kernels(self) -> list[Loadable]:
         """The kernels that `write` needs."""
-        names = sorted({planned.format.NAME for planned in self.contents.plan} | set(LADDER if self.bits else ()))
+        formats = {planned.format.NAME for planned in self.contents.plan}
+        if self.calibrate != "none":
+            formats |= set(LADDER) if self.bits else {"int8"}  # what is kept gets int8
+        names = sorted(formats)
         kernels = [kernel for name in names for kernel in ROUNDING_KERNELS.get(name, ())]
         if self.calibrate != "none":
             kernels += [*FEEDBACK, *self.source_model.kernels("last", "every")]
@@ -164,20 +170,28 @@ class Conversion:
         spoilt = judgement if judgement is not None and judgement.spoilt else None
         if spoilt:
             whole = floats.LAYOUTS["table"]
-            plan = [replace(p, layout=whole) if p.name == "emb.weight" else p for p in contents.plan]
+            plan = [replace(p, layout=whole, kept=True) if p.name == "emb.weight" else p for p in contents.plan]
             contents = replace(contents, plan=plan)
         text = self._text(bar) if self.calibrate != "none" else None
-        if self.bits is not None and text is not None:
-            contents = mixed(contents, self.bits, self.source_model, text.learned, bar)
-        kept = judge_embedding(contents.plan, self.config)
-        effects = {} if kept is None else {"emb.weight": kept.after_norm}
+        kept: Sequence[Kept] = []
+        if text is not None:
+            coarsest = contents if self.bits is None else with_lowest(contents)
+            kept = judge(coarsest.plan, self.source_model, text.learned, bar)
+            contents = keep(contents, kept)
+            if self.bits is not None:
+                contents = mixed(contents, self.bits, self.source_model, text.learned, bar)
+        names = [planned.name for planned in contents.plan if planned.kept]
+        if names:
+            contents = replace(contents, metadata={**contents.metadata, "kept": names})
+        embedding = judge_embedding(contents.plan, self.config)
+        effects = {} if embedding is None else {"emb.weight": embedding.after_norm}
         rounding: Plain = Plain(effects)
         if text is not None:
             rounding = Calibrated(self.source_model, text, effects, bar)
             contents = replace(contents, metadata={**contents.metadata, "calibration": facts(text)})
         with bar("Converting", contents.source_bytes) as progress:
             written = write(dst, contents, rounding, overwrite=overwrite, progress=progress)
-        return Converted(contents, written, spoilt, text, rounding.loss)
+        return Converted(contents, written, spoilt, kept, text, rounding.loss)
 
     def _text(self, bar: Bars) -> Text:
         """The text to calibrate on."""

@@ -1,7 +1,7 @@
 """What a converted file tells without its weights."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -21,6 +21,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         size = checkpoint.stored_bytes(name)  # and with it a check that every array is there
         row |= {"dtype": checkpoint.stored[name].dtype, "bytes": size}
         rows.append(row | {"error": checkpoint.error(name)})
+    kept = checkpoint.metadata("kept", list, [])
     parameters = sum(prod(row["shape"]) for row in rows)
     return {
         "path": str(checkpoint.path),
@@ -34,22 +35,26 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "adapters": checkpoint.metadata("adapters", list, []),
         "calibration": _calibration(checkpoint),
         "digest": checkpoint.digest,
-        "formats": _formats(rows),
+        "formats": _formats(rows, kept),
+        "kept": kept,
         "tensors": rows,
     }
 
 
-def _formats(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _formats(rows: Sequence[Mapping[str, Any]], kept: Collection[str]) -> dict[str, dict[str, Any]]:
     """Tell the format and the bits of each kind of weights."""
     kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    names: dict[str, str] = {}
+    names: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         format, kind = format_of(row["layout"]), mixed_kind(row["name"])
-        if format is not None and format.QUANTIZED:
+        if format is not None and (format.QUANTIZED or row["name"] in kept):
             kinds[kind].append(row)
-            names[kind] = format.NAME
+            names[kind].append(format.NAME)
     return {
-        kind: {"format": names[kind], "bits": 8 * sum(r["bytes"] for r in each) / sum(prod(r["shape"]) for r in each)}
+        kind: {
+            "format": ", ".join(dict.fromkeys(names[kind])),
+            "bits": 8 * sum(row["bytes"] for row in each) / sum(prod(row["shape"]) for row in each),
+        }
         for kind, each in kinds.items()
     }
 

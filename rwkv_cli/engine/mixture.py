@@ -4,6 +4,7 @@ The KL that small independent errors cost adds up, and it grows with their squar
 alone and in one format, and the squared errors of the other formats tell what these would cost.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -44,14 +45,19 @@ class Option(NamedTuple):
 
 
 def with_formats(contents: Contents, formats: Formats) -> Contents:
-    """The contents with their quantized tensors in these formats."""
+    """The contents with their quantized tensors in these formats, but for those that are kept."""
     plan = [
         replace(planned, layout=relaid(planned.layout, formats[mixed_kind(planned.name)]))
-        if planned.format.QUANTIZED
+        if _free(planned)
         else planned
         for planned in contents.plan
     ]
     return replace(contents, plan=plan)
+
+
+def with_lowest(contents: Contents) -> Contents:
+    """The contents with the fewest bits that a mixture may give their tensors."""
+    return with_formats(contents, defaultdict(lambda: LADDER[0]))
 
 
 def bounds(contents: Contents) -> tuple[float, float]:
@@ -78,7 +84,7 @@ def mixed(contents: Contents, bits: float, source: Model, ids: NDArray[np.int64]
     """
     check_bits(contents, bits)
     options = measure(contents, source, ids[:_TOKENS], bar)
-    fixed = sum(planned.stored_bytes for planned in contents.plan if not planned.format.QUANTIZED)
+    fixed = sum(planned.stored_bytes for planned in contents.plan if not _free(planned))
     return with_formats(contents, choose(options, int(bits * contents.weights / 8) - fixed))
 
 
@@ -89,7 +95,7 @@ def measure(contents: Contents, source: Model, ids: NDArray[np.int64], bar: Bars
     """
     kinds: dict[str, list[Planned]] = {}
     for planned in contents.plan:
-        if planned.format.QUANTIZED:
+        if _free(planned):
             kinds.setdefault(mixed_kind(planned.name), []).append(planned)
     options = {}
     with bar(CHOOSING, (len(kinds) + 1) * len(ids)) as progress:
@@ -131,9 +137,14 @@ def choose(options: Mapping[str, Sequence[Option]], room: int) -> dict[str, str]
     return dict(zip(options, best[-1][2], strict=True))
 
 
+def _free(planned: Planned) -> bool:
+    """True for a tensor whose format a mixture chooses."""
+    return planned.format.QUANTIZED and not planned.kept
+
+
 def _bytes(planned: Planned) -> dict[str, int]:
     """The bytes of a tensor in each format."""
-    if not planned.format.QUANTIZED:
+    if not _free(planned):
         return dict.fromkeys(LADDER, planned.stored_bytes)
     return {f: replace(planned, layout=relaid(planned.layout, f)).stored_bytes for f in LADDER}
 

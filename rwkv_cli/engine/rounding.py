@@ -86,15 +86,30 @@ def judge_embedding(plan: Sequence[Planned], config: Config) -> Judgement | None
     emb = by_name["emb.weight"]
     if not emb.format.QUANTIZED or config.embedding_normed:
         return None
-    count = emb.shape[0]
-    places = np.unique(np.linspace(0, count - 1, min(_SAMPLE, count)).astype(int))
-    rows = np.concatenate([emb.source.float32(n, n + 1) for n in places])
+    rows = sample(emb, _SAMPLE)
     weight = by_name["blocks.0.ln0.weight"].source.float32().reshape(-1)
     if not (np.isfinite(rows).all() and np.isfinite(weight).all()):
         return None  # the writer refuses such a tensor by its name
     kept = stored(emb, rows)
-    pairs = [(rows, kept), (_normed(rows, weight, config.norm_eps), _normed(kept, weight, config.norm_eps))]
-    return Judgement(*(float(np.linalg.norm(b - a)) / max(float(np.linalg.norm(a)), 1e-30) for a, b in pairs))
+    normed = (_normed(each, weight, config.norm_eps) for each in (rows, kept))
+    return Judgement(off(rows, kept), off(*normed))
+
+
+def off(exact: NDArray[Any], kept: NDArray[Any]) -> float:
+    """The relative error of what is kept."""
+    return float(np.linalg.norm(kept - exact)) / max(float(np.linalg.norm(exact)), 1e-30)
+
+
+def sample(planned: Planned, most: int) -> NDArray[np.float32]:
+    """At most so many rows of a tensor, from its first to its last."""
+    count = planned.shape[0]
+    places = np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
+    rows: NDArray[np.float32]
+    if planned.derive is None:
+        rows = np.concatenate([planned.source.float32(n, n + 1) for n in places])
+    else:
+        rows = planned.whole()[places]
+    return rows
 
 
 def encoded(planned: Planned, rows: NDArray[np.float32]) -> Encoded:

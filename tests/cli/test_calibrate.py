@@ -14,7 +14,9 @@ import pytest
 import tiny
 from click.testing import Result
 
+import rwkv_cli
 from rwkv_cli.engine import calibration, conversion
+from rwkv_cli.engine.bars import no_bars
 from rwkv_cli.quant import Checkpoint, open_source
 
 Run = Callable[..., Result]
@@ -126,21 +128,70 @@ def test_a_usual_embedding_is_rounded_and_its_effect_shown(rwkv: Run, tmp_path: 
     assert "kept" not in result.stderr
 
 
-@pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("quant", ["int8", "q4"])
-def test_a_matrix_that_rounding_spoils_is_named(rwkv: Run, tmp_path: Path, quant: str) -> None:
-    """A column is a thousand times as large as the others and its input a thousandth: the same results in float."""
+def large_columns(folder: Path, times: int) -> tuple[Path, Path]:
+    """Two models that are the same in float. One has columns that are so many times as large, and their inputs less."""
     weights = {name: array.copy() for name, array in tiny.weights("7", vocab=256, layers=2, width=64, ffn=64).items()}
-    plain = tiny.write_pth(tmp_path / "plain.pth", weights, "F32")
-    told = rwkv("convert", plain, tmp_path / "a", "--quant", quant, "--calibrate", "self")
-    assert "is off by" not in told.stderr
+    usual = tiny.write_pth(folder / "usual.pth", weights, "F32")
     for part in ("weight", "bias"):
-        weights[f"blocks.1.ln2.{part}"][::32] /= 1000
-    weights["blocks.1.ffn.key.weight"][:, ::32] *= 1000
-    source = tiny.write_pth(tmp_path / "m.pth", weights, "F32")
-    told = rwkv("convert", source, tmp_path / "m", "--quant", quant, "--calibrate", "self")
+        weights[f"blocks.1.ln2.{part}"][::32] /= times
+    weights["blocks.1.ffn.key.weight"][:, ::32] *= times
+    return usual, tiny.write_pth(folder / "m.pth", weights, "F32")
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("options", "times", "kept"),
+    [
+        (["--quant", "int8", "--calibrate", "self"], 1024, "float"),
+        (["--quant", "q4"], 1024, "float"),
+        (["--quant", "q4"], 16, "int8"),
+        (["--bits", "8"], 16, "int8"),
+    ],
+)
+def test_a_matrix_that_rounding_would_spoil_is_kept(
+    rwkv: Run, tmp_path: Path, options: list[str], times: int, kept: str
+) -> None:
+    """What it costs is then what the same model costs whose columns are alike."""
+    usual, source = large_columns(tmp_path, times)
+    told = rwkv("convert", usual, tmp_path / "usual", *options)
+    assert not re.search("kept|off by", told.stderr)
+    assert json.loads(rwkv("info", tmp_path / "usual", "--json").stdout)["kept"] == []
+    told = rwkv("convert", source, tmp_path / "m", *options)
     assert told.exit_code == 0, told.output
-    says = rf"Warning: what blocks\.1\.ffn\.key\.weight computes is off by [0-9.]+%, and {quant} usually costs"
+    place = "int8" if kept == "int8" else "the source's dtype"
+    says = rf"blocks\.1\.ffn\.key\.weight was kept in {place}: in \w+, what it computes would be off by \d+\.\d%, and"
+    assert re.search(says, " ".join(told.stderr.split()))
+    assert "Warning" not in told.stderr
+    assert re.search(rf"^ffn\.key +{kept} ", told.stdout, re.MULTILINE)
+    facts = json.loads(rwkv("info", tmp_path / "m", "--json").stdout)
+    assert facts["kept"] == ["blocks.1.ffn.key.weight"]
+    assert kept in facts["formats"]["ffn.key"]["format"].split(", ")
+    assert "--bits" not in options or facts["bits_per_weight"] <= 8
+    told = rwkv("info", tmp_path / "m")
+    assert re.search(r"^kept in more bits +blocks\.1\.ffn\.key\.weight$", told.stdout, re.MULTILINE)
+    model, other = Checkpoint(tmp_path / "m"), Checkpoint(tmp_path / "usual")
+    assert (model.layout("blocks.1.ffn.key.weight")["layout"] == "float") == (kept == "float")
+    kl, usually = (each.metadata("calibration", dict)["kl"] for each in (model, other))
+    assert kl < (1.5 if "--bits" in options else 1.2) * usually  # kept bits are missing elsewhere in a mixture
+
+
+@pytest.mark.parametrize("quant", ["int8", "q6", "q4"])
+def test_no_matrix_of_a_trained_model_is_kept(quant: str) -> None:
+    found = conversion.Conversion.of(Path(rwkv_cli.__file__).parent / "storyteller.pth", quant)
+    assert found.tokenizer is not None
+    ids = np.array(found.tokenizer.encode("Once upon a time there was a little girl who had a red ball. " * 6))
+    assert conversion.judge(found.contents.plan, found.source_model, ids, no_bars) == []
+
+
+@pytest.mark.usefixtures("few")
+def test_a_matrix_that_is_spoilt_without_notice_is_named(
+    rwkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text that calibrates is longer than what is judged before."""
+    _, source = large_columns(tmp_path, 1024)
+    monkeypatch.setattr(conversion, "judge", lambda *_: [])
+    told = rwkv("convert", source, tmp_path / "m", "--quant", "q4")
+    says = r"Warning: what blocks\.1\.ffn\.key\.weight computes is off by [0-9.]+%, and q4 usually costs"
     assert re.search(says, " ".join(told.stderr.split()))
 
 
