@@ -17,8 +17,9 @@ import functools
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +85,13 @@ def write_rounded(source: Path, target: Path, rounded: Callable[[str, NDArray[np
     return bits / sum(w.size for w in tensors.values())
 
 
+class _Bytes(Scorer):
+    """A scorer that takes bytes as they are. Pairs of b and 0 would be refused as UTF-16."""
+
+    def _blocks(self, stream: BinaryIO) -> Iterator[bytes]:
+        yield stream.read()
+
+
 def main() -> None:
     """Convert three ways, score, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,7 +132,8 @@ def main() -> None:
         for label, *_ in schemes[1:]:
             model = LanguageModel.load(folder / label)
             limit = None if args.pairs else args.limit
-            s = Scorer(model, reference, start_token=0, limit=limit).score(text, lambda *_: None)
+            scorer = (_Bytes if args.pairs else Scorer)(model, reference, start_token=0, limit=limit)
+            s = scorer.score(text, lambda *_: None)
             c, facts = s.comparison, describe(Checkpoint(folder / label))
             assert c is not None
             print(
