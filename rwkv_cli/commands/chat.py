@@ -22,6 +22,7 @@ from rwkv_cli.commands.options import (
     template_options,
 )
 from rwkv_cli.commands.texts import read_text
+from rwkv_cli.errors import SessionError
 from rwkv_cli.terminal.settings import MAX_TOKENS
 
 
@@ -137,4 +138,4 @@ def command(
     else:
         repl.converse()
     if repl.unsaved:
-        raise SystemExit(1)
+        raise SessionError("the chat's last turns are not on disk, for the reason above")

@@ -18,7 +18,7 @@ _PRESETS = "presets"
 
 
 class Defaults(dict[str, Any]):
-    """What Click takes for the options of a command that are not given, by the names of their parameters.
+    """The values that Click takes for the options of a command that are not given, by the names of their parameters.
 
     Those of the commands in a group are made when they are asked for, so that no other command is loaded.
     """

@@ -1,4 +1,4 @@
-"""What shows how far long work is."""
+"""Displays of how far long work is."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -56,7 +56,7 @@ CALIBRATED = {"int8": "none", "q6": "self", "q5": "self", "q4": "self", "none": 
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of a conversion."""
+    """The outcome of a conversion."""
 
     contents: Contents
     written: Sequence[Written]

@@ -1,4 +1,4 @@
-"""What a converted file tells without its weights."""
+"""Facts that a converted file tells without its weights."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence

@@ -146,7 +146,7 @@ class _Runs:
         self.decode.append(tokens / (time.perf_counter() - begin))
 
     def traffic(self) -> Traffic:
-        """What each of a few tokens reads."""
+        """The bytes that each of a few tokens reads."""
         return traffic(self.model, self._ids[:_SAMPLE])
 
 

@@ -1,4 +1,4 @@
-"""Which format each tensor of a model is stored in, by the name that `--quant` has for it."""
+"""The format that each tensor of a model is stored in, by the name that `--quant` has for it."""
 
 import re
 from collections.abc import Mapping

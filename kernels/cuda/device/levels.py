@@ -133,7 +133,7 @@ def put_group(y: Float, at: Any, token: Int, puts: Any) -> None:
 
 @function
 def operand_of(row: Address) -> Any:
-    """What `mixed` needs of a row whose first fields are those of a `FactorRow`."""
+    """The operand of `mixed`, from a row whose first fields are those of a `FactorRow`."""
     x, x_stride, delta = i64(row + FACTOR.x), i64(row + FACTOR.x_stride), i64(row + FACTOR.delta)
     delta_stride, mix = i64(row + FACTOR.delta_stride), i64(row + FACTOR.mix)
     return x, x_stride, delta, delta_stride, mix, i64(row + FACTOR.mix_stride), i64(row + FACTOR.K)

@@ -1,4 +1,4 @@
-"""What becomes of a product's sums, of int8, codes or floats: bias, activation, and where they go."""
+"""The end of a product of int8, codes or floats: bias, activation, and the place of its sums."""
 
 from typing import Any, NamedTuple
 
