@@ -1,6 +1,7 @@
 """Things that every test may use: tiny converted models, the shared data where it lies, and a cache of its own."""
 
 import os
+import signal
 
 # numba reads it when it is imported: the tests' CUDA kernels run in its simulator, which needs no GPU
 os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
@@ -16,6 +17,13 @@ from click.testing import CliRunner, Result
 os.environ["RWKV_MODELS"] = os.environ["RWKV_CONFIG"] = os.devnull
 
 SHARED = Path(os.environ.get("RWKV_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_configure() -> None:
+    """Have Ctrl-C do what it does in a terminal. A background shell has its jobs ignore it, and so would all processes
+    that tests start and interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -213,11 +213,14 @@ def test_an_interrupted_calibration_leaves_nothing(tmp_path: Path, source: Path,
         "from rwkv_cli.main import main; main()"
     )
     command = [sys.executable, "-c", code, "convert", source, folder / "m", "--calibrate", "self"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not mark.exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    assert [path.suffix for path in folder.iterdir()] == [".part"]
-    process.send_signal(number)
-    assert process.wait(30) != 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not mark.exists():
+                assert process.poll() is None
+                time.sleep(0.02)
+            assert [path.suffix for path in folder.iterdir()] == [".part"]
+            process.send_signal(number)
+            assert process.wait(30) == (1 if number == signal.SIGINT else 128 + number)
+        finally:
+            process.kill()
     assert list(folder.iterdir()) == []

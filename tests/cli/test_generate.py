@@ -19,10 +19,6 @@ import rwkv_cli
 from rwkv_cli.commands.texts import read_text
 
 Run = Callable[..., Result]
-# Python ignores SIGINT where its parent did, as the children of a background shell do
-SCRIPT = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from rwkv_cli.main import main; main()"
-)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RWKV_MODEL"}
 
 
@@ -253,7 +249,8 @@ def test_a_closed_pipe_ends_it_quietly(byte_model: Path, tmp_path: Path) -> None
 
 
 def test_ctrl_c_ends_it_without_a_traceback(byte_model: Path) -> None:
-    command = [sys.executable, "-c", SCRIPT, "generate", "hi", "-m", str(byte_model), "--ignore-eos", "-n", "10000000"]
+    options = "-m", str(byte_model), "--ignore-eos", "-n", "10000000"
+    command = [sys.executable, "-m", "rwkv_cli", "generate", "hi", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
         try:
             assert process.stdout is not None

@@ -17,11 +17,8 @@ from click.testing import Result
 pexpect = pytest.importorskip("pexpect")
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
-# Python ignores SIGINT where its parent did, as the children of a background shell do
-SCRIPT = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "signal.signal(signal.SIGHUP, signal.SIG_DFL); from rwkv_cli.main import main; main()"
-)
+# Python ignores SIGHUP where its parent did, as what nohup starts does
+SCRIPT = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from rwkv_cli.main import main; main()"
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|[\r\x08]")
 
 
