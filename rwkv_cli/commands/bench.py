@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rwkv_cli.commands.options import ModelWord, model_options, open_model
+from rwkv_cli.commands.options import compare_option, model_options, open_model, whole_option
 from rwkv_cli.terminal.output import columns, progress_bar
-from rwkv_cli.terminal.settings import Whole
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,40 +22,11 @@ if TYPE_CHECKING:
 
 @click.command("bench")
 @model_options
-@click.option(
-    "-p",
-    "--prompt",
-    type=Whole(min=2),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Tokens of the prompt to read.",
-)
-@click.option(
-    "-n",
-    "--generate",
-    type=Whole(min=1),
-    default=128,
-    show_default=True,
-    metavar="N",
-    help="Tokens to write.",
-)
-@click.option("-r", "--repetitions", type=Whole(min=1), default=5, show_default=True, metavar="R", help="Runs of each.")
-@click.option(
-    "-d",
-    "--depth",
-    type=Whole(min=0),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Tokens that the model has read before.",
-)
-@click.option(
-    "--compare",
-    type=ModelWord(),
-    metavar="OTHER",
-    help="Measure another model, or the same one in another format, in turns, and show both side by side.",
-)
+@whole_option("-p", "--prompt", default=512, least=2, help="Tokens of the prompt to read.")
+@whole_option("-n", "--generate", default=128, help="Tokens to write.")
+@whole_option("-r", "--repetitions", default=5, metavar="R", help="Runs of each.")
+@whole_option("-d", "--depth", default=0, least=0, help="Tokens that the model has read before.")
+@compare_option("Measure another model, or the same one in another format, in turns, and show both side by side.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; with --compare one a model.")
 def command(
     *,

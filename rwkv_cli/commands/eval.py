@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rwkv_cli.commands.options import ModelWord, make_ready, model_options, open_model, plot_option
+from rwkv_cli.commands.options import compare_option, make_ready, model_options, open_model, plot_option, whole_option
 from rwkv_cli.terminal.output import columns, note, one_line, progress_bar
 from rwkv_cli.terminal.plot import plot_recall
-from rwkv_cli.terminal.settings import Whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,18 +29,8 @@ _ITEMS = {"arithmetic": 100, "recall": 16}
 @click.command("eval")
 @click.argument("tasks", nargs=-1, required=True, metavar="TASK...")
 @model_options
-@click.option(
-    "--compare",
-    type=ModelWord(),
-    metavar="OTHER",
-    help="Give the same items to this model too, and say how far MODEL is from it.",
-)
-@click.option(
-    "--limit",
-    type=Whole(min=1),
-    metavar="N",
-    help="Items of each part of a task; default: all of a file, 100 of arithmetic, 16 of recall.",
-)
+@compare_option("Give the same items to this model too, and say how far MODEL is from it.")
+@whole_option("--limit", help="Items of each part of a task; default: all of a file, 100 of arithmetic, 16 of recall.")
 @click.option(
     "--prompt",
     "form",
@@ -49,30 +38,9 @@ _ITEMS = {"arithmetic": 100, "recall": 16}
     help="How a question is written, with \\n for a line break. The answer follows after a blank. Default: "
     "Question: {question}\\nAnswer:",
 )
-@click.option(
-    "--digits",
-    type=Whole(1, 100),
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="Digits of the longest numbers of arithmetic.",
-)
-@click.option(
-    "--distance",
-    type=Whole(min=1),
-    default=65536,
-    show_default=True,
-    metavar="N",
-    help="Tokens of the longest distance of recall.",
-)
-@click.option(
-    "--seed",
-    type=Whole(min=0),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Another seed makes other items of arithmetic and recall.",
-)
+@whole_option("--digits", default=3, most=100, help="Digits of the longest numbers of arithmetic.")
+@whole_option("--distance", default=65536, help="Tokens of the longest distance of recall.")
+@whole_option("--seed", default=0, least=0, help="Another seed makes other items of arithmetic and recall.")
 @plot_option("recall by distance, a line for each model")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a part of a task.")
 def command(

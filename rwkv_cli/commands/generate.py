@@ -16,6 +16,7 @@ from rwkv_cli.commands.options import (
     check_draft,
     check_there,
     draft_options,
+    file_option,
     make_ready,
     model_options,
     open_model,
@@ -24,12 +25,12 @@ from rwkv_cli.commands.options import (
     ray_options,
     sampling_options,
     state_option,
+    whole_option,
 )
 from rwkv_cli.commands.texts import read_text
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.terminal.compiling import load_kernels
 from rwkv_cli.terminal.output import note, reading_bar
-from rwkv_cli.terminal.settings import Whole
 from rwkv_cli.terminal.wrap import answer_writer
 
 if TYPE_CHECKING:
@@ -40,15 +41,7 @@ if TYPE_CHECKING:
 @click.command("generate")
 @click.argument("prompt", nargs=-1, metavar="[PROMPT]")
 @model_options
-@click.option(
-    "-n",
-    "--max-tokens",
-    type=Whole(min=1),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="End after N tokens.",
-)
+@whole_option("-n", "--max-tokens", default=256, help="End after N tokens.")
 @sampling_options
 @draft_options
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
@@ -65,43 +58,24 @@ if TYPE_CHECKING:
 )
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end the text.")
 @state_option
-@click.option(
+@file_option(
     "--load-state",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
     help="Go on after the text whose state --save-state kept, random numbers too; PROMPT may then be left out.",
 )
-@click.option(
-    "--save-state", type=click.Path(path_type=Path), metavar="FILE", help="Keep the state after PROMPT and its text."
-)
-@click.option(
+@file_option("--save-state", help="Keep the state after PROMPT and its text.")
+@file_option(
     "--prompt-cache",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
     help="Keep the state after PROMPT: the next prompt that begins with all of it reads on from there.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end instead of text as it comes.")
-@click.option(
-    "--batch",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Continue all prompts of FILE (- for standard input), a JSON object a line.",
-)
-@click.option(
+@file_option("--batch", help="Continue all prompts of FILE (- for standard input), a JSON object a line.")
+@file_option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
     metavar="OUT",
     help="With --batch: add the answers to OUT; those that it has already are not made again.",
 )
-@click.option(
-    "--batch-size",
-    type=Whole(min=1),
-    default=8,
-    show_default=True,
-    metavar="N",
-    help="With --batch: how many prompts go through the model together.",
-)
+@whole_option("--batch-size", default=8, help="With --batch: how many prompts go through the model together.")
 @ray_options
 def command(
     *,

@@ -25,6 +25,31 @@ if TYPE_CHECKING:
     from rwkv_cli.models.base import Head
 
 Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
+
+
+def together(*options: Decorator) -> Decorator:
+    """Return what adds all these options to a command, in this order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def whole_option(
+    *names: str, help: str, default: int | None = None, metavar: str = "N", least: int = 1, most: int | None = None
+) -> Decorator:
+    """Add an option that is a whole number within bounds. The help shows both, and its default if it has one."""
+    kind = Whole(least, most)
+    return click.option(*names, type=kind, default=default, show_default=True, metavar=metavar, help=help)
+
+
+def file_option(*names: str, help: str, metavar: str = "FILE") -> Decorator:
+    """Add an option that names a file. The command gets `Path | None`."""
+    return click.option(*names, type=click.Path(path_type=Path), metavar=metavar, help=help)
 
 
 class ModelWord(click.ParamType[str]):
@@ -72,17 +97,21 @@ def _bring_presets(ctx: click.Context, _param: click.Parameter, word: str | None
     return word
 
 
-def model_options(command: Command) -> Command:
-    """Add -m, --threads and --device. The command gets `model: str | None`, `threads` and `device`."""
-    options = [
-        model_option,
-        click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads; default: one a core."),
-        click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True,
-                     help="Where to run."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+device_options = together(
+    whole_option("--threads", help="CPU threads; default: one a core."),
+    click.option(
+        "--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True, help="Where to run."
+    ),
+)
+"""Adds --threads and --device. The command gets `threads: int | None` and `device: str`."""
+
+model_options = together(model_option, device_options)
+"""Adds -m, --threads and --device."""
+
+
+def compare_option(help: str) -> Decorator:
+    """Add --compare, another model that goes through the same. The command gets `compare: str | None`."""
+    return click.option("--compare", type=ModelWord(), metavar="OTHER", help=help)
 
 
 def sampling_options(command: Command) -> Command:
@@ -97,44 +126,32 @@ TEMPLATE_NAMES = ["world", "g1", "g1h", "raven", "qa", "plain"]
 """The templates that --template names."""
 
 
-def template_options(command: Command) -> Command:
-    """Add --template, --style and --think. The command gets None for an option that is not given."""
-    options = [
-        click.option("--template", type=click.Choice(TEMPLATE_NAMES),
-                     help="How turns are written; default: what conversion found."),
-        click.option("--style", type=click.Choice(["bot", "assistant", "function_calling"]),
-                     help="The style of template g1h; default: bot."),
-        click.option("--think", type=click.Choice(["off", "on", "short", "long", "fast"]),
-                     help="How long a reasoning model (G1) thinks before it answers; default: on for such models."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+template_options = together(
+    click.option(
+        "--template", type=click.Choice(TEMPLATE_NAMES), help="How turns are written; default: what conversion found."
+    ),
+    click.option(
+        "--style",
+        type=click.Choice(["bot", "assistant", "function_calling"]),
+        help="The style of template g1h; default: bot.",
+    ),
+    click.option(
+        "--think",
+        type=click.Choice(["off", "on", "short", "long", "fast"]),
+        help="How long a reasoning model (G1) thinks before it answers; default: on for such models.",
+    ),
+)
+"""Adds --template, --style and --think. The command gets None for an option that is not given."""
 
 
-def quant_option(command: Command) -> Command:
-    """Add --quant, what weights become in a converted file."""
-    return click.option(
-        "--quant",
-        type=click.Choice(["int8", "q6", "q5", "q4", "none"]),
-        default="int8",
-        show_default=True,
-        help="Bits of most weights: int8 8.5, q6 6.25, q5 5.25, q4 4.25; none: the source's values.",
-    )(command)
-
-
-def ray_options(command: Command) -> Command:
-    """Add --ray and --ray-workers. The command gets `ray: str | None` and `ray_workers: int | None`."""
-    options = [
-        click.option("--ray", is_flag=False, flag_value="local", callback=_address, metavar="[ADDRESS]",
-                     help="Spread the work over a Ray cluster: HOST:PORT of its head, auto, or local (the default), "
-                     "one that ends with the command."),
-        click.option("--ray-workers", type=Whole(min=1), metavar="N",
-                     help="With --ray: how many workers, each with its share of the cores; default: one a machine."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+quant_option = click.option(
+    "--quant",
+    type=click.Choice(["int8", "q6", "q5", "q4", "none"]),
+    default="int8",
+    show_default=True,
+    help="Bits of most weights: int8 8.5, q6 6.25, q5 5.25, q4 4.25; none: the source's values.",
+)
+"""Adds --quant, what weights become in a converted file."""
 
 
 def _address(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -145,6 +162,24 @@ def _address(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
     if not (host and colon and port.isdecimal()) or "/" in value:
         raise click.BadParameter(f"{value} is not local, auto or HOST:PORT; write --ray local, or put --ray at the end")
     return value
+
+
+ray_options = together(
+    click.option(
+        "--ray",
+        is_flag=False,
+        flag_value="local",
+        callback=_address,
+        metavar="[ADDRESS]",
+        help="Spread the work over a Ray cluster: HOST:PORT of its head, auto, or local (the default), "
+        "one that ends with the command.",
+    ),
+    whole_option(
+        "--ray-workers",
+        help="With --ray: how many workers, each with its share of the cores; default: one a machine.",
+    ),
+)
+"""Adds --ray and --ray-workers. The command gets `ray: str | None` and `ray_workers: int | None`."""
 
 
 def place_of(ray: str | None, workers: int | None, threads: int | None, device: str) -> "Place | None":
@@ -160,13 +195,11 @@ def place_of(ray: str | None, workers: int | None, threads: int | None, device: 
     return Place(ray, workers, threads, device)
 
 
-def state_option(command: Command) -> Command:
-    """Add --state, a file for `models.tuned.read_tuned_state`. The command gets `state: Path | None`."""
-    text = "Start from a tuned initial state (.pth or .safetensors)."
-    return click.option("--state", type=click.Path(path_type=Path), metavar="FILE", help=text)(command)
+state_option = file_option("--state", help="Start from a tuned initial state (.pth or .safetensors).")
+"""Adds --state, a file for `models.tuned.read_tuned_state`."""
 
 
-def plot_option(what: str) -> Callable[[Command], Command]:
+def plot_option(what: str) -> Decorator:
     """Add --plot, refused before any work where it could not be drawn. The command gets `plot: Path | None`."""
     return click.option(
         "--plot",
@@ -256,19 +289,20 @@ def is_given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def draft_options(command: Command) -> Command:
-    """Add --draft and --lookup. The command gets `draft: str | None` and `lookup: bool`, for `open_speculation`."""
-    options = [
-        click.option("--draft", type=ModelWord(), metavar="MODEL",
-                     help="Have a small model of the same vocabulary guess ahead: the same text, faster where it is "
-                          "right."),
-        click.option("--lookup", is_flag=True,
-                     help="Guess that words go on as they did before in the text: the same text, faster where it "
-                          "repeats itself."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+draft_options = together(
+    click.option(
+        "--draft",
+        type=ModelWord(),
+        metavar="MODEL",
+        help="Have a small model of the same vocabulary guess ahead: the same text, faster where it is right.",
+    ),
+    click.option(
+        "--lookup",
+        is_flag=True,
+        help="Guess that words go on as they did before in the text: the same text, faster where it repeats itself.",
+    ),
+)
+"""Adds --draft and --lookup. The command gets `draft: str | None` and `lookup: bool`, for `open_speculation`."""
 
 
 def check_draft(draft: str | None, lookup: bool) -> None:

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING
 import click
 
 from rwkv_cli.commands.options import (
-    ModelWord,
     check_there,
+    compare_option,
+    file_option,
     make_ready,
     model_options,
     open_model,
     place_of,
     plot_option,
     ray_options,
+    whole_option,
 )
 from rwkv_cli.terminal.output import columns, crew_text, note, one_line, progress_bar
 from rwkv_cli.terminal.plot import plot_nll
-from rwkv_cli.terminal.settings import Whole
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.cluster import Place
@@ -45,17 +46,9 @@ def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> in
 @click.command("ppl")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE...")
 @model_options
-@click.option(
-    "--compare",
-    type=ModelWord(),
-    metavar="OTHER",
-    help="Score this model too, on the same tokens, and say how far MODEL is from it.",
-)
-@click.option(
-    "--context",
-    type=Whole(min=1),
-    metavar="N",
-    help="Forget everything after every N tokens; default: the state is carried through the file.",
+@compare_option("Score this model too, on the same tokens, and say how far MODEL is from it.")
+@whole_option(
+    "--context", help="Forget everything after every N tokens; default: the state is carried through the file."
 )
 @click.option(
     "--start-token",
@@ -65,7 +58,7 @@ def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> in
     metavar="ID|none",
     help="Token before each text (0 ends a text), or none: the first token is then not scored.",
 )
-@click.option("--limit", type=Whole(min=1), metavar="N", help="Score the first N tokens of each file only.")
+@whole_option("--limit", help="Score the first N tokens of each file only.")
 @plot_option("NLL by position in the context, a line for each text and model")
 @click.option(
     "--json",
@@ -73,10 +66,9 @@ def _start_token(_ctx: click.Context, _param: click.Parameter, value: str) -> in
     is_flag=True,
     help="One JSON object a file; by_position lists [first, last, tokens, NLL, its standard error].",
 )
-@click.option(
+@file_option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
     metavar="OUT",
     help="Add each score to OUT as JSON; texts whose scores it has already are not scored again.",
 )

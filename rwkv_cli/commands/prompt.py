@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rwkv_cli.commands.options import model_option, named_model, template_options
+from rwkv_cli.commands.options import file_option, model_option, named_model, template_options
 from rwkv_cli.commands.texts import read_input
 from rwkv_cli.terminal.output import note, write
 
@@ -16,9 +16,7 @@ from rwkv_cli.terminal.output import note, write
 @click.argument("messages", type=click.Path(path_type=Path), metavar="MESSAGES.json")
 @model_option
 @template_options
-@click.option(
-    "--tools", type=click.Path(path_type=Path), metavar="FILE", help="Tools that the model may call, as JSON."
-)
+@file_option("--tools", help="Tools that the model may call, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, ids and stop.")
 def command(
     *,

@@ -12,14 +12,16 @@ from rwkv_cli.commands.configured import from_file
 from rwkv_cli.commands.options import (
     ModelWord,
     check_draft,
+    device_options,
     draft_options,
     load_server_model,
     named_model,
     open_model,
     speculation_by,
+    whole_option,
 )
 from rwkv_cli.terminal.output import note
-from rwkv_cli.terminal.settings import SAMPLING, Whole
+from rwkv_cli.terminal.settings import SAMPLING
 
 if TYPE_CHECKING:
     from rwkv_cli.engine.model import LanguageModel
@@ -40,40 +42,25 @@ _MB = 1 << 20
     "else the bundled storyteller.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen at.")
-@click.option("--port", type=Whole(min=0, max=65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads; default: one a core.")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True, help="Where to run."
-)
+@whole_option("--port", default=8000, least=0, most=65535, help="0 takes a free one.")
+@device_options
 @click.option("--api-key", envvar="RWKV_API_KEY", metavar="KEY", help="Key that clients need; or set $RWKV_API_KEY.")
 @click.option("--no-auth", is_flag=True, help="Serve other machines without a key.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Name by which clients may call this machine.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Web site whose pages may use the server.")
-@click.option(
-    "--max-requests", type=Whole(min=1), default=64, show_default=True, metavar="N",
-    help="Answers that may run or wait; more are refused.",
-)  # fmt: skip
-@click.option(
-    "--batch-size", type=Whole(min=1), default=16, show_default=True, metavar="N",
-    help="How many answers go through the model together.",
-)  # fmt: skip
-@click.option(
-    "-n", "--max-tokens", type=Whole(min=1), default=4096, show_default=True, metavar="N",
-    help="The most tokens of an answer.",
-)  # fmt: skip
-@click.option("--max-body", type=Whole(min=1), default=8, show_default=True, metavar="MB", help="The largest request.")
-@click.option(
-    "--cache", type=Whole(min=0), default=512, show_default=True, metavar="MB",
-    help="Memory for the states of texts that were read.",
-)  # fmt: skip
-@click.option(
-    "--cache-disk", type=Whole(min=0), default=1024, show_default=True, metavar="MB",
+@whole_option("--max-requests", default=64, help="Answers that may run or wait; more are refused.")
+@whole_option("--batch-size", default=16, help="How many answers go through the model together.")
+@whole_option("-n", "--max-tokens", default=4096, help="The most tokens of an answer.")
+@whole_option("--max-body", default=8, metavar="MB", help="The largest request.")
+@whole_option("--cache", default=512, metavar="MB", least=0, help="Memory for the states of texts that were read.")
+@whole_option(
+    "--cache-disk",
+    default=1024,
+    metavar="MB",
+    least=0,
     help="Disk for those that memory has no room for; 0 writes none.",
-)  # fmt: skip
-@click.option(
-    "--grace", type=Whole(min=1), default=30, show_default=True, metavar="SECONDS",
-    help="On SIGTERM, time for answers in the making.",
-)  # fmt: skip
+)
+@whole_option("--grace", default=30, metavar="SECONDS", help="On SIGTERM, time for answers in the making.")
 @draft_options
 def command(
     *,
