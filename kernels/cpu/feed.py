@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.cpu.args import F32_1, F32_2, F64_1, I8_2, U8_2, U16_2, Int, unpack
-from rwkv_cli.kernels.cpu.compile import kernel
+from rwkv_cli.kernels.cpu.compile import function, kernel
 from rwkv_cli.kernels.cpu.elementwise import address_of, span
 from rwkv_cli.kernels.cpu.llvm.bits import bits_of, float_of
 from rwkv_cli.kernels.cpu.llvm.emitter import F32 as FLOAT
@@ -79,6 +79,16 @@ class FeedbackArgs(NamedTuple):
     errors: F64_1
 
 
+@function()
+def gather(group, x, lost, carry, start):
+    """group = x[start : start + GROUP] + lost[:start] · carry[:start, start : start + GROUP], all of one row."""
+    for i in range(GROUP):
+        group[i] = x[start + i]
+    for k in range(start):
+        for i in range(GROUP):
+            group[i] += lost[k] * carry[k, start + i]
+
+
 @kernel(FeedbackArgs)
 def round_(args: int, part: int, parts: int) -> None:
     """Round each row with feedback."""
@@ -93,11 +103,7 @@ def round_(args: int, part: int, parts: int) -> None:
     begin, end = span(part, parts, len(w))
     for n in range(begin, end):
         for start in range(0, B, GROUP):
-            for i in range(GROUP):
-                group[i] = x[n, start + i]
-            for k in range(start):
-                for i in range(GROUP):
-                    group[i] += lost[n, k] * carry[k, start + i]
+            gather(group, x[n], lost[n], carry, start)
             top = np.int32(0)
             for i in range(GROUP):
                 top = max(top, bits_of(group[i]) & np.int32(0x7FFFFFFF))
@@ -234,11 +240,7 @@ def pack(args: int, part: int, parts: int) -> None:
     for n in range(begin, end):
         error = np.float64(0)
         for start in range(0, w.shape[1], GROUP):
-            for i in range(GROUP):
-                group[i] = x[n, start + i]
-            for k in range(start):
-                for i in range(GROUP):
-                    group[i] += lost[n, k] * carry[k, start + i]
+            gather(group, x[n], lost[n], carry, start)
             largest = np.float32(0)
             for i in range(GROUP):
                 if abs(group[i]) > abs(largest):
