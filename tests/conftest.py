@@ -8,7 +8,9 @@ os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner, Result
@@ -73,3 +75,16 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def byte_model(converted: Callable[..., Path]) -> Path:
     """A tiny RWKV-7 over bytes, which reads and writes any text."""
     return converted("7", vocab=256)
+
+
+@pytest.fixture
+def letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model over bytes that has learnt nothing writes mostly what is no text; let it pick from four."""
+    from rwkv_cli.engine.sampling import Sampler
+
+    sample = Sampler.sample
+
+    def picked(sampler: Sampler, logits: Any) -> int:
+        return sample(sampler, np.where([i in b"ab \n" for i in range(256)], logits, -1e30))
+
+    monkeypatch.setattr(Sampler, "sample", picked)

@@ -1,6 +1,7 @@
 """Small random checkpoints in the official naming, and writers for them that need no torch."""
 
 import io
+import json
 import pickle
 import re
 import struct
@@ -194,8 +195,6 @@ def write_pth(path: Path, tensors: Tensors, dtype: str = "BF16", prefix: str = "
 
 def write_safetensors(path: Path, tensors: Tensors, dtype: str = "BF16") -> Path:
     """The same as a safetensors file, written by its specification."""
-    import json
-
     header: dict[str, Any] = {}
     data = b""
     for name, array in tensors.items():
@@ -217,3 +216,18 @@ def refused(result: Result, *parts: object) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     says = "(Compiling kernels .*\n)?Error: .*" + ".*".join(map(str, parts)) + ".*\n"
     assert re.fullmatch(says, result.stderr), result.stderr
+
+
+def wrong(result: Result, says: str, code: int = 1) -> None:
+    """A command wrote nothing to standard output and one error to standard error, beside what else it said there."""
+    assert (result.exit_code, result.stdout) == (code, "")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert says in errors[0]
+
+
+def facts(result: Result) -> dict[str, Any]:
+    """Return the object that --json printed."""
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found

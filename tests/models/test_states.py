@@ -1,11 +1,10 @@
-"""Saved states, tuned initial states and prompt caches: what files hold, what is refused, and that nothing changes."""
+"""Saved states: what files hold, what is refused, and that a text goes on from one as if it had not been saved."""
 
 import dataclasses
 import errno
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner, Result
-from naive import Naive, error_ratio
+from click.testing import Result
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from states import damaged, read
+from tiny import facts, wrong
 
 import rwkv_cli
-from rwkv_cli.engine.completion import Completion, Request
 from rwkv_cli.engine.model import LanguageModel
-from rwkv_cli.engine.sampling import Sampler, Sampling
+from rwkv_cli.engine.sampling import Sampler
 from rwkv_cli.engine.saved import load_start
 from rwkv_cli.errors import FormatError
-from rwkv_cli.main import cli
 from rwkv_cli.models import State
-from rwkv_cli.models.tuned import read_tuned_state
-from rwkv_cli.terminal import output as terminal
 
 Run = Callable[..., Result]
 Convert = Callable[..., Path]
-GREEDY = ("--temperature", 0, "--ignore-eos")
-TUNED_VERSIONS = tiny.VERSIONS[1:]
-LONG = "Once upon a time there was a fox. " * 20
 
 
 @pytest.fixture
@@ -47,29 +39,6 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> None:
         return sample(self, masked)
 
     monkeypatch.setattr(Sampler, "sample", only)
-
-
-@pytest.fixture
-def generate(rwkv: Run, byte_model: Path) -> Run:
-    """`rwkv generate` on a model over bytes, greedily and without an end."""
-
-    def run(*args: object, model: Path = byte_model, **kwargs: Any) -> Result:
-        return rwkv("generate", *args, "-m", model, *GREEDY, **kwargs)
-
-    return run
-
-
-def read(path: Path, text: bytes = b"Once") -> State:
-    """The state of a model after a text."""
-    return rwkv_cli.load(path).forward(list(text))[1]
-
-
-def wrong(result: Result, says: str, code: int = 1) -> None:
-    """One sentence on standard error, nothing on standard output."""
-    assert (result.exit_code, result.stdout) == (code, "")
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1
-    assert says in errors[0]
 
 
 def left(folder: Path) -> set[str]:
@@ -103,39 +72,6 @@ def test_conversions_of_one_checkpoint_share_states_and_others_do_not(
     unknown.save(tmp_path / "unknown")
     assert State.load(tmp_path / "unknown", rwkv_cli.load(other).new_state()).digest == rwkv_cli.load(other).digest
     assert State.load(tmp_path / "state", unknown)
-
-
-def damaged(path: Path, kind: str) -> None:
-    """Spoil a saved state."""
-    arrays, metadata = load_file(path), State.read_metadata(path)
-    if kind in ("nan", "inf"):
-        arrays["wkv"][0].flat[3] = float(kind)
-    elif kind == "dtype":
-        arrays["wkv"] = arrays["wkv"].astype(np.float16)
-    elif kind == "shape":
-        arrays["att_shift"] = arrays["att_shift"][:, :-1].copy()
-    elif kind == "missing":
-        del arrays["ffn_shift"]
-    elif kind == "foreign":
-        metadata = {}
-    elif kind in ("ids", "counts", "deep", "seed", "random", "nowhere"):
-        random = Sampler(Sampling(), 5).random
-        good = {"ids": [], "counts": {}, "seed": 5, "random": random}
-        bad: dict[str, dict[str, Any]] = {
-            "ids": {"ids": [256]},
-            "counts": {"counts": {"1": float("nan")}},
-            "seed": {"seed": [5]},
-            "random": {"random": random | {"state": {"state": 1.5, "inc": 1}}},
-            "nowhere": {"random": random | {"state": {"state": 1 << 128, "inc": 1}}},
-        }
-        metadata["going_on"] = "[" * 10**5 if kind == "deep" else json.dumps(good | bad[kind])
-    save_file(arrays, path, metadata)
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:-1])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "version":
-        save_file(arrays, path, metadata | {"rwkv": "6"})
 
 
 @pytest.mark.parametrize(
@@ -339,280 +275,6 @@ def test_options_that_exclude_each_other(generate: Run, tmp_path: Path) -> None:
     for other in (tmp_path / "a", tmp_path / "link", os.path.relpath(tmp_path / "a")):
         wrong(generate("a", "--save-state", tmp_path / "a", "--prompt-cache", other), "name the same file", 2)
     assert left(tmp_path) == {"link"}
-
-
-def tuned_tensors(version: str = "7", layers: int = 3, heads: int = 3, size: int = 16) -> tiny.Tensors:
-    """A tuned state as official programs write it, [value, key]."""
-    rng = np.random.default_rng(tiny.VERSIONS.index(version))
-    return {
-        f"blocks.{i}.att.time_state": rng.standard_normal((heads, size, size)).astype(np.float32)
-        for i in range(layers)
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("version", TUNED_VERSIONS)
-@pytest.mark.parametrize(("form", "dtype"), [("pth", "BF16"), ("pth", "F16"), ("safetensors", "F32")])
-def test_a_tuned_state_is_the_one_merged_into_the_checkpoint(
-    converted: Convert, version: str, form: str, dtype: str, tmp_path: Path
-) -> None:
-    tensors = tuned_tensors(version)
-    write = tiny.write_pth if form == "pth" else tiny.write_safetensors
-    write(tmp_path / "tuned", tensors, dtype)
-    merged = tiny.weights(version) | tiny.rounded(tensors, dtype)
-    source = tiny.write_pth(tmp_path / "merged.pth", merged, "F32")
-    assert CliRunner().invoke(cli, ["convert", str(source), str(tmp_path / "merged")]).exit_code == 0
-    want, _ = rwkv_cli.load(tmp_path / "merged").forward([5, 6, 7])
-    model = rwkv_cli.load(converted(version))
-    state = read_tuned_state(tmp_path / "tuned", model)
-    assert state.digest == model.digest
-    got, _ = model.forward([5, 6, 7], state)
-    np.testing.assert_array_equal(got, want)
-    assert not np.array_equal(got, model.forward([5, 6, 7])[0])
-
-
-@pytest.mark.parametrize("version", TUNED_VERSIONS)
-def test_a_tuned_state_has_values_by_rows_in_the_file(converted: Convert, version: str, tmp_path: Path) -> None:
-    tensors = tuned_tensors(version)
-    model = rwkv_cli.load(converted(version, "none"))
-    state = read_tuned_state(tiny.write_pth(tmp_path / "tuned", tensors, "F32"), model)
-    got, _ = model.forward([5, 6, 7], state, all_logits=True)
-    assert error_ratio(got, Naive(version, tiny.weights(version) | tensors).forward([5, 6, 7])) < 1e-5
-
-
-def test_generate_starts_from_a_tuned_state(generate: Run, tmp_path: Path) -> None:
-    tiny.write_pth(tmp_path / "tuned.pth", tuned_tensors())
-    first = generate("Once", "-n", 30)
-    second = generate("Once", "-n", 30, "--state", tmp_path / "tuned.pth")
-    assert second.exit_code == 0
-    assert second.stdout != first.stdout
-
-
-@pytest.mark.parametrize(
-    ("version", "change", "says"),
-    [
-        ("4", {}, "RWKV-4 has no initial state to tune; RWKV-5 to RWKV-7 have"),
-        ("7", {"layers": 2}, "tensor blocks.2.att.time_state is missing; a tuned initial state for this model holds"),
-        ("7", {"layers": 4}, "tensor blocks.3.att.time_state is too much; a tuned initial state for this model holds"),
-        ("6", {"heads": 2}, "tensor blocks.0.att.time_state has shape [2, 16, 16], the model's is [3, 16, 16]; it is"),
-        ("5.2", {"size": 8}, "tensor blocks.0.att.time_state has shape [3, 8, 8], the model's is [3, 16, 16]; it is"),
-        ("7", {"emb.weight": np.zeros((4, 4), np.float32)}, "tensor emb.weight is too much; a tuned initial state"),
-        ("7", {"blocks.1.att.time_state": np.full((3, 16, 16), np.nan, np.float32)},
-         "tensor blocks.1.att.time_state holds NaN or infinity; the file is damaged, download it again"),
-        ("7", {"blocks.2.att.time_state": np.full((3, 16, 16), np.inf, np.float32)},
-         "tensor blocks.2.att.time_state holds NaN or infinity; the file is damaged, download it again"),
-    ],
-)  # fmt: skip
-def test_what_is_no_tuned_state_of_the_model_is_refused(
-    generate: Run, converted: Convert, tmp_path: Path, version: str, change: dict[str, Any], says: str
-) -> None:
-    sizes = {name: value for name, value in change.items() if isinstance(value, int)}
-    added = {name: value for name, value in change.items() if name not in sizes}
-    path = tiny.write_pth(tmp_path / "tuned.pth", tuned_tensors(version, **sizes) | added, "F32")
-    wrong(generate("a", "--state", path, model=converted(version, vocab=256)), f"{path}: {says}")
-
-
-def test_files_of_another_kind_are_sent_to_their_option(generate: Run, byte_model: Path, tmp_path: Path) -> None:
-    read(byte_model).save(tmp_path / "saved")
-    generate("Once", "-n", 1, "--prompt-cache", tmp_path / "cache")
-    tiny.write_pth(tmp_path / "tuned.pth", tuned_tensors())
-    tiny.write_safetensors(tmp_path / "tuned.safetensors", tuned_tensors())
-    for name, option, says in [
-        ("saved", "--state", "a saved state, not a tuned initial one; rwkv generate --load-state takes it"),
-        ("cache", "--load-state", "a prompt cache, not a saved state; give it with --prompt-cache"),
-        ("tuned.pth", "--load-state", "a tuned initial state, not a saved one; give it with --state"),
-        ("tuned.safetensors", "--load-state", "a tuned initial state, not a saved one; give it with --state"),
-    ]:
-        wrong(generate("a", option, tmp_path / name), f"{tmp_path / name}: {says}")
-    wrong(generate("a", "--state", byte_model), f"{byte_model}: already converted; run it with -m")
-    source = byte_model.with_suffix(".pth")
-    wrong(generate("a", "--state", source), f"{source}: not a tuned initial state, since it holds no blocks.0")
-    (tmp_path / "junk").write_bytes(b"junk" * 99)
-    wrong(generate("a", "--state", tmp_path / "junk"), f"{tmp_path}/junk: neither a torch .pth nor a safetensors or")
-
-
-@pytest.mark.parametrize("version", tiny.VERSIONS)
-@pytest.mark.parametrize("quant", ["int8", "q4", "none"])
-def test_a_token_gets_the_same_bits_wherever_a_prompt_is_cut(converted: Convert, version: str, quant: str) -> None:
-    """Prompt caches and resumed texts rely on this."""
-    model = rwkv_cli.load(converted(version, quant))
-    ids = np.random.default_rng(3).integers(0, 300, 290)
-    want, end = model.forward(ids)
-    for cut in (1, 2, 37, 255, 289):
-        _, state = model.forward(ids[:cut])
-        got, after = model.forward(ids[cut:], state)
-        np.testing.assert_array_equal(got, want)
-        for name, array in after.arrays().items():
-            np.testing.assert_array_equal(array, end.arrays()[name])
-
-
-@pytest.mark.parametrize("version", tiny.VERSIONS)
-@pytest.mark.parametrize("quant", ["int8", "none"])
-def test_reading_ahead_gives_the_bits_of_reading_one_by_one(converted: Convert, version: str, quant: str) -> None:
-    model = rwkv_cli.load(converted(version, quant))
-    _, begin = model.forward([1, 2, 3])
-    snapshots = model.new_snapshots(8)
-    for count in (1, 2, 7, 8):
-        ids, state, alone = np.random.default_rng(count).integers(0, 300, count), begin.clone(), begin.clone()
-        logits = model.read_ahead(ids, state, snapshots)
-        for t, token in enumerate(ids):
-            np.testing.assert_array_equal(logits[t], model.advance([token], alone))
-            between = snapshots.after(t) if t < count - 1 else state
-            for name, array in between.arrays().items():
-                np.testing.assert_array_equal(array, alone.arrays()[name])
-    with pytest.raises(ValueError, match="room for 8 ids, not for 9"):
-        model.read_ahead([0] * 9, begin, snapshots)
-
-
-def facts(result: Result) -> dict[str, Any]:
-    """Return the object that --json printed."""
-    assert result.exit_code == 0, result.stderr
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
-
-
-@pytest.mark.parametrize("version", ["4", "6", "7"])
-def test_a_prompt_in_the_cache_is_not_read_again(
-    generate: Run, converted: Convert, tmp_path: Path, version: str
-) -> None:
-    model, cache = converted(version, vocab=256), ("--prompt-cache", tmp_path / "cache")
-    size = len(LONG)
-
-    def run(prompt: str, *args: object) -> tuple[int, int, str]:
-        found = facts(generate(prompt, "-n", 12, "--json", *args, model=model))
-        return found["cached_tokens"], found["prompt_tokens"], found["text"]
-
-    text = run(LONG)[2]
-    assert run(LONG, *cache) == (0, size, text)
-    written = (tmp_path / "cache").read_bytes()
-    assert run(LONG, *cache) == (size - 1, 1, text)
-    longer = run(LONG + "The end")
-    assert longer[:2] == (0, size + 7)
-    assert run(LONG + "The end", *cache) == (size - 1, 8, longer[2])
-    assert (tmp_path / "cache").read_bytes() == written
-    result = generate(LONG, "-n", 12, *cache, model=model)
-    assert (result.stdout, result.stderr) == (text, "")
-
-
-def test_a_cache_of_something_else_is_written_anew(generate: Run, converted: Convert, tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    models = [converted("7", vocab=256), converted("7", "none", vocab=256), converted("7", vocab=256, seed=1),
-              converted("6", vocab=256)]  # fmt: skip
-    tiny.write_pth(tmp_path / "tuned.pth", tuned_tensors())
-    read(models[0]).save(tmp_path / "saved")
-    runs = [
-        ("one prompt", models[0], ()),
-        ("another prompt", models[0], ()),
-        ("another", models[0], ()),  # the beginning of a prompt cannot be taken from what comes after it
-        ("another", models[1], ()),
-        ("another", models[2], ()),
-        ("another", models[3], ()),
-        ("another", models[0], ("--state", tmp_path / "tuned.pth")),
-        ("another", models[0], ("--load-state", tmp_path / "saved")),
-    ]
-    for i, (prompt, model, args) in enumerate(runs):
-        args = (prompt, "-n", 9, "--json", *args)
-        plain = facts(generate(*args, model=model))
-        result = generate(*args, "--prompt-cache", path, model=model)
-        found = facts(result)
-        assert (found["cached_tokens"], found["prompt_tokens"]) == (0, len(prompt))
-        assert found["text"] == plain["text"]
-        says = f"{path}: of another prompt, model or initial state; the prompt is read from its beginning\n"
-        assert result.stderr == (says if i else "")
-        again = generate(*args, "--prompt-cache", path, model=model)
-        assert (facts(again)["cached_tokens"], facts(again)["text"]) == (len(prompt) - 1, plain["text"])
-
-
-def test_a_damaged_cache_is_written_anew(generate: Run, tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    args = ("Once", "-n", 3, "--prompt-cache", path)
-    text = generate(*args).stdout
-    metadata, arrays = State.read_metadata(path), load_file(path)
-
-    def is_good() -> None:
-        assert State.read_metadata(path) == metadata
-        for name, array in load_file(path).items():
-            np.testing.assert_array_equal(array, arrays[name])
-
-    damaged(path, "nan")
-    result = generate(*args)
-    says = f"{path}: wkv holds NaN or infinity; the file is damaged, make it again; the prompt is read from"
-    assert result.stdout == text
-    assert result.stderr.startswith(says)
-    is_good()
-    for change in ({"tokens": "-1"}, {"tokens": "x"}, {"tokens": "9" * 9}, {"prompt_cache": ""}):
-        save_file(arrays, path, metadata | change)
-        assert generate(*args).stdout == text
-        is_good()
-    damaged(path, "truncated")
-    wrong(generate(*args), f"{path} is there and is not a prompt cache; remove it, or give another file")
-
-
-def test_a_prompt_of_one_token_needs_no_cache(generate: Run, tmp_path: Path) -> None:
-    assert generate("O", "-n", 3, "--prompt-cache", tmp_path / "cache").stdout == generate("O", "-n", 3).stdout
-    assert left(tmp_path) == set()
-
-
-def test_reading_is_followed_and_can_pause_anywhere(byte_model: Path) -> None:
-    model = rwkv_cli.load(byte_model)
-    ids = list(LONG.encode())[:600]
-    texts = set()
-    for ahead, want in [(0, [252, 504, 600]), (599, [252, 504, 599, 600]), (30, [30, 282, 534, 600])]:
-        seen: list[int] = []
-        completion = Completion(model, model.new_state(), Sampler(Sampling(), 0), Request(ids, 9))
-        completion.read(ahead, seen.append)
-        assert seen == sorted(seen)
-        assert set(seen) & set(want) == {read for read in want if read <= ahead}
-        assert completion.result.prompt_tokens == ahead
-        np.testing.assert_array_equal(
-            completion.state.wkv, model.forward(ids[:ahead])[1].wkv if ahead else model.new_state().wkv
-        )
-        texts.add("".join(completion.stream(seen.append)))
-        assert seen == sorted(seen)
-        assert set(seen) >= set(want)  # the ends of passes, beside what is told within them
-        assert seen[-1] == 600
-        assert completion.result.prompt_tokens == 600
-    assert len(texts) == 1
-
-    seen: list[int] = []
-
-    def stop(read: int) -> None:
-        seen.append(read)
-        if read >= 300:
-            completion.cancel()
-
-    completion = Completion(model, model.new_state(), Sampler(Sampling(), 0), Request(ids, 1))
-    assert list(completion.stream(stop)) == []
-    assert (completion.result.prompt_tokens, completion.result.stop) in [(252, "interrupted"), (504, "interrupted")]
-    assert seen[-2] < 300 <= seen[-1] < len(ids)
-    np.testing.assert_array_equal(completion.state.wkv, model.forward(ids[: completion.result.prompt_tokens])[1].wkv)
-    assert completion.result.prompt_seconds > 0
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-@pytest.mark.parametrize(("first", "shown"), [(1.5, True), (0, False)])
-def test_a_bar_is_shown_before_the_first_part_is_read(
-    monkeypatch: pytest.MonkeyPatch, first: float, shown: bool
-) -> None:
-    pexpect = pytest.importorskip("pexpect")
-    code = (
-        "import time\nfrom rwkv_cli.terminal import output as terminal\n"
-        "with terminal.reading_bar(2560) as show:\n"
-        f"    time.sleep({first})\n"
-        "    show(256)\n    time.sleep(0.3)\n    show(2560)\n    print('text')\n"
-    )
-    monkeypatch.setenv("TERM", "xterm")
-    done = pexpect.run(f'{sys.executable} -c "{code}"', encoding="utf-8", dimensions=(24, 100))
-    before = done.split("text")[0]
-    assert ("0/2560" in before and "256/2560" in before) == shown
-    assert shown or done == "text\r\n"
-
-
-def test_a_bar_is_not_shown_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "_PATIENCE", 0)
-    with terminal.reading_bar(10) as show:
-        show(5)
-        show(10)
-    assert capsys.readouterr() == ("", "")
 
 
 def test_states_of_python_programs(byte_model: Path, tmp_path: Path) -> None:
