@@ -27,6 +27,8 @@ RNG = np.random.default_rng(0)
 BAND = 256
 """Bytes before and after each array of a program that nobody may write."""
 _PATTERN = 0xA5
+Cases = list[tuple[Any, ...]]
+"""The arguments of each case of a test, behind the device."""
 REAL_GPU = os.environ.get("NUMBA_ENABLE_CUDASIM") == "0"
 """True if tests of the GPU run on one, and not in numba's simulator."""
 
@@ -291,3 +293,27 @@ def begins(lengths: tuple[int, ...]) -> Any:
 def parts(lengths: tuple[int, ...]) -> dict[int, slice]:
     """The rows of each sequence that has some."""
     return {b: slice(*ends) for b, ends in enumerate(pairwise(begins(lengths).tolist())) if ends[1] > ends[0]}
+
+
+def cases(names: str, cpu: Cases, cuda: Cases) -> Any:
+    """Parametrize a test by device and `names`. The simulator of a GPU is slow, and gets few and small cases.
+
+    A real GPU gets all of both.
+    """
+    given = [("cpu", *case) for case in cpu] + [("cuda", *case) for case in (*cpu * REAL_GPU, *cuda)]
+    return pytest.mark.parametrize(("device", *filter(None, names.split(", "))), given)
+
+
+each_device = cases("", [()], [()])
+
+
+def with_each(cases: Cases, *options: Any) -> Cases:
+    """Every case with each of some options behind it."""
+    return [(*case, option) for case in cases for option in options]
+
+
+def check(got: Any, want: Any, limit: float = 2e-6) -> None:
+    assert got.shape == want.shape
+    """Hold outputs to the oracle's: by their norms, and the worst of them."""
+    assert naive.error_ratio(got, want) < limit
+    assert np.abs(got - want).max() < 20 * limit * max(1.0, np.abs(want).max())

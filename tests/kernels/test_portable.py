@@ -40,7 +40,7 @@ def test_kernels_on_a_lesser_cpu(cpu: str) -> None:
     assert run(cpu, "-P", "-c", "from rwkv_cli.kernels.cpu import rounding; print(rounding.VNNI)").strip() == "False"
     listed = run(cpu, "-P", "-m", "rwkv_cli", "info", "--devices")
     assert f"{'AVX2' if cpu == 'haswell' else 'portable'} kernels" in listed
-    tests = [str(TESTS / name) for name in ("test_kernels.py", "test_contract.py")]
+    tests = [str(TESTS / name) for name in ("test_kernels.py", "test_contract.py", "test_contract_products.py")]
     assert " passed" in run(cpu, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not cuda", *tests)
 
 
