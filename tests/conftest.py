@@ -32,7 +32,7 @@ def pytest_configure() -> None:
 def shared() -> Path:
     """The folder of real checkpoints and texts; tests that need it are skipped where it is missing."""
     if not (SHARED / "checkpoints").is_dir():
-        pytest.skip("no folder of real checkpoints (RWKV_TEST_DATA); test_models.py covers the code on random ones")
+        pytest.skip("no folder of real checkpoints and texts (RWKV_TEST_DATA); tests beside this one use made-up ones")
     return SHARED
 
 

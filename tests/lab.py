@@ -12,6 +12,7 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
+from extras import needs
 
 from rwkv_cli.kernels.cpu import backend as cpu
 from rwkv_cli.kernels.cpu import steps
@@ -37,7 +38,7 @@ def backend(device: str) -> Any:
     """A device by name; "cuda" is numba's simulator where there is no GPU."""
     if device == "cpu":
         return cpu
-    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (rwkv-cli[cuda])")
+    needs("numba_cuda", "dev")
     from rwkv_cli.kernels.cuda import backend as cuda
 
     return cuda

@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from extras import needs
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -121,7 +122,7 @@ def test_a_backend_is_its_protocol(device: str) -> None:
     from rwkv_cli.kernels.contract import Backend, Executable
 
     if device == "cuda":
-        pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (rwkv-cli[cuda])")
+        needs("numba_cuda", "dev")
     backend = importlib.import_module(f"rwkv_cli.kernels.{device}.backend")
     assert backend.name == device
     executable = inspect.signature(backend.compile).return_annotation

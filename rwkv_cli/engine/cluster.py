@@ -118,7 +118,7 @@ def _places(files: "Sequence[Handed] | set[Handed]", brought: Brought) -> Iterat
     if missing:
         yield _Missing(missing)
         return
-    if len(seen) == len(files):
+    if all(file in seen for file in files):
         yield seen
         return
     import ray

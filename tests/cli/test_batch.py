@@ -283,7 +283,7 @@ def test_the_prompts_are_never_written_over(batch: Run, tmp_path: Path) -> None:
 
 
 def test_one_run_at_a_time_writes_a_file(batch: Run, prompts: Path, tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no such locks")
     out = tmp_path / "out"
     with out.open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -296,7 +296,7 @@ def test_one_run_at_a_time_writes_a_file(batch: Run, prompts: Path, tmp_path: Pa
 
 
 def test_a_run_holds_its_file(batch: Run, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fcntl = pytest.importorskip("fcntl")
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no such locks")
     step, free = Batch.step, []
 
     def look(self: Batch) -> list[Completion]:

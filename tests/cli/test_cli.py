@@ -236,7 +236,7 @@ def test_info_on_another_file(rwkv: Run, tmp_path: Path, content: bytes | None) 
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full; Linux has it")
 @pytest.mark.parametrize("command", ["--help", "chat --help", "info"])
 def test_a_full_disk_is_a_sentence(command: str) -> None:
     script = f'"{sys.executable}" -m rwkv_cli {command} > /dev/full'

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from extras import needs
 from numba.core.event import Event, Listener, register, unregister
 
 from rwkv_cli.terminal.compiling import load_kernels
@@ -58,7 +59,7 @@ def one(args, part, parts):
 
 
 def test_a_counter_shows_how_many_are_done() -> None:
-    pexpect = pytest.importorskip("pexpect")
+    pexpect = needs("pexpect", "dev")
     env = {**os.environ, "TERM": "xterm-256color"}
     child = pexpect.spawn(sys.executable, ["-P", "-c", COUNTED], timeout=60, dimensions=(24, 100), env=env)
     for done in ("0/3", "1/3", "2/3"):

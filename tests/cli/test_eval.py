@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from extras import needs
 from naive import log_softmax
 from tiny import refused
 
@@ -262,7 +263,7 @@ def test_ctrl_c_keeps_what_was_measured(
 
 
 def test_the_picture_has_both_models(rwkv: Run, byte_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib", "dev")
     options = ["--distance", 30, "--limit", 2, "--plot", tmp_path / "recall.svg"]
     assert rwkv("eval", "recall", "-m", byte_model, "--compare", byte_model, *options).exit_code == 0
     drawn = (tmp_path / "recall.svg").read_text(encoding="utf-8")

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import tiny
 from click.testing import Result
+from extras import needs
 
 from rwkv_cli.engine import library
 
-pytest.importorskip("huggingface_hub")
+needs("huggingface_hub", "dev")
 
 Run = Callable[..., Result]
 COMMIT = "c" * 40
@@ -312,7 +313,7 @@ def test_a_full_disk_is_said_before_and_meanwhile(
 
 
 def test_two_downloads_of_one_file_do_not_mix(rwkv: Run, hub: Hub, pth: bytes, tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no such locks")
     hub.repositories["a/b"] = {"m.pth": pth}
     hub.cut = [5000]
     rwkv("pull", "a/b")

@@ -163,7 +163,7 @@ def test_sessions_rm_goes_on(chat: Run, rwkv: Run) -> None:
     assert sessions.names() == []
 
 
-@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows")
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows sets no time zone for a process")
 def test_sessions_are_listed_in_local_time(chat: Run, rwkv: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat("--session", "a", input="Hi\n")
     transcript = home / "a" / "transcript.json"

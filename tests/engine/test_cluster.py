@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import Result
+from extras import needs
 
 from rwkv_cli.engine import cluster
 from rwkv_cli.engine.cluster import Cluster, Place, _Missing, _Worker, connected, program
@@ -212,7 +213,7 @@ def address() -> Iterator[str]:
     """A cluster of two machines with a core each, both of them this one."""
     os.environ |= cluster.ENVIRONMENT
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # which keeps it to the loopback interface on any system
-    pytest.importorskip("ray")
+    needs("ray", "dev,reference", "test_spread.py covers the order of results and work that fails")
     from ray._private import ray_constants
 
     ray_constants.ENABLE_RAY_CLUSTER = False  # the same for this process

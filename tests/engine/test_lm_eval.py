@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from extras import needs
 from harness import OFFLINE, check_choices, greedy, log_likelihood, run_tasks
 
 import rwkv_cli
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed (rwkv-cli[lm-eval]); test_eval.py covers likelihoods")
+needs("lm_eval", "dev,lm-eval", "test_eval.py covers likelihoods")
 
 
 def test_the_harness_gets_the_plain_figures(byte_model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from extras import needs
 from lab import guarded_gpu, lone_arrays
 
 
@@ -11,7 +12,7 @@ def lone_memory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
     """Every array lies alone between bands that nobody may write, on the simulated GPU too."""
     lone_arrays(monkeypatch)
     if request.getfixturevalue("device") == "cuda":
-        pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (rwkv-cli[cuda])")
+        needs("numba_cuda", "dev")
         with guarded_gpu(monkeypatch):
             yield
     else:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from extras import needs
 from false_driver import use_false_driver
 from lab import REAL_GPU, guarded_gpu
 from simulator import use_greenlets
 
 import rwkv_cli
 
-if importlib.util.find_spec("numba_cuda") is None:
-    pytest.skip("numba-cuda is not installed (rwkv-cli[cuda])", allow_module_level=True)
+needs("numba_cuda", "dev")
 if REAL_GPU:
     pytest.skip("this is a real GPU, which benchmarks/gpu_all.sh runs them on", allow_module_level=True)
 

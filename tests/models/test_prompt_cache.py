@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import Result
+from extras import needs
 from safetensors.numpy import load_file, save_file
 from states import damaged, read, tuned_tensors
 from tiny import facts, wrong
@@ -179,7 +180,7 @@ def test_reading_is_followed_and_can_pause_anywhere(byte_model: Path) -> None:
 def test_a_bar_is_shown_before_the_first_part_is_read(
     monkeypatch: pytest.MonkeyPatch, first: float, shown: bool
 ) -> None:
-    pexpect = pytest.importorskip("pexpect")
+    pexpect = needs("pexpect", "dev")
     code = (
         "import time\nfrom rwkv_cli.terminal import output as terminal\n"
         "with terminal.reading_bar(2560) as show:\n"

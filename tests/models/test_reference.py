@@ -16,7 +16,8 @@ from naive import error_ratio, log_softmax
 import rwkv_cli
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="torch is not installed; goldens.json holds the same comparison"
+    importlib.util.find_spec("torch") is None,
+    reason="torch is not installed (make test EXTRAS=dev,reference); goldens.json holds the same comparison",
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 from click.testing import Result
+from extras import needs
 
 import rwkv_cli
 from rwkv_cli.quant import Checkpoint
@@ -92,7 +93,7 @@ def test_what_is_not_read_has_no_time_of_reading(monkeypatch: pytest.MonkeyPatch
     assert None not in [row["read"] for row in rows]
     assert [row["read"] is None for row in depth.measure(Reads(grows=True), 0, [0, 700, 1000])] == [False, True, True]
     assert [row["depth"] for row in depth.measure(Reads(grows=False), 0, [0, 700])] == [0]
-    pytest.importorskip("matplotlib")
+    needs("matplotlib", "dev")
     monkeypatch.syspath_prepend(BENCHMARKS)
     loaded("constant").draw(tmp_path / "a.svg", {"Mamba, llama.cpp Q8_0": rows, "RWKV-7, rwkv int8": rows})
     assert "Mamba, llama.cpp Q8_0" in (tmp_path / "a.svg").read_text()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import Result
+from extras import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Call, Persistent, Ref, refused, tensor
@@ -67,7 +68,7 @@ def members(path: Path) -> tuple[bytes, dict[str, bytes]]:
      ("views", "BF16"), ("protocol 5", "BF16")],
 )  # fmt: skip
 def test_a_file_of_torch_converts_to_the_same_bytes(rwkv: Run, tmp_path: Path, dtype: str, form: str) -> None:
-    torch = pytest.importorskip("torch")
+    torch = needs("torch", "dev,reference", "the other tests read files that tiny.py writes")
     weights = tiny.weights("7", layers=2, vocab=256)
     kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
     tree: Any = {name: torch.from_numpy(array).to(kind) for name, array in tiny.rounded(weights, dtype).items()}

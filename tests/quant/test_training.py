@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import Result
+from extras import needs
 from tiny import Call, Persistent, Ref, refused
 
 from rwkv_cli.quant import Checkpoint
@@ -141,7 +142,7 @@ def test_a_file_from_before_torch_1_6_is_read(rwkv: Run, tmp_path: Path, plain: 
 
 
 def test_torch_itself_writes_such_a_file(rwkv: Run, tmp_path: Path, plain: str) -> None:
-    torch = pytest.importorskip("torch")
+    torch = needs("torch", "dev,reference", "the tests above write such files")
     tree = {name: torch.from_numpy(array) for name, array in WEIGHTS.items()} | {"step": torch.tensor(3)}
     torch.save(tree, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     assert digest(rwkv, tmp_path / "a.pth") == plain
@@ -228,7 +229,7 @@ def test_what_torch_saves_otherwise_is_named(
 
 
 def test_whole_modules_of_torch_itself(rwkv: Run, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+    torch = needs("torch", "dev,reference", "the test above writes such files")
     torch.save(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path / "module.pth")
     torch.save({"a": torch.ones(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "float8.pth")
     refused(rwkv("convert", tmp_path / "module.pth"), r"a whole module\? save its weights alone")

@@ -17,7 +17,8 @@ import rwkv_cli
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "rwkv7_hf")),
-    reason="transformers is not installed; tests/models compares with the same formulas in NumPy",
+    reason="torch, transformers or rwkv7-hf is not installed (make test EXTRAS=dev,reference); tests/models has "
+    "the same formulas in NumPy",
 )
 
 SIZES: dict[str, int] = {"width": 192, "head": 64, "vocab": 300, "ffn": 224, "seed": 7}

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from extras import needs
 
-pytest.importorskip("starlette", reason="starlette is not installed (rwkv-cli[serve])")
+needs("starlette", "dev")
 
 from rwkv_cli.engine.model import LanguageModel
 from rwkv_cli.engine.prefixes import Bounds, Prefixes

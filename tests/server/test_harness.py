@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pytest
+from extras import needs
 from harness import check_choices, greedy, log_likelihood, run_tasks
 
 import rwkv_cli
@@ -14,7 +14,7 @@ import rwkv_cli
 
 def test_the_harness_gets_the_plain_figures(served: Any, byte_model: Path, tmp_path: Path) -> None:
     for package in ("lm_eval", "tenacity", "aiohttp"):
-        pytest.importorskip(package, reason=f"{package} is not installed; the test below sends the same requests")
+        needs(package, "dev,lm-eval", "the test below sends the same requests")
     args = ["--model", "local-completions", "--batch_size", 5]
     args += ["--model_args", f"model=tiny,base_url={served.url}/v1/completions"]
     samples = run_tasks(tmp_path, ["choose", "write"], "lm_eval", *args)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extras import needs
 
-openai = pytest.importorskip("openai", reason="openai is not installed")
+openai = needs("openai", "dev,reference", "test_door.py and test_harness.py speak with the endpoints without it")
 
 from rwkv_cli.engine.choosing import Chooser
 from rwkv_cli.engine.completion import Completion, Request, new_sampler

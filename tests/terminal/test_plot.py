@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import Result
+from extras import needs
 
 import rwkv_cli
 from rwkv_cli.engine.scoring import Scorer
@@ -35,7 +36,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def figures(monkeypatch: Patch) -> list[Any]:
     """The figures that are saved."""
-    figure = pytest.importorskip("matplotlib.figure").Figure
+    figure = needs("matplotlib.figure", "dev").Figure
     saved, save = [], figure.savefig
     monkeypatch.setattr(figure, "savefig", lambda self, *a, **b: (saved.append(self), save(self, *a, **b)))
     return saved
@@ -147,7 +148,7 @@ def test_long_names_leave_room_for_the_picture(rwkv: Run, byte_model: Path, tmp_
 def test_the_name_says_the_format(
     rwkv: Run, byte_model: Path, text: Path, tmp_path: Path, name: str, begins: bytes
 ) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib", "dev")
     (tmp_path / name).write_text("an older picture")
     for command in (("info", byte_model), ("ppl", text, "-m", byte_model, "--limit", 5)):
         drawn(rwkv(*command, "--plot", tmp_path / name), tmp_path / name)
@@ -169,7 +170,7 @@ def test_the_name_says_the_format(
 def test_a_picture_that_cannot_be_is_refused_before_any_work(
     rwkv: Run, byte_model: Path, text: Path, tmp_path: Path, monkeypatch: Patch, command: str, name: str, says: str
 ) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib", "dev")
     (tmp_path / "folder.svg").mkdir()
     monkeypatch.setattr(Scorer, "score", None)
     model = (text, "-m", byte_model) if command == "ppl" else (byte_model,)
@@ -193,7 +194,7 @@ def test_matplotlib_is_wanted_only_for_a_picture(
 
 
 def test_a_text_is_not_overwritten_by_its_picture(rwkv: Run, byte_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib", "dev")
     (tmp_path / "a.svg").write_bytes(TEXT)
     result = rwkv("ppl", tmp_path / "a.svg", "-m", byte_model, "--plot", tmp_path / "." / "a.svg")
     assert (result.exit_code, result.stdout) == (2, "")
@@ -205,7 +206,7 @@ def test_a_text_is_not_overwritten_by_its_picture(rwkv: Run, byte_model: Path, t
 def test_a_run_that_fails_leaves_the_folder_as_it_was(
     rwkv: Run, byte_model: Path, text: Path, tmp_path: Path, monkeypatch: Patch, what: str
 ) -> None:
-    figure = pytest.importorskip("matplotlib.figure").Figure
+    figure = needs("matplotlib.figure", "dev").Figure
     out = tmp_path / "a.png"
     out.write_text("an older picture")
     texts = [text]
@@ -302,7 +303,7 @@ def changed(source: Path, target: Path, change: Callable[[dict[str, Any]], objec
 
 
 def test_what_has_no_errors_is_refused(rwkv: Run, converted: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib", "dev")
     path = converted("7", "none")
     result = rwkv("info", path, "--plot", tmp_path / "a.png")
     tiny.refused(result, f"{path}: its weights are not quantized, so there is no error to draw")

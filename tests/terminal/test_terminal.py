@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import tiny
 from click.testing import Result
+from extras import needs
 
-pexpect = pytest.importorskip("pexpect")
+pexpect = needs("pexpect", "dev", "test_chat.py talks through a pipe")
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
 # Python ignores SIGHUP where its parent did, as what nohup starts does
