@@ -1,8 +1,12 @@
 """Documents that say what the program says."""
 
+import json
 import re
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -28,6 +32,16 @@ def test_the_readme_shows_every_command_and_version() -> None:
         assert f"rwkv {name}" in text
     for version in MODULES:
         assert re.search(rf"\b{re.escape(version)}\b", text)
+
+
+def test_the_readme_shows_texts_that_the_storyteller_writes(rwkv: Callable[..., Any]) -> None:
+    shown = re.search(r'^\$ rwkv (generate "Once.*)\n.*storyteller\.\n((?:.*\n)+?)\$ ', read("README.md"), re.M)
+    assert shown
+    assert rwkv(*shlex.split(shown[1])).stdout == shown[2].removesuffix("\n")
+    shown = re.search(r'"The cat" \| .* (--max-tokens .*)\n\{.*"text": (".*?"),', read("README.md"))
+    assert shown
+    result = rwkv("generate", "The cat", *shlex.split(shown[1]))
+    assert json.loads(result.stdout)["text"] == json.loads(shown[2])
 
 
 def test_the_format_page_is_of_this_version() -> None:
