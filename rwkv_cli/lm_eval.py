@@ -25,9 +25,9 @@ from tqdm import tqdm
 from rwkv_cli.engine.batch import complete_together
 from rwkv_cli.engine.completion import Completion, Request
 from rwkv_cli.engine.library import find
-from rwkv_cli.engine.likelihood import BATCH, Question, answer_questions, obey, start_of_text
+from rwkv_cli.engine.likelihood import BATCH, Question, answer_questions, start_of_text
 from rwkv_cli.engine.messages import read_chat
-from rwkv_cli.engine.model import LanguageModel
+from rwkv_cli.engine.model import LanguageModel, obey
 from rwkv_cli.engine.sampling import Sampler, Sampling
 from rwkv_cli.errors import RwkvError
 

@@ -1,4 +1,4 @@
-"""rwkv convert"""
+"""The command `rwkv convert`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="Merge a fine-tune of RWKV-PEFT or PEFT: LoRA, PiSSA, DiSHA (bone) or a tuned state. Can be given again.",
+    help="Merge a fine-tune of RWKV-PEFT or PEFT: LoRA, PiSSA, DiSHA (bone) or a tuned state; may be given again.",
 )
 @click.option(
     "--adapter-scale",

@@ -268,7 +268,7 @@ def _quantization() -> str:
 
 def open_model(word: str | None, device: str, threads: int | None) -> "LanguageModel":
     """Load `named_model(word)`. A model without a tokenizer is refused."""
-    from rwkv_cli.engine.model import LanguageModel
+    from rwkv_cli.engine.model import LanguageModel, no_tokenizer
     from rwkv_cli.terminal.vanished import say_if_it_vanishes
 
     path = named_model(word)
@@ -278,9 +278,7 @@ def open_model(word: str | None, device: str, threads: int | None) -> "LanguageM
     if device == "auto":
         note(f"Running on {model.backend.describe()}.")
     if model.tokenizer is None:
-        raise click.ClickException(
-            f"{path}: has no tokenizer, so it cannot read text; convert it again with --tokenizer PATH"
-        )
+        raise no_tokenizer(path)
     return model
 
 
@@ -335,14 +333,13 @@ def speculation_by(model: "LanguageModel", draft: "LanguageModel | None", lookup
 
 def load_server_model(path: Path, device: str, threads: int | None) -> "LanguageModel":
     """Load a model for a server, with the kernels of its passes. A model without a tokenizer is refused."""
-    from rwkv_cli.engine.model import LanguageModel
-    from rwkv_cli.errors import FormatError
+    from rwkv_cli.engine.model import LanguageModel, no_tokenizer
     from rwkv_cli.terminal.vanished import say_if_it_vanishes
 
     say_if_it_vanishes(path)
     model = LanguageModel.load(path, device, threads)
     if model.tokenizer is None:
-        raise FormatError(f"{path}: has no tokenizer, so it cannot read text; convert it again with --tokenizer PATH")
+        raise no_tokenizer(path)
     make_ready(model, "last", "every", "outputs")
     return model
 

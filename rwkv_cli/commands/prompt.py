@@ -39,7 +39,7 @@ def command(
     rwkv prompt messages.json -m rwkv7-g1k-2.9b.int8.safetensors --think off
     """
     from rwkv_cli.engine.messages import read_chat
-    from rwkv_cli.engine.model import read_tokenizer
+    from rwkv_cli.engine.model import no_tokenizer, read_tokenizer
     from rwkv_cli.engine.stored import StoredTemplate
     from rwkv_cli.quant import Checkpoint
 
@@ -53,7 +53,7 @@ def command(
     form = StoredTemplate.of(checkpoint).template(template, style).for_chat(chat)
     text = form.whole(chat, think or form.default_think)
     if tokenizer is None:
-        raise click.ClickException(f"{checkpoint.path}: has no tokenizer; convert it again with --tokenizer PATH")
+        raise no_tokenizer(checkpoint.path)
     ids = [*form.first_ids, *form.encode(tokenizer, text)]
     stop = form.stops[0] if len(form.stops) == 1 else list(form.stops)
     if as_json:

@@ -46,8 +46,15 @@ _MB = 1 << 20
 @device_options
 @click.option("--api-key", envvar="RWKV_API_KEY", metavar="KEY", help="Key that clients need; or set $RWKV_API_KEY.")
 @click.option("--no-auth", is_flag=True, help="Serve other machines without a key.")
-@click.option("--allow-host", multiple=True, metavar="NAME", help="Name by which clients may call this machine.")
-@click.option("--cors", multiple=True, metavar="ORIGIN", help="Web site whose pages may use the server.")
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="Name by which clients may call this machine; may be given again.",
+)
+@click.option(
+    "--cors", multiple=True, metavar="ORIGIN", help="Web site whose pages may use the server; may be given again."
+)
 @whole_option("--max-requests", default=64, help="Answers that may run or wait; more are refused.")
 @whole_option("--batch-size", default=16, help="How many answers go through the model together.")
 @whole_option("-n", "--max-tokens", default=4096, help="The most tokens of an answer.")

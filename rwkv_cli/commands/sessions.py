@@ -16,7 +16,7 @@ from rwkv_cli.terminal.output import columns, note, write
 
 @click.group("sessions")
 def command() -> None:
-    """Chats kept with `rwkv chat --session NAME`.
+    """List, show and remove the chats that rwkv chat --session NAME has kept.
 
     \b
     rwkv sessions list

@@ -36,14 +36,14 @@ def command(*, text: tuple[str, ...], model: str | None, as_json: bool) -> None:
     rwkv tokenize "Once upon a time"
     rwkv tokenize -m model.int8.safetensors --json < letter.txt
     """
-    from rwkv_cli.engine.model import read_tokenizer
+    from rwkv_cli.engine.model import no_tokenizer, read_tokenizer
     from rwkv_cli.quant import Checkpoint
 
     data = read_text(text, needed=True)
     checkpoint = Checkpoint(named_model(model))
     tokenizer = read_tokenizer(checkpoint)
     if tokenizer is None:
-        raise click.ClickException(f"{checkpoint.path}: has no tokenizer; convert it again with --tokenizer PATH")
+        raise no_tokenizer(checkpoint.path)
     load_kernels(tokenizer.kernels(len(data)))
     ids: list[int] = []
     pieces: list[str] = []

@@ -155,7 +155,7 @@ class Conversation:
     def last(self) -> Turn:
         """Return the last turn. Raises ConversationError if there is none."""
         if not self.turns:
-            raise ConversationError("there is no turn to take back")
+            raise ConversationError("there is no turn yet")
         return self.turns[-1]
 
     def _before_last(self) -> Snapshot:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rwkv_cli.engine.likelihood import likelihoods, obey, start_of_text
-from rwkv_cli.engine.model import LanguageModel
+from rwkv_cli.engine.likelihood import likelihoods, start_of_text
+from rwkv_cli.engine.model import LanguageModel, obey
 from rwkv_cli.engine.tasks import Answer, Exercise, Step, Writing, encoded
 from rwkv_cli.models import State
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.engine.model import LanguageModel, check_finite
+from rwkv_cli.engine.model import LanguageModel, check_finite, obey
 from rwkv_cli.engine.tokenizer import END_OF_TEXT
 from rwkv_cli.models import State
 
@@ -46,10 +46,6 @@ def start_of_text(model: LanguageModel) -> int:
         line_break = tokenizer.encode("\n")
         return line_break[0] if len(line_break) == 1 else END_OF_TEXT
     return END_OF_TEXT
-
-
-def obey(_read: int) -> None:
-    """A `Watch` that lets Ctrl-C come while a model reads."""
 
 
 def answer_questions(

@@ -53,8 +53,13 @@ class LanguageModel(Model):
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer of a model that has one. Raises TokenizerError otherwise."""
         if self.tokenizer is None:
-            raise TokenizerError(f"{self.path}: has no tokenizer")
+            raise no_tokenizer(self.path)
         return self.tokenizer
+
+
+def no_tokenizer(path: Path) -> TokenizerError:
+    """Return the error that a model has no tokenizer where a text has to be read."""
+    return TokenizerError(f"{path}: has no tokenizer, so it cannot read text; convert it again with --tokenizer PATH")
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
@@ -82,6 +87,10 @@ def _ends(checkpoint: Checkpoint, vocab: int) -> tuple[int, ...]:
     if any(type(token) is not int or not 0 <= token < vocab for token in ends):
         raise FormatError(f"{checkpoint.path}: its end tokens are damaged; convert the model again")
     return tuple(ends)
+
+
+def obey(_read: int) -> None:
+    """Let Ctrl-C come while tokens are read: a pass that is watched by this pauses several times a second."""
 
 
 def check_finite(model: LanguageModel, values: NDArray[np.floating[Any]]) -> None:

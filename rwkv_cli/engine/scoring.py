@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.engine.encodings import utf8_blocks
-from rwkv_cli.engine.model import LanguageModel, check_finite
+from rwkv_cli.engine.model import LanguageModel, check_finite, obey
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.program import Count, CrossEntropy, Divergence, Input, InputMatrix, Program, Value
@@ -287,7 +287,7 @@ class Scorer:
     def _add(self, inputs: NDArray[np.int64], targets: NDArray[np.int64], states: list[State], position: int) -> None:
         """Score `targets`, the first of them at `position` of its context, and add them to the figures."""
         if self.other is None:
-            nll = self.model.losses(inputs, targets, states[0], watch=_obey)
+            nll = self.model.losses(inputs, targets, states[0], watch=obey)
         else:
             nll, other, kl, same = compare(self.models, inputs, targets, states)
             check_finite(self.other, other)
@@ -327,15 +327,11 @@ class Scorer:
         )
 
 
-def _obey(read: int) -> None:
-    """Let Ctrl-C come while tokens are read."""
-
-
 def compare(
     models: Sequence[Model], inputs: NDArray[np.int64], targets: NDArray[np.int64], states: Sequence[State]
 ) -> list[NDArray[Any]]:
     """Compare two models on the same tokens: losses of both, KL of the first from the second, agreeing maxima."""
-    logits = [m.advance(inputs, s, all_logits=True, watch=_obey) for m, s in zip(models, states, strict=True)]
+    logits = [m.advance(inputs, s, all_logits=True, watch=obey) for m, s in zip(models, states, strict=True)]
     return differences(models[0], logits, targets)
 
 

@@ -43,16 +43,17 @@ def one_line(text: object) -> str:
 
 
 def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
-    """Write rows as lines, each column as wide as its widest cell. Columns numbered in `right` are right-aligned."""
+    """Write rows as lines, each column as wide on a terminal as its widest cell. `right` numbers the right-aligned."""
+    from rich.cells import cell_len
+
     cells = [[one_line(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        blanks = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        padded = [b + cell if i in right else cell + b for i, (cell, b) in enumerate(zip(row, blanks, strict=True))]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def counted(number: int, thing: str) -> str:

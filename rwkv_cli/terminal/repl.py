@@ -48,7 +48,7 @@ class Repl:
         self.over = False
         self.unsaved = False
         """True while what was said is not on disk, though it should be."""
-        keep_as = "keep the conversation as a session; without one, go on in it"
+        keep_as = "keep the conversation under this name; a chat without one goes on under it"
         self.commands = {
             "/undo": Command("", "take the last turn back", self.undo),
             "/retry": Command("", "another answer to the last turn", self.retry),
@@ -61,8 +61,8 @@ class Repl:
             "/set": Command(
                 "[NAME [VALUE]]", "show settings, or change one from the next answer on", self.set, lambda: _SETTINGS
             ),
-            "/params": Command("", "the settings", self.params),
-            "/history": Command("", "all that was said", self.history),
+            "/params": Command("", "show the settings", self.params),
+            "/history": Command("", "show all that was said", self.history),
             "/save": Command("NAME", keep_as, self.save, sessions.names),
             "/load": Command("NAME", "go on with a session", self.load, sessions.names),
             "/fork": Command("NAME", "go on in a new session, the old one stays as it is", self.fork),

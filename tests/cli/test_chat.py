@@ -78,7 +78,7 @@ def test_undo_retry_and_edit_in_a_pipe(chat: Run) -> None:
     assert retried.startswith(once)
     assert retried != 3 * once
     result = chat(input="/undo\n/retry\n/edit x\n/edit\n")
-    assert result.stderr.count("there is no turn to take back") == 3
+    assert result.stderr.count("there is no turn yet") == 3
     assert "give the turn's new text" in result.stderr
     assert chat(input="//undo\n").stdout == chat(input="/undo\n//undo\n").stdout != ""
 

@@ -126,7 +126,7 @@ def test_undo_goes_past_the_kept_states(chat: Run) -> None:
     assert result.exit_code == 0
     assert turns("a") == said[:2]
     assert "read once more" in result.stderr
-    assert chat("--session", "a", input="/undo\n/undo\n/undo\n").stderr.endswith("there is no turn to take back\n")
+    assert chat("--session", "a", input="/undo\n/undo\n/undo\n").stderr.endswith("there is no turn yet\n")
     assert turns("a") == said[:1]
 
 

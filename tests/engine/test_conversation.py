@@ -112,7 +112,7 @@ def test_undo_is_exact(byte_model: Path) -> None:
     for _ in range(3):
         detour.undo()
     assert same(detour.now, Conversation(model, TEMPLATES["plain"], settings, 5, 9).now)
-    with pytest.raises(ConversationError, match="no turn to take back"):
+    with pytest.raises(ConversationError, match="no turn yet"):
         detour.undo()
 
 

@@ -24,6 +24,10 @@ def test_what_steers_a_terminal_is_replaced() -> None:
     assert columns([("a\nb", 1), ("c", Path("d\u202e"))]) == "a�b  1\nc    d�"
 
 
+def test_columns_are_as_wide_as_a_terminal_shows_them() -> None:
+    assert columns([("日記", 1), ("abc", 22)], right=[1]) == "日記   1\nabc   22"
+
+
 @pytest.fixture
 def evil(byte_model: Path, tmp_path: Path) -> Path:
     """A checkpoint and a converted model with such a name."""

@@ -152,7 +152,7 @@ def test_figures_follow_an_answer(chat: Callable[..., Any]) -> None:
     after = ask(child, "Hi")
     assert re.search(r"8 tokens, [0-9.]+ tok/s · prompt \d+ tokens, \d+ tok/s · cut short", after)
     assert "Taken back: Hi" in ask(child, "/undo")
-    assert "there is no turn to take back" in ask(child, "/undo")
+    assert "there is no turn yet" in ask(child, "/undo")
     leave(child)
 
 
@@ -178,7 +178,7 @@ def test_history_and_completion(chat: Callable[..., Any]) -> None:
     child.send("/und\t")
     child.expect_exact("o")
     child.send("\r")
-    assert "no turn to take back" in prompt(child)
+    assert "no turn yet" in prompt(child)
     leave(child)
 
 
