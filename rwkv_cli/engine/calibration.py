@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rwkv_cli.engine.bars import MEASURING, Bars
 from rwkv_cli.engine.encodings import utf8_blocks
 from rwkv_cli.engine.rounding import Loss, Plain
-from rwkv_cli.engine.scoring import compare
+from rwkv_cli.engine.scoring import compare, rows_together
 from rwkv_cli.engine.tokenizer import Tokenizer
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.kernels.cpu.feedback import Feedback
@@ -35,8 +35,6 @@ _TOGETHER = 1000
 """Rows whose products are summed up in one step."""
 _PANEL = 512
 """Columns of XᵀX that are summed up in one step, so that there is no second matrix of its size."""
-_MOST_LOGITS = 16 << 20
-"""The most logits of one model that are held at once."""
 
 USUAL_KL = {"int8": 2e-5, "q6": 1e-4, "q5": 4e-4, "q4": 1.2e-3}
 """What a format usually costs, in nats a token: the KL to float of a trained RWKV-7 (docs/quantization.md)."""
@@ -200,9 +198,8 @@ def loss(model: Model, source: Model, ids: NDArray[np.int64], progress: Callable
     """The difference of a model from its source on a text of two tokens or more."""
     models = [model, source]
     states = [each.new_state() for each in models]
-    most = max(1, min(model.backend.chunk, _MOST_LOGITS // model.config.vocab))
     kl, same = [], []
-    for part in chunks(len(ids) - 1, most):
+    for part in chunks(len(ids) - 1, rows_together(model)):
         _, _, each_kl, each_same = compare(models, ids[:-1][part], ids[1:][part], states)
         kl.append(each_kl)
         same.append(each_same)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.engine.model import LanguageModel
+from rwkv_cli.engine.model import LanguageModel, obey
 from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.program import Value
 from rwkv_cli.models.base import PassKind
@@ -128,14 +128,14 @@ class _Runs:
         self.first_token_seconds = time.perf_counter() - ready
         self._ids = ids(self.model.config.vocab)
         if depth:
-            self.model.advance(self._ids[:depth], self._state, watch=lambda _: None)  # Ctrl-C comes then
+            self.model.advance(self._ids[:depth], self._state, watch=obey)
         self.prefill: list[float] = []
         self.decode: list[float] = []
 
     def read(self, tokens: int) -> None:
         """Time the reading of a prompt."""
         copy, begin = self._state.clone(), time.perf_counter()
-        self.model.advance(self._ids[:tokens], copy, watch=lambda _: None)
+        self.model.advance(self._ids[:tokens], copy, watch=obey)
         self.prefill.append(tokens / (time.perf_counter() - begin))
 
     def write(self, tokens: int) -> None:

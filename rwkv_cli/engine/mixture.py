@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_cli.engine.bars import CHOOSING, Bars
+from rwkv_cli.engine.model import obey
 from rwkv_cli.engine.recipes import LADDER, mixed_kind
 from rwkv_cli.engine.rounding import encoded, stored
-from rwkv_cli.engine.scoring import differences
+from rwkv_cli.engine.scoring import differences, rows_together
 from rwkv_cli.errors import FormatError
 from rwkv_cli.models import Model
 from rwkv_cli.models.base import chunks
@@ -29,8 +30,6 @@ _MEASURED = "q4"
 """The format that each kind is measured in: errors of 4 bits are those that matter."""
 _TOKENS = 512
 """The most tokens that a kind is measured on."""
-_LOGITS = 16 << 20
-"""The most logits that one pass makes."""
 
 Formats = Mapping[str, str]
 """The format of each kind of tensor."""
@@ -152,8 +151,8 @@ def _bytes(planned: Planned) -> dict[str, int]:
 def _passes(model: Model, ids: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
     """The logits after all tokens of a text, some rows at a time."""
     state = model.new_state()
-    for part in chunks(len(ids), max(1, min(model.backend.chunk, _LOGITS // model.config.vocab))):
-        yield model.advance(ids[part], state, all_logits=True, watch=lambda _: None)
+    for part in chunks(len(ids), rows_together(model)):
+        yield model.advance(ids[part], state, all_logits=True, watch=obey)
 
 
 class _Rounded(Unconverted):

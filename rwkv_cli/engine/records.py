@@ -24,7 +24,7 @@ class Kind(Protocol[KeyOut, ValueOut]):
     def read(self, record: Any) -> tuple[KeyOut, ValueOut]:
         """Take one line's JSON apart. Raises JobError for a record of something else than this run.
 
-        Raises KeyError, TypeError or ValueError where it is no record of this kind at all.
+        Raises KeyError, TypeError, ValueError or ArithmeticError where it is no record of this kind at all.
         """
 
     def beginnings(self) -> Iterable[bytes]:
@@ -58,7 +58,7 @@ class RecordFile(Generic[Key, Value]):
                     key, value = self._kind.read(json.loads(line))
                 except JobError as error:
                     raise JobError(f"{where}: {error}; give --output another file") from None
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
                     if isinstance(error, json.JSONDecodeError) and not whole and self._begins(line):
                         break
                     raise JobError(f"{where}: not {self._kind.name}; give --output another file") from None

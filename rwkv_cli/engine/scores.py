@@ -50,7 +50,7 @@ class Scores:
 
 
 def _score(record: dict[str, Any]) -> Score:
-    """Read what `Score.as_json` returned. Raises KeyError, TypeError or ValueError where it is not that."""
+    """Read what `Score.as_json` returned. Where it is not that, raises what `Kind.read` does."""
     compared = None
     if "kl_mean" in record:
         figures = {name: _number(record[name]) for name in Comparison.__annotations__ if name != "other_by_position"}

@@ -23,7 +23,7 @@ _BLOCK = 1 << 16
 """Bytes of the file that are encoded together."""
 
 _LOGITS = 16 << 20
-"""The most logits that are held at once."""
+"""The most logits of one model that are held at once."""
 
 
 @dataclass
@@ -256,7 +256,7 @@ class Scorer:
     def _chunks(self, stream: BinaryIO) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Yield the tokens that are scored together, as `_pieces` does. None reach over the end of a context."""
         left = self.context
-        most = max(1, min(self.model.backend.chunk, _LOGITS // self.model.config.vocab))
+        most = rows_together(self.model)
         for ids, widths in self._pieces(stream):
             while len(ids):
                 count = len(ids) if left is None else min(left, len(ids))
@@ -325,6 +325,11 @@ class Scorer:
             by_position=self.by_position.bins(),
             comparison=comparison,
         )
+
+
+def rows_together(model: Model) -> int:
+    """The most tokens of a text whose logits [rows, V] are made and held together."""
+    return max(1, min(model.backend.chunk, _LOGITS // model.config.vocab))
 
 
 def compare(

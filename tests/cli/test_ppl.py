@@ -351,7 +351,11 @@ def test_scores_are_kept_and_not_made_again(rwkv: Run, byte_model: Path, tmp_pat
 
 def test_what_is_no_file_of_scores_is_left_alone(rwkv: Run, byte_model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for content in ("notes\n", '{"digest": "x"}\n', '{"model": "m", "fi'):
+    rwkv("ppl", text, "-m", byte_model, "-o", out)
+    good = out.read_text()
+    wrong = [good.replace('"tokens": ', f'"tokens": {number}, "x": ') for number in ("Infinity", "NaN", "[]")]
+    wrong.append(re.sub('"tokens_per_second": [0-9.]+', '"tokens_per_second": 0', good))
+    for content in ("notes\n", '{"digest": "x"}\n', '{"model": "m", "fi', *wrong):
         out.write_text(content)
         refused(rwkv("ppl", text, "-m", byte_model, "-o", out), f"{out} line 1: not a score of rwkv ppl; give --output")
         assert out.read_text() == content
