@@ -87,7 +87,7 @@ def _level(a, t, g, i):
 
 class ColumnsArgs(NamedTuple):
     """values [B, K, W], scales [B, K/32, W]; x as levels, factors and offsets, and as `find_nonzero` lists it;
-    y [T, B·W]. A part is `width` outputs of a block."""
+    y [T, B·W]. All parts have as many outputs. A few tokens take `width` at a time, in the first part of these."""
 
     values: I8_3
     scales: U16_3
@@ -105,16 +105,15 @@ class ColumnsArgs(NamedTuple):
 
 
 @kernel(ColumnsArgs, FIXED_ORDER)
-def columns(args: int, part: int, parts: int) -> None:  # noqa: ARG001
+def columns(args: int, part: int, parts: int) -> None:
     """y = x · wᵀ, or y += x · wᵀ with `add`."""
     a = unpack(args, ColumnsArgs)
-    W, width = a.values.shape[2], a.width
-    b, first = part * width // W, part * width % W
-    if a.tokens <= a.nonzero.shape[1]:
+    W, outputs = a.values.shape[2], a.y.shape[1] // parts
+    b, first = part * outputs // W, part * outputs % W
+    if a.tokens > a.nonzero.shape[1]:
+        _many(a, b, first, outputs // STRIP)
+    elif first % a.width == 0:
         _few(a, b, first)
-    else:
-        for begin in range(first, first + width, 2 * STRIP):
-            _many(a, b, begin, min(2, (first + width - begin) // STRIP))
 
 
 class Ahead(NamedTuple):

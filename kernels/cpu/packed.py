@@ -143,7 +143,7 @@ def tiles_many(args: int, part: int, parts: int) -> None:  # noqa: ARG001
 class CodeColumnsArgs(NamedTuple):
     """values [B, K, W·bits/8], scales [B, K/32, W], by_row [B, W]; the rest as in `columns.ColumnsArgs`.
 
-    A part is `width` outputs of a block, whole chunks.
+    A part is two strips for many tokens. `width` outputs are whole chunks.
     """
 
     bits: Int
@@ -163,16 +163,15 @@ class CodeColumnsArgs(NamedTuple):
 
 
 @kernel(CodeColumnsArgs, FIXED_ORDER)
-def columns(args: int, part: int, parts: int) -> None:  # noqa: ARG001
+def columns(args: int, part: int, parts: int) -> None:
     """y = x · wᵀ, or y += x · wᵀ with `add`."""
     a = unpack(args, CodeColumnsArgs)
-    W, width = a.scales.shape[2], a.width
-    b, first = part * width // W, part * width % W
-    if a.tokens <= a.nonzero.shape[1]:
+    W, outputs = a.scales.shape[2], a.y.shape[1] // parts
+    b, first = part * outputs // W, part * outputs % W
+    if a.tokens > a.nonzero.shape[1]:
+        _many(a, b, first)
+    elif first % a.width == 0:
         _few(a, b, first)
-    else:
-        for begin in range(first, first + width, 2 * STRIP):
-            _many(a, b, begin)
 
 
 @function(FIXED_ORDER)

@@ -245,13 +245,15 @@ def _sparse_product(low: Lowering, x: Rounded, weight: Int8Weight | PackedWeight
     bytes_, words = (x.levels, None) if rounding.VNNI else (None, x.levels)
     find = columns.NonzeroArgs(bytes_, words, rows, numbers, nonzero, count)
     low.steps.add(columns.find_nonzero, find, Share.fixed(min(G, 2 * low.threads), rows))
-    # blocks are cut until every thread has as many pieces
+    # for one token, blocks are cut until every thread has as many pieces
     B, W = len(weight.values), weight.scales.shape[2]
     least = packed.CHUNK if isinstance(weight, PackedWeight) else _NARROW
     width = W if one else min(W, least)
     while B * (W // width) % low.threads and width > least:
         width //= 2
-    share = Share.fixed(B * (W // width), rows)
+    # many tokens share two strips, which is work enough for a part
+    outputs = width if one else min(W, 2 * STRIP)
+    share = Share.fixed(B * (W // outputs), rows)
     kernel: Kernel = columns.columns
     arguments: type[Any] = columns.ColumnsArgs
     of_weight: dict[str, Any] = {"values": weight.values, "scales": weight.scales}

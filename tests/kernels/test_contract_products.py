@@ -49,6 +49,7 @@ LAYOUTS = (*INT8, *(f"{layout}{bits}" for bits in BITS for layout in INT8))
         *with_each(with_each(GPU_SHAPES, *LAYOUTS), 0),
         *((2, 33, 70, layout, 0) for layout in ("columns4", "columns5", "tile6")),
         (1, 256, 33, "columns6", 0),
+        *((3, 512, 33, layout, 0) for layout in ("columns", "columns4", "columns6")),
         (2, 5, 7, "tile", 9),
         (66, 20, 40, "tile", 0),
         (66, 5, 40, "tile5", 0),

@@ -90,6 +90,15 @@ def test_a_sparse_input_is_searched_for_zeros() -> None:
         assert lowered(program)[0] == ["quantize", "find_nonzero", "columns"]
 
 
+@pytest.mark.parametrize("layout", ["columns", "columns4", "columns6"])
+def test_many_tokens_share_a_sparse_matrix_in_small_parts(layout: str) -> None:
+    """Two strips are a part: threads that come late, or are many, find some left."""
+    program = Program()
+    program.linear(Product(matrix(252, 64), weight(1024, 64, layout)))
+    _, _, low = lowered(program)
+    assert low.steps.shares[-1].most == 1024 // 32
+
+
 def test_columns_of_a_matrix_are_read_where_they_lie() -> None:
     program, x = Program(), matrix(3, 96)
     program.linear(Product(Columns(x, 32, 64), weight(32, 64)))
