@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import Result
+from damaged import read_or_refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from tiny import refused
 
 import rwkv_cli
-from rwkv_cli.errors import FormatError, UnsupportedModelError
+from rwkv_cli.errors import FormatError
 from rwkv_cli.models import registry
 from rwkv_cli.quant import Checkpoint, Floats, Int8
 from rwkv_cli.quant.dtypes import BITS
@@ -47,18 +48,6 @@ def use(path: Path) -> None:
     model.forward([1, 2])
     assert model.tokenizer is not None
     model.tokenizer.encode("hi")
-
-
-def use_or_refuse(path: Path) -> None:
-    says = f"{path}: "
-    try:
-        use(path)
-    except FormatError as error:
-        says = str(error)
-    except UnsupportedModelError as error:
-        says += str(error)
-    assert says.startswith(f"{path}: ")
-    assert "\n" not in says
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +143,7 @@ def test_cut_and_changed_headers_are_refused_or_harmless(
         data[int(at * end)] = byte
     path = folder / "changed"
     path.write_bytes(data if changes else data[: int(share * len(data))])
-    use_or_refuse(path)
+    read_or_refused(path, use)
     if not changes:
         with pytest.raises(FormatError):
             use(path)
@@ -184,7 +173,7 @@ def test_metadata_may_hold_anything(folder: Path, model: Path, rwkv: Run, data: 
     inner[last] = data.draw(st.sampled_from(JUNK))
     metadata[key] = json.dumps(value[""])
     path = joined(folder / "junk", header, body)
-    use_or_refuse(path)
+    read_or_refused(path, use)
     result = rwkv("info", path, "--tensors")
     assert result.exit_code == 0 or re.fullmatch(f"Error: {path}: .*\n", result.stderr)
 

@@ -14,40 +14,20 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import Result
+from damaged import read_or_refused, read_source
 from extras import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Call, Persistent, Ref, refused, tensor
 
-from rwkv_cli.errors import FormatError, UnsupportedModelError
-from rwkv_cli.models import naming, registry
+from rwkv_cli.errors import FormatError
+from rwkv_cli.models import naming
 from rwkv_cli.quant import open_source
 
 Run = Callable[..., Result]
 few = settings(max_examples=60, deadline=None)
 SMALL = tiny.weights("7", layers=1, width=16, vocab=256, head=8, ffn=32)
 FLOATS = tiny.raw(np.arange(6, dtype=np.float32), "F32")
-
-
-def read(path: Path) -> None:
-    """Everything that conversion reads of a file."""
-    source = naming.official(open_source(path))
-    shapes = {name: tensor.shape for name, tensor in source.items()}
-    registry.match(registry.detect(shapes), shapes)
-    for each in source.values():
-        each.float32()
-
-
-def read_or_refuse(path: Path) -> None:
-    says = f"{path}: "
-    try:
-        read(path)
-    except FormatError as error:
-        says = str(error)
-    except UnsupportedModelError as error:
-        says += str(error)
-    assert says.startswith(f"{path}: ")
-    assert says.isprintable()
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +123,7 @@ def test_a_truncated_file_is_refused(folder: Path, share: float) -> None:
     data = tiny.write_pth(folder / "whole.pth", SMALL).read_bytes()
     (folder / "cut.pth").write_bytes(data[: int(share * len(data))])
     with pytest.raises(FormatError, match=r"cut\.pth: .*download"):
-        read(folder / "cut.pth")
+        read_source(folder / "cut.pth")
 
 
 @few
@@ -161,7 +141,7 @@ def test_changed_bytes_are_refused_or_harmless(folder: Path, part: str, changes:
         tiny.write_zip(target, bytes(data), storages)  # with the right checksum
     else:
         target.write_bytes(data)
-    read_or_refuse(target)
+    read_or_refused(target)
 
 
 CENTRAL = {"compression": (10, "<H"), "compress_size": (20, "<I"), "file_size": (24, "<I"), "both sizes": (20, "<Q"),

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import Result
+from damaged import read_or_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import refused
 
-from rwkv_cli.errors import FormatError, UnsupportedModelError
-from rwkv_cli.models import naming, registry
-from rwkv_cli.quant import Checkpoint, open_source, writer
+from rwkv_cli.quant import Checkpoint, writer
 
 Run = Callable[..., Result]
 few = settings(max_examples=60, deadline=None)
@@ -80,20 +79,7 @@ def test_cut_and_changed_files_are_refused_or_harmless(
         data[int(at * end)] = byte
     path = folder / "changed"
     path.write_bytes(data if changes else data[: int(share * len(data))])
-    says = f"{path}: "
-    try:
-        source = naming.official(open_source(path))
-        shapes = {name: tensor.shape for name, tensor in source.items()}
-        registry.match(registry.detect(shapes), shapes)
-        for tensor in source.values():
-            tensor.float32()
-        assert changes
-    except FormatError as error:
-        says = str(error)
-    except UnsupportedModelError as error:
-        says += str(error)
-    assert says.startswith(f"{path}: ")
-    assert says.isprintable()
+    assert not read_or_refused(path) or changes
 
 
 def entry(dtype: str = "F32", shape: Any = (2,), start: Any = 0, end: Any = 8) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import io
 import os
 import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -35,12 +37,19 @@ def screen(output: str) -> list[str]:
     return ["".join(line).rstrip() for line in lines]
 
 
-def shown(pieces: list[str]) -> str:
+@contextmanager
+def terminal(width: Callable[[], int]) -> Iterator[io.StringIO]:
+    """What is written to a terminal of this width in the block."""
     with pytest.MonkeyPatch.context() as patch:
         out = io.StringIO()
         patch.setattr(wrap.sys, "stdout", out)
-        patch.setattr(wrap.shutil, "get_terminal_size", lambda: os.terminal_size((WIDTH, 24)))
+        patch.setattr(wrap.shutil, "get_terminal_size", lambda: os.terminal_size((width(), 24)))
         patch.setenv("TERM", "xterm")
+        yield out
+
+
+def shown(pieces: list[str]) -> str:
+    with terminal(lambda: WIDTH) as out:
         writer = wrap.Wrapped()
         for piece in pieces:
             writer.write(piece)
@@ -77,11 +86,7 @@ def test_after_a_resize_later_lines_are_whole(words: list[str], at: int, width: 
     """Where the cursor is after a resize is not known, so the first blank ends that line. Later ones are as ever."""
     text = " ".join(words)
     now = WIDTH
-    with pytest.MonkeyPatch.context() as patch:
-        out = io.StringIO()
-        patch.setattr(wrap.sys, "stdout", out)
-        patch.setattr(wrap.shutil, "get_terminal_size", lambda: os.terminal_size((now, 24)))
-        patch.setenv("TERM", "xterm")
+    with terminal(lambda: now) as out:
         writer = wrap.Wrapped()
         writer.write(text[:at])
         before = out.tell()
