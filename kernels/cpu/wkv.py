@@ -83,10 +83,16 @@ _linear64, _linear8, _linear1 = linear_step(64), linear_step(8), linear_step(1)
 
 
 @function()
+def _columns_together(N):
+    """How many columns of a head of size N a step takes at once: as many as there are kernels for, and as divide N."""
+    return 64 if N % 64 == 0 else 8 if N % 8 == 0 else 1
+
+
+@function()
 def _delta(c):
-    """One token of one head (DeltaStep), as many columns at once as divide its size."""
+    """One token of one head (DeltaStep)."""
     N = c.size
-    width = 64 if N % 64 == 0 else 8 if N % 8 == 0 else 1
+    width = _columns_together(N)
     for at in range(0, N * 4, width * 4):
         here = DeltaStep(c.state + at, c.decay, c.key, c.kappa, c.beta, c.receptance, c.value + at, c.out + at, N)
         if width == 64:
@@ -99,9 +105,9 @@ def _delta(c):
 
 @function()
 def _linear(c):
-    """One token of one head (LinearStep), as many columns at once as divide its size."""
+    """One token of one head (LinearStep)."""
     N = c.size
-    width = 64 if N % 64 == 0 else 8 if N % 8 == 0 else 1
+    width = _columns_together(N)
     for at in range(0, N * 4, width * 4):
         here = LinearStep(c.state + at, c.decay, c.key, c.bonus, c.receptance, c.value + at, c.out + at, N)
         if width == 64:
