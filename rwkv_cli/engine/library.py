@@ -168,9 +168,12 @@ def place(origin: Origin, file: str) -> Iterator[Path]:
 
 
 def _reserve(origin: Origin, file: str) -> Path:
-    """Take a free name by writing its record: model.int8, or model-2.int8."""
+    """Take a free name by writing its record: model.int8, or model-2.int8. Makes the folder if it is not there."""
     stem, _, format = file.removesuffix(_ENDING).rpartition(".")
-    folder().mkdir(parents=True, exist_ok=True)
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ModelNameError(f"{folder()}: is a file; name a folder for models with $RWKV_MODELS") from None
     for count in itertools.count(1):
         number = f"-{count}" if count > 1 else ""
         path = folder() / f"{stem}{number}.{format}{_ENDING}"

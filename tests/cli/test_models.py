@@ -146,3 +146,11 @@ def test_the_shell_completes_names_and_paths(folder: Path) -> None:
     ):
         env = {"_RWKV_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(count)}
         assert CliRunner().invoke(cli, [], prog_name="rwkv", env=env).stdout.splitlines() == expected
+
+
+def test_a_file_in_the_folders_place_is_named(rwkv: Run, folder: Path, byte_model: Path) -> None:
+    folder.rmdir()
+    folder.write_text("notes")
+    result = rwkv("generate", "a", "-m", byte_model.with_suffix(".pth"))
+    tiny.refused(result, f"{folder}: is a file; name a folder for models with", "RWKV_MODELS")
+    assert folder.read_text() == "notes"
