@@ -130,11 +130,16 @@ class Conversion:
         return cls(config, Contents(plan, metadata, arrays), found_adapters, found, CALIBRATED[quantization])
 
     def calibrated(self, on: str) -> Conversion:
-        """The conversion with another thing to calibrate on: `self`, `none` or the name of a text."""
+        """The conversion with another thing to calibrate on: `self`, `none` or the name of a text.
+
+        Raises FormatError for what does not go with the formats, and OSError for a text that is not there.
+        """
         if on != "none" and self.contents.metadata["quantization"] == "none":
             raise FormatError(f"--calibrate {on}: with --quant none there is nothing to round; leave one of them out")
         if on == "none" and self.bits is not None:
             raise FormatError("--calibrate none: --bits tells by a text which weights need more; leave one of them out")
+        if on not in ("self", "none"):
+            Path(on).stat()
         return replace(self, calibrate=on)
 
     def within(self, bits: float) -> Conversion:

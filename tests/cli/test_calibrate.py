@@ -88,7 +88,9 @@ def test_a_text_of_the_users(rwkv: Run, tmp_path: Path, source: Path) -> None:
     ):
         text.write_text(content)
         tiny.refused(rwkv("convert", source, tmp_path / "b", "--calibrate", text), says)
-    tiny.refused(rwkv("convert", source, tmp_path / "b", "--calibrate", tmp_path / "none"), "none: No such file")
+    for more in ([], ["--dry-run"]):  # before anything is compiled or written
+        result = rwkv("convert", source, tmp_path / "b", "--calibrate", tmp_path / "none", *more)
+        tiny.refused(result, "none: No such file")
     tiny.refused(rwkv("convert", source, tmp_path / "b", "--calibrate", "self", "--quant", "none"), "nothing to round")
     odd = tiny.write_pth(tmp_path / "odd.pth", tiny.weights("7", vocab=99, layers=1, width=32, head=16, ffn=64))
     assert rwkv("convert", odd, tmp_path / "b", "--calibrate", text).exit_code == 1
