@@ -18,6 +18,7 @@ from rwkv_cli.engine.scoring import compare, rows_together
 from rwkv_cli.engine.tokenizer import Tokenizer
 from rwkv_cli.errors import TokenizerError
 from rwkv_cli.kernels.cpu.feedback import Feedback
+from rwkv_cli.kernels.cpu.gram import add_products
 from rwkv_cli.models import Model, State
 from rwkv_cli.models.base import chunks
 from rwkv_cli.models.layerwise import Layerwise
@@ -33,8 +34,6 @@ _BYTES = 1 << 20
 """The most bytes of a text that are read. They have more tokens than are asked for in any language."""
 _TOGETHER = 1000
 """Rows whose products are summed up in one step."""
-_PANEL = 512
-"""Columns of XᵀX that are summed up in one step, so that there is no second matrix of its size."""
 
 USUAL_KL = {"int8": 2e-5, "q6": 1e-4, "q5": 4e-4, "q4": 1.2e-3}
 """What a format usually costs, in nats a token: the KL to float of a trained RWKV-7 (docs/quantization.md)."""
@@ -188,9 +187,7 @@ class _Sum:
         if self._waiting:
             rows = np.concatenate(self._waiting)
             self._waiting.clear()
-            for first in range(0, rows.shape[1], _PANEL):
-                panel, above = slice(first, first + _PANEL), slice(first + _PANEL)
-                self._sum[above, panel] += rows[:, above].T @ rows[:, panel]
+            add_products(self._sum, rows)
         return self._sum
 
 

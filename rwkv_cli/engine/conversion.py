@@ -34,6 +34,7 @@ from rwkv_cli.engine.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, Wor
 from rwkv_cli.errors import FormatError, TokenizerError, UnsupportedModelError
 from rwkv_cli.kernels.contract import Loadable
 from rwkv_cli.kernels.cpu.feed import KERNELS as FEEDBACK
+from rwkv_cli.kernels.cpu.gram import KERNELS as PRODUCTS
 from rwkv_cli.models import Config, Model, registry
 from rwkv_cli.models.adapters import Adapter, read_adapters
 from rwkv_cli.models.config import Entry
@@ -165,7 +166,7 @@ class Conversion:
         names = sorted(formats)
         kernels = [kernel for name in names for kernel in ROUNDING_KERNELS.get(name, ())]
         if self.calibrate != "none":
-            kernels += [*FEEDBACK, *self.source_model.kernels("last", "every")]
+            kernels += [*FEEDBACK, *PRODUCTS, *self.source_model.kernels("last", "every")]
         return list(dict.fromkeys(kernels))
 
     def write(self, dst: Path, *, overwrite: bool, bar: Bars = no_bars) -> Converted:
