@@ -39,7 +39,7 @@ _KINDS = {
     "disha": "DiSHA",
     "bone": "DiSHA",
 }
-"""What a file is, told by the last word of a name in it. The first that is found counts."""
+"""The kind of a file, told by the last word of a name in it. The first that is found counts."""
 
 Rows = NDArray[np.float64]
 Change = Callable[[Rows, int], Rows]

@@ -22,7 +22,7 @@ class Turn:
         self._lock.release()
 
     def locked(self) -> bool:
-        """Whether somebody holds it."""
+        """True while somebody holds it."""
         return self._lock.locked()
 
     def renew(self) -> None:

@@ -23,7 +23,7 @@ from rwkv_cli.quant.source import SourceFile
 
 
 class ModelFile(Protocol):
-    """What a model reads its weights from."""
+    """The interface that a model reads its weights from."""
 
     path: Path
     digest: str

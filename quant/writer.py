@@ -148,10 +148,10 @@ class Measured(NamedTuple):
 
     planned: Planned
     largest: float
-    """Its largest absolute value."""
+    """The largest absolute value of the tensor."""
     squares: float
     rows: Block
-    """Its last block."""
+    """The last block of the tensor."""
 
 
 class Rounding(Protocol):

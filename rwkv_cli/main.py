@@ -44,7 +44,7 @@ _ELSEWHERE = {
     "perplexity": "ppl",
     "evaluate": "eval",
 }
-"""What other programs call these commands."""
+"""Names that other programs have for these commands."""
 
 _LEAST_MEMORY = 400 << 20
 """Bytes of addresses that the libraries take which a command loads, without a model."""

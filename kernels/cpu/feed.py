@@ -22,7 +22,7 @@ from rwkv_cli.numbers import GROUP, LEVELS
 CANDIDATES, STEP = 24, 3
 """float16 numbers that are tried as the scale of a group of int8, from absmax/128 upward, and their distance."""
 _SEARCHED = {4: (0.86, 1.08), 5: (0.94, 1.04), 6: (0.97, 1.03)}
-"""Where the candidates of codes lie, as `shares_of` takes them."""
+"""The range of the candidates of codes, as `shares_of` takes it."""
 LANES = 16
 """Candidates of codes, half of them of either sign."""
 

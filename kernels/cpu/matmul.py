@@ -22,7 +22,7 @@ _MANY, _SOME, _TWO = 6, 4, 2
 GROUP_BYTES = STRIP * GROUP
 """A strip's weights in one group of 32 columns."""
 _SCALE_BYTES = STRIP * 2
-"""Its scales, if they are float16."""
+"""Bytes of their scales, if these are float16."""
 _BLOCK_BYTES = 1 << 18
 """Activations that stay in a core's cache while weights come by."""
 _FAR = 2048

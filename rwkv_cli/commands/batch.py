@@ -107,7 +107,7 @@ def answer_file(
 
 
 class _News(NamedTuple):
-    """What came in."""
+    """The news of one step."""
 
     answers: list[Answered]
     part: float
@@ -115,7 +115,7 @@ class _News(NamedTuple):
     making: int
     """Tokens of the answers in the making."""
     crew: str = ""
-    """What there is to say of workers."""
+    """A word on workers."""
 
 
 def _answered_here(model: LanguageModel, todo: list[Task], shared: Shared, size: int) -> Iterator[_News]:

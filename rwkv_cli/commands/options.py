@@ -57,7 +57,7 @@ class ModelWord(click.ParamType[str]):
 
     name = "model"
     envvar_list_splitter = os.pathsep
-    """What stands between several in the environment."""
+    """The character between several in the environment."""
 
     def shell_complete(
         self,

@@ -36,7 +36,7 @@ _TOGETHER = 1000
 """Rows whose products are summed up in one step."""
 
 USUAL_KL = {"int8": 2e-5, "q6": 1e-4, "q5": 4e-4, "q4": 1.2e-3}
-"""What a format usually costs, in nats a token: the KL to float of a trained RWKV-7 (docs/quantization.md)."""
+"""The usual cost of a format in nats a token: the KL to float of a trained RWKV-7 (docs/quantization.md)."""
 _ALARMING = 25
 """Times the usual KL from which a model is called damaged."""
 

@@ -29,7 +29,7 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray would print the ends of workers to standard output
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray would warn of what a later version does
 }
-"""What has to be set before Ray is imported."""
+"""Variables that have to be set before Ray is imported."""
 
 _STARTS = 3
 """Workers lost in a row while they begin, before the cluster is taken for unfit."""
@@ -46,7 +46,7 @@ Brought = Mapping[Handed, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Place:
-    """Where work is done."""
+    """The machines and processes that work."""
 
     address: str
     """`LOCAL`, "auto" for a cluster that runs on this machine, or HOST:PORT of a cluster's head."""
@@ -131,7 +131,7 @@ def _places(files: "Sequence[Handed] | set[Handed]", brought: Brought) -> Iterat
 
 
 def program() -> str:
-    """What decides about the bits of results, beside the model: the version, and the kernels and their compilers."""
+    """The program that decides about the bits of results: the version, and the kernels with their compilers."""
     return f"rwkv-cli {version('rwkv-cli')} ({cache_folder().name})"
 
 
@@ -150,7 +150,7 @@ class _Call(Generic[Item]):
 
     member: _Member
     part: range | None = None
-    """What it works on, None while it starts."""
+    """The numbers of its items, None while it starts."""
     items: Sequence[Item] = ()
     brought: dict[Handed, Sequence[Any]] = field(default_factory=dict)
 

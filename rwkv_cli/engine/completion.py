@@ -123,7 +123,7 @@ class Completion:
         self.result = Result()
         self.cancelled = False
         self._watch: Callable[[int], object] | None = None
-        """What is told of the part of a prompt that is being read."""
+        """A function that is told how far the part of a prompt is read."""
 
     def cancel(self) -> None:
         """End the text after the token in work. A signal handler may call this."""

@@ -52,7 +52,7 @@ TOKENS = 4800
 """Tokens of a text to calibrate on. Twice as many gain nothing measurable (docs/quantization.md)."""
 
 CALIBRATED = {"int8": "none", "q6": "self", "q5": "self", "q4": "self", "none": "none"}
-"""What a format is calibrated on unless one says otherwise."""
+"""The text that a format is calibrated on unless one says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Converted:
     contents: Contents
     written: Sequence[Written]
     spoilt: Judgement | None
-    """What rounding would have done to the embedding, if it was kept from it."""
+    """The error that rounding would have done to the embedding, if it was kept from it."""
     kept: Sequence[Kept]
     """The matrices that have more bits than they were to have."""
     text: Text | None
     loss: Loss | None
-    """What quantizing cost on a part of the text, if there is one."""
+    """The cost of quantizing on a part of the text, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Conversion:
     adapters: Sequence[Adapter]
     tokenizer: Tokenizer | None
     calibrate: str
-    """What it is calibrated on: `self`, `none` or the name of a text."""
+    """The text to calibrate on: `self`, `none` or the name of a file."""
     bits: float | None = None
     """The most bits a weight that a mixture of formats may have, if it is to be one."""
 

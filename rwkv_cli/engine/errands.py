@@ -1,4 +1,4 @@
-"""What workers do: answers to the prompts of a batch, and scores of texts."""
+"""The work that workers do: answers to the prompts of a batch, and scores of texts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,7 +62,7 @@ class Answering:
 
     model: Handed
     shared: Shared
-    """Its state is one of the CPU."""
+    """The beginning and the settings of all prompts. Its state is one of the CPU."""
     size: int
     """Prompts that go through the model together."""
 

@@ -23,12 +23,12 @@ _ENDING = ".safetensors"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model was converted from, and how."""
+    """The source that a model was converted from, and how."""
 
     source: str
     """The path of a checkpoint, or its place in the net."""
     state: list[list[Any]]
-    """What changes with the source: of each of its files the name, the size, and the time or the hash."""
+    """The marks of the source's files, which change with it: the name, the size, and the time or the hash."""
     quantization: str
 
     @classmethod

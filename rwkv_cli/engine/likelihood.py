@@ -11,7 +11,7 @@ from rwkv_cli.engine.tokenizer import END_OF_TEXT
 from rwkv_cli.models import State
 
 Watch = Callable[[int], object]
-"""What a model calls several times a second while it reads. It may raise, as Ctrl-C does."""
+"""A function that a model calls several times a second while it reads. It may raise, as Ctrl-C does."""
 
 BATCH = 16
 """Sequences that are read together."""

@@ -42,7 +42,7 @@ class Bounds:
     memory: int
     disk: int = 0
     folder: Path | None = None
-    """Where they are kept on disk, None for nowhere."""
+    """The folder that keeps them on disk, None for none."""
 
 
 @dataclass

@@ -53,7 +53,7 @@ class Remote:
     name: str
     size: int
     digest: str
-    """Its SHA-256 in hexadecimal, or git's SHA-1 of a small file."""
+    """The file's SHA-256 in hexadecimal, or git's SHA-1 of a small file."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Repository:
 
     @property
     def folder(self) -> Path:
-        """Where its files lie on this machine."""
+        """The folder of its files on this machine."""
         return library.folder() / "downloads" / self.name
 
     def choice(self, file: str) -> Choice:
@@ -236,7 +236,7 @@ def _receive(repository: Repository, remote: Remote, file: BinaryIO, advance: Ca
     have = file.tell()
 
     class Meter:
-        """What the library takes for a bar: it counts the bytes, and where a server begins anew, it goes back."""
+        """A stand-in for the library's bar. It counts the bytes, and where a server begins anew, it goes back."""
 
         def __init__(self, initial: int = 0, **_: object) -> None:
             advance(initial - have)

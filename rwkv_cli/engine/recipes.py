@@ -45,7 +45,7 @@ def mixed_kind(name: str) -> str:
 
 
 def mixture_name(bits: float) -> str:
-    """What a mixture of so many bits is called where a recipe has its name."""
+    """The name of a mixture of so many bits, in the place of a recipe's."""
     return f"{bits}bits"
 
 

@@ -16,10 +16,10 @@ ValueOut = TypeVar("ValueOut", covariant=True)
 
 
 class Kind(Protocol[KeyOut, ValueOut]):
-    """What the lines of a file say."""
+    """The meaning of a file's lines."""
 
     name: str
-    """What one of its lines is called in errors."""
+    """The name of a line in errors."""
 
     def read(self, record: Any) -> tuple[KeyOut, ValueOut]:
         """Take one line's JSON apart. Raises JobError for a record of something else than this run.
@@ -28,7 +28,7 @@ class Kind(Protocol[KeyOut, ValueOut]):
         """
 
     def beginnings(self) -> Iterable[bytes]:
-        """What the lines of this run begin with."""
+        """The beginnings of the lines of this run."""
 
 
 class RecordFile(Generic[Key, Value]):

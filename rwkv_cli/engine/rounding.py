@@ -35,7 +35,7 @@ def quantizer_of(format: Format) -> Any:
 
 
 class Loss(NamedTuple):
-    """What quantizing cost a model on text that nothing was fitted to."""
+    """The cost of quantizing a model, on text that nothing was fitted to."""
 
     kl: float
     """The mean KL of the model's predictions from the source's, in nats a token."""
@@ -50,14 +50,14 @@ class Plain:
         """`effects` are those that are known by the names of tensors."""
         self._effects = effects
         self.loss: Loss | None = None
-        """What the conversion cost, if it is measured."""
+        """The cost of the conversion, if it is measured."""
 
     def quantizer(self, planned: Planned) -> Any:
         """The kernel of the tensor's format."""
         return quantizer_of(planned.format)
 
     def effect(self, planned: Planned) -> float | None:
-        """What was known before."""
+        """The effect that was known before."""
         return self._effects.get(planned.name)
 
     def measured(self, part: Path) -> Mapping[str, Any]:  # noqa: ARG002
@@ -78,7 +78,7 @@ class Judgement(NamedTuple):
 
 
 def judge_embedding(plan: Sequence[Planned], config: Config) -> Judgement | None:
-    """What rounding would do to some rows of the embedding; None where it is not rounded or has its norm in it.
+    """The errors of some rows of the embedding; None where it is not rounded or has its norm in it.
 
     The norm makes small channels as large as its weights say, and their rounding errors with them.
     """
@@ -128,7 +128,7 @@ def stored(planned: Planned, rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _alone(planned: Planned, rows: NDArray[np.float32]) -> tuple[Spec, Facts]:
-    """What a format is told of rows that are a tensor by themselves."""
+    """The spec and the facts of rows that are a tensor by themselves."""
     facts = planned.format.facts_of(float(np.abs(rows).max()))
     return Spec(planned.layout, rows.shape, planned.spec.dtype), facts
 

@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass
 class Counts:
-    """What was done since the beginning."""
+    """The work done since the beginning."""
 
     passes: int = 0
     seconds: float = 0.0
@@ -55,7 +55,7 @@ class Counts:
 
 @dataclass
 class _Lane:
-    """What goes on with one model."""
+    """The work that goes on with one model."""
 
     model: LanguageModel
     batch: Batch

@@ -341,7 +341,7 @@ def compare(
 
 
 def differences(model: Model, logits: Sequence[NDArray[np.float32]], targets: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """What `compare` tells, of two logits for the same targets; computed where `model` is."""
+    """The results of `compare` for two logits and the same targets, computed where `model` is."""
     program, results = _comparison(len(targets), model.config.vocab)
     executable = model.backend.compile(program, model.threads)
     executable.run({"p": logits[0], "q": logits[1], "targets": targets})

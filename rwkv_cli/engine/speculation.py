@@ -23,16 +23,16 @@ Logits = NDArray[np.float32]
 _GUESSES = (0, 1, 3, 7)
 """The numbers of guesses that a pass may read. Each has a speed of its own, which is measured."""
 _SLOWER, _FADING = 1.1, 0.999
-"""What a pass may at most take longer than the last one of its kind, since what is more comes from other programs; and
+"""The most that a pass may take longer than the last one of its kind, since what is more comes from other programs; and
 what is left of its time with each other pass, so that it is tried again one day."""
 _GAIN = 1.1
 """How many times as fast guesses have to be to be worth it: what is measured is never exact."""
 _LAST = 1 / 16
-"""What the last guess counts for in the share of guesses that are right."""
+"""The weight of the last guess in the share of guesses that are right."""
 
 
 class Pace:
-    """What passes and guesses take, and how many guesses are worth it."""
+    """The time that passes and guesses take, and how many guesses are worth it."""
 
     def __init__(self) -> None:
         self.passes: dict[int, float] = {}
@@ -146,7 +146,7 @@ class Speculation:
         return count
 
     def _known(self, ids: Sequence[int]) -> tuple[Logits, State] | None:
-        """What the last pass has made of the next token, if it has read it."""
+        """The logits and the state that the last pass has made of the next token, if it has read it."""
         if not self._guesses or len(ids) > 1:
             return None
         guess = self._guesses.popleft()
@@ -159,7 +159,7 @@ class Speculation:
         return guess.read
 
     def _rows(self, ids: Sequence[int], sampler: Sampler) -> list[int]:
-        """What a pass is to read: `ids`, and guesses where they are worth it."""
+        """The tokens that a pass is to read: `ids`, and guesses where they are worth it."""
         self._waited += 1
         most = self.pace.best()
         if len(ids) > 1 or (most == 0 and self._waited < self.drafter.patience):

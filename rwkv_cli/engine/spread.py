@@ -59,7 +59,7 @@ class Crew(Protocol[ItemIn, ResultOut]):
 
 @dataclass(frozen=True)
 class Step(Generic[ResultOut]):
-    """What came in after one wait."""
+    """The news after one wait."""
 
     results: list[ResultOut]
     """The next results, in the order of the items."""

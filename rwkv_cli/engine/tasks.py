@@ -19,12 +19,12 @@ FORM = "Question: {question}\nAnswer:"
 _LIKELIEST = Sampling(temperature=0, presence_penalty=0, frequency_penalty=0)
 
 Figures = Mapping[str, float]
-"""What a model reached on one item, by the measure's name. Names that begin with "accuracy" have the values 0 and 1."""
+"""The results of a model on one item, by the measure's name. Those called "accuracy…" are 0 or 1."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What each model reached on one item."""
+    """The results of each model on one item."""
 
     part: str
     figures: tuple[Figures, ...]
@@ -32,7 +32,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Step:
-    """What a part of a task's work brought."""
+    """The outcome of a part of a task's work."""
 
     answers: Sequence[Answer]
     tokens: int

@@ -1,4 +1,4 @@
-"""What a scheduler does for others: answers in the making, and vectors of texts."""
+"""The work that a scheduler does for others: answers in the making, and vectors of texts."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

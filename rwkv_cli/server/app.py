@@ -59,7 +59,7 @@ class _Server(uvicorn.Server):
     """A server that ends at once on Ctrl-C, and on SIGTERM when what it has begun is done."""
 
     on_start: Callable[[], object] = staticmethod(lambda: None)
-    """What is called once requests are answered and signals are heard."""
+    """A function that is called once requests are answered and signals are heard."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -1,4 +1,4 @@
-"""What a server has: its models by name, the scheduler that answers, and its limits."""
+"""The inside of a server: its models by name, the scheduler that answers, and its limits."""
 
 import asyncio
 import threading
@@ -17,7 +17,7 @@ from rwkv_cli.server.errors import ApiError
 
 @dataclass(frozen=True, kw_only=True)
 class Usual:
-    """What the operator has set for answers of a model. It holds where a request says nothing."""
+    """The operator's settings for answers of a model. They hold where a request says nothing."""
 
     sampling: Mapping[str, float] = field(default_factory=dict)
     seed: int | None = None
@@ -69,7 +69,7 @@ class Hosted:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the operator of a server decides."""
+    """The decisions of a server's operator."""
 
     max_tokens: int = 4096
     """The most tokens of an answer."""

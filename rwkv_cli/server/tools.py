@@ -11,7 +11,7 @@ MARK = "**Tool Call:**"
 FENCE = "```"
 
 _CALL = re.compile(r"\s*```(?:json)?\s*(.*?)\s*(?:```\s*|\Z)", re.DOTALL)
-"""What stands between two marks."""
+"""The text between two marks."""
 
 
 class Calls:

@@ -1,4 +1,4 @@
-"""What requests for texts have in common: where a text ends, how tokens are chosen, what comes with it."""
+"""The fields that requests for texts share: where a text ends, how tokens are chosen, what comes with it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
