@@ -217,10 +217,10 @@ class Model:
         arrays = state.arrays().values()
         starts, batch = np.array([0, len(tokens)]), State(state.version, *(array[:, None] for array in arrays))
         if watch is None:
-            return self._run(tokens, starts, batch, head, by_row)
+            return self._run(tokens, starts, batch, head, by_row=by_row)
         before = [array.copy() for array in arrays]
         try:
-            return self._run(tokens, starts, batch, head, by_row, watch)
+            return self._run(tokens, starts, batch, head, by_row=by_row, watch=watch)
         except BaseException:
             for array, kept in zip(arrays, before, strict=True):
                 array[:] = kept
@@ -253,6 +253,7 @@ class Model:
         starts: NDArray[np.int64],
         state: State,
         head: Head,
+        *,
         by_row: Mapping[str, NDArray[Any]] | None = None,
         watch: Callable[[int], object] | None = None,
     ) -> list[Any]:

@@ -85,7 +85,7 @@ def answer_file(
         news = (
             _answered_here(model, todo, shared, size)
             if place is None
-            else _spread(model, todo, shared, size, place, name)
+            else _spread(model, todo, shared, size, place=place, name=name)
         )
         try:
             with _progress(len(jobs), hidden) as show:
@@ -130,7 +130,7 @@ def _answered_here(model: LanguageModel, todo: list[Task], shared: Shared, size:
 
 
 def _spread(
-    model: LanguageModel, todo: list[Task], shared: Shared, size: int, place: Place, name: str
+    model: LanguageModel, todo: list[Task], shared: Shared, size: int, *, place: Place, name: str
 ) -> Iterator[_News]:
     """Have workers answer prompts of the file `name`. Each gets enough for some forward passes of `size` of them."""
     from rwkv_cli.engine.cluster import connected

@@ -45,7 +45,7 @@ async def answer_chat(request: Request) -> ASGIApp:
 
     def prepare() -> "ChatReply":
         try:
-            return _prepare(host, hosted, model, fields, wanted, top, news)
+            return _prepare(host, hosted, model, fields, wanted=wanted, top=top, news=news)
         except RwkvError as error:
             raise ApiError(400, hosted.public(error)) from None
 
@@ -53,7 +53,7 @@ async def answer_chat(request: Request) -> ASGIApp:
 
 
 def _prepare(
-    host: Host, hosted: Hosted, model: LanguageModel, fields: Fields, wanted: Wanted, top: int | None, news: News
+    host: Host, hosted: Hosted, model: LanguageModel, fields: Fields, *, wanted: Wanted, top: int | None, news: News
 ) -> "ChatReply":
     """Write the prompt, and make the answers to it. Raises ApiError and RwkvError."""
     tools = fields.get("tools") or []

@@ -124,7 +124,7 @@ def test_small_endpoints(served: Any) -> None:
     status, headers, body = ask(served.port, "GET", "/metrics")
     assert (status, headers["content-type"].partition(";")[0]) == (200, "text/plain")
     lines = [line for line in body.decode().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"rwkv_[a-z_]+(\{[^}]*\})? [0-9.e+]+", line) for line in lines)
+    assert all(re.fullmatch(r"rwkv_[a-z_]+(\{[^}]*\})? [0-9.]+(e[+-][0-9]+)?", line) for line in lines)
     figures = dict(line.rsplit(" ", 1) for line in lines)
     assert float(figures["rwkv_generated_tokens_total"]) >= 4
     assert int(figures['rwkv_answers_total{path="/v1/chat/completions",status="200"}']) >= 1
