@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import gpu
 import numpy as np
+from random_models import CODES, config_of, write_model
 
 import rwkv_cli
 from rwkv_cli.models import Config, State
@@ -24,7 +24,7 @@ def run_all(config: Config, quant: str, lengths: Sequence[int]) -> float:
     """Run a random model on texts of these lengths, a batch and losses. Return the mean loss."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m"
-        gpu.write_model(path, config, quant)
+        write_model(path, config, quant)
         model = rwkv_cli.load(path, device="cuda")
     state = model.new_state()
     for T in lengths:
@@ -39,9 +39,9 @@ def run_all(config: Config, quant: str, lengths: Sequence[int]) -> float:
 def main() -> None:
     versions = sys.argv[1:] or ("7", "6", "4")
     quants = [*((version, "int8") for version in versions)]
-    quants += [("7", quant) for quant in (*gpu.CODES, "none") if "7" in versions]
+    quants += [("7", quant) for quant in (*CODES, "none") if "7" in versions]
     for version, quant in quants:
-        config = gpu.config_of(version, 2, 128, 64, 512, RANKS.get(version, {}))
+        config = config_of(version, 2, 128, 64, 512, RANKS.get(version, {}))
         print(version, quant, run_all(config, quant, LENGTHS), flush=True)
 
 

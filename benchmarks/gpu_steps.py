@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_steps.py LAYERS WIDTH RANKS T [T …]
     python benchmarks/gpu_steps.py 32 4096 128,128,96,480 1 252 -- -64
+    python benchmarks/gpu_steps.py --quant q4 32 4096 128,128,96,480 1
 
 RANKS are those of w, a, v and g of a random RWKV-7. T > 0 is one sequence of T tokens, −B are B sequences of a token.
 A launch is timed as one CUDA graph that has it for every layer, so that weights come from memory and not from a cache.
@@ -15,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gpu
 import numpy as np
+from random_models import config_of, write_model
 
 import rwkv_cli
 from rwkv_cli.kernels.cuda import backend as cuda
@@ -99,6 +100,7 @@ def measure(model: Any, T: int, read: int, bandwidth: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quant", default="int8", help="int8, q6, q5, q4 or none")
     parser.add_argument("layers", type=int)
     parser.add_argument("width", type=int)
     parser.add_argument("ranks", help="w,a,v,g")
@@ -106,10 +108,10 @@ def main() -> None:
     options = parser.parse_args()
     ranks = dict(zip("wavg", map(int, options.ranks.split(",")), strict=True))
     bandwidth = cuda.read_bandwidth(1)
-    print(f"{cuda.describe()}: a copy moves {bandwidth / 1e9:,.0f} GB/s", flush=True)
+    print(f"{cuda.describe()}: a copy moves {bandwidth / 1e9:,.0f} GB/s; {options.quant}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m"
-        read = gpu.write_model(path, gpu.config_of("7", options.layers, options.width, 64, VOCAB, ranks))
+        read = write_model(path, config_of("7", options.layers, options.width, 64, VOCAB, ranks), options.quant)
         model = rwkv_cli.load(path, device="cuda")
     for T in options.T:
         measure(model, T, read, bandwidth)

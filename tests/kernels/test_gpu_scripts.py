@@ -35,7 +35,7 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
 def test_the_sanitizers_program(monkeypatch: pytest.MonkeyPatch) -> None:
     sanitize = script(monkeypatch, "gpu_sanitize")
     with guarded_gpu(monkeypatch):
-        loss = sanitize.run_all(sanitize.gpu.config_of("4", 1, 32, 16, 8, {}), "int8", (1, 2))
+        loss = sanitize.run_all(sanitize.config_of("4", 1, 32, 16, 8, {}), "int8", (1, 2))
     assert 1 < loss < 4
 
 
@@ -53,7 +53,7 @@ def test_steps_are_told_and_timed(
 ) -> None:
     """On the false driver, which only counts replays."""
     steps = script(monkeypatch, "gpu_steps")
-    read = steps.gpu.write_model(tmp_path / "m", steps.gpu.config_of("7", 3, 16, 16, 8, RANKS))
+    read = steps.write_model(tmp_path / "m", steps.config_of("7", 3, 16, 16, 8, RANKS))
     model = rwkv_cli.load(tmp_path / "m", device="cuda")
     monkeypatch.setattr(steps, "LEAST_SECONDS", 0.0)
     steps.measure(model, 1, read, 1e9)
