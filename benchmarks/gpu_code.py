@@ -39,8 +39,8 @@ class Loop(NamedTuple):
     counts: Counter[str]
 
     @property
-    def work(self) -> int:
-        return sum(self.counts[kind] for kind in WORK)
+    def work(self) -> tuple[int, ...]:
+        return tuple(self.counts[kind] for kind in WORK)
 
 
 def disassembler() -> str:

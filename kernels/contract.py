@@ -9,7 +9,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_cli.kernels.program import Array, Product, Program, Value, Weight
+from rwkv_cli.kernels.program import Array, Factor, Lerp, Product, Program, Value, Weight
+
+
+def activation_bits(x: Factor, weight_bits: int, by_columns: bool) -> int:
+    """The bits to which every device rounds a factor for a matrix of int8 or codes: 8 or 15.
+
+    8 where that adds little to what the rounding of the weights costs: behind relu², whose matrix is stored by columns,
+    and for mixes of what a layer norm has brought to one size, with codes of 4 bits (docs/quantization.md). Else 15.
+    """
+    return 8 if by_columns or (weight_bits == 4 and isinstance(x, Lerp)) else 15
 
 
 class StoredMatrix(Protocol):

@@ -161,10 +161,19 @@ class Lab:
         return [executable.read(value) for value in outputs]
 
 
-def read_as(x: Any, stored: Any, device: str = "cpu", mixed: bool = False) -> Any:
-    """x as a product with a stored matrix reads it: the CPU rounds some factors to 8 bits (kernels/cpu/products)."""
+def read_as(x: Any, stored: Any, mixed: bool = False) -> Any:
+    """x as a product with a stored matrix reads it: some factors are rounded to 8 bits (`contract.activation_bits`)."""
     coarse = stored.layout.startswith("columns") or (stored.layout == "tile4" and mixed)
-    return naive.rounded(x, 8 if coarse and device == "cpu" else 15)
+    return naive.rounded(x, 8 if coarse else 15)
+
+
+def in_float16(x: Any, stored: Any) -> Any:
+    """x times a stored matrix as a GPU computes it with many tokens: both have 11 bits, but for a row's own factor."""
+    w = stored.float32().astype(float)
+    if stored.format == "int8":
+        return naive.eleven_bits(x) @ naive.eleven_bits(w).T
+    rows = stored.rows.reshape(-1, 1)[: len(w)].astype(float)
+    return naive.eleven_bits(x) @ naive.eleven_bits(np.rint(w / rows)).T * rows.T
 
 
 def linear(x: Any, stored: Any, activation: Any = "", bias: Any = None, **options: Any) -> Any:
@@ -296,12 +305,14 @@ def parts(lengths: tuple[int, ...]) -> dict[int, slice]:
     return {b: slice(*ends) for b, ends in enumerate(pairwise(begins(lengths).tolist())) if ends[1] > ends[0]}
 
 
-def cases(names: str, cpu: Cases, cuda: Cases) -> Any:
+def cases(names: str, cpu: Cases, cuda: Cases | None) -> Any:
     """Parametrize a test by device and `names`. The simulator of a GPU is slow, and gets few and small cases.
 
-    A real GPU gets all of both.
+    A real GPU gets all of both. With `cuda` = None the test is of the CPU alone.
     """
-    given = [("cpu", *case) for case in cpu] + [("cuda", *case) for case in (*cpu * REAL_GPU, *cuda)]
+    given = [("cpu", *case) for case in cpu]
+    if cuda is not None:
+        given += [("cuda", *case) for case in (*cpu * REAL_GPU, *cuda)]
     return pytest.mark.parametrize(("device", *filter(None, names.split(", "))), given)
 
 

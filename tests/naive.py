@@ -34,6 +34,12 @@ def rounded(x: Any, bits: int) -> F64:
     return values.reshape(T, -1)[:, :K]
 
 
+def eleven_bits(x: Any) -> F64:
+    """x as the nearest numbers with 11 bits, which float16 has where none is tiny."""
+    mantissa, exponent = np.frexp(np.asarray(x, np.float64))
+    return np.ldexp(np.rint(mantissa * 2048) / 2048, exponent)
+
+
 def sigmoid(x: F64) -> F64:
     return 1 / (1 + np.exp(-x))
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rwkv_cli.kernels import program as p
+from rwkv_cli.kernels.contract import activation_bits
 from rwkv_cli.kernels.cpu import columns, elementwise, matmul, packed, rounding
 from rwkv_cli.kernels.cpu.args import View
 from rwkv_cli.kernels.cpu.compile import Kernel
@@ -78,15 +79,10 @@ def _factors(low: Lowering, reads: list[tuple[p.Factor, p.Weight]]) -> list[View
 
 
 def _bits(x: p.Factor, weight: p.Weight) -> int | None:
-    """The bits to which a factor is rounded for a weight; None for a float matrix.
-
-    8 where that adds little to what the rounding of the weights costs: behind relu², whose matrix skips zeros, and for
-    mixes of what a layer norm has brought to one size, with codes of 4 bits (docs/quantization.md). Else 15.
-    """
+    """The bits to which a factor is rounded for a weight; None for a float matrix."""
     if isinstance(weight, FloatWeight):
         return None
-    coarse = isinstance(weight, PackedWeight) and weight.bits == 4 and isinstance(x, p.Lerp)
-    return 8 if weight.skips_zeros or coarse else 15
+    return activation_bits(x, weight.bits if isinstance(weight, PackedWeight) else 8, weight.skips_zeros)
 
 
 def work(product: p.Product) -> float:

@@ -20,7 +20,7 @@ from rwkv_cli.kernels.program import Array, Product, Program
 
 name = "cuda"
 keeps_states = False
-chunk = 512  # whole blocks of `matmul_wide`, and enough of them for every multiprocessor
+chunk = 512  # whole blocks of `matmul_half`, and enough of them for every multiprocessor
 
 __all__ = [
     "chunk",

@@ -4,13 +4,14 @@
 for several numbers of rows, of which a run launches one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 from rwkv_cli.kernels import program as p
 from rwkv_cli.kernels.cuda.device import (
     elementwise,
+    halves,
     heads,
     levels,
     matmul,
@@ -24,9 +25,18 @@ from rwkv_cli.kernels.cuda.device import (
 from rwkv_cli.kernels.cuda.device.compile import Kernel
 from rwkv_cli.kernels.cuda.driver import capability
 from rwkv_cli.kernels.cuda.executable import CudaProgram
-from rwkv_cli.kernels.cuda.launches import AddressOf, Argument, Between, Blocks, Place, Table, Tiles
-from rwkv_cli.kernels.cuda.lowering import Levels, Lowering, forms_of
-from rwkv_cli.kernels.cuda.rules import FloatProducts, Int8Products, Multiply, NormShift, RoundFactors, Step, steps_of
+from rwkv_cli.kernels.cuda.launches import AddressOf, Argument, Between, Blocks, Place, Table, Tiles, round_up
+from rwkv_cli.kernels.cuda.lowering import NO_LEVELS, Lowering, forms_of
+from rwkv_cli.kernels.cuda.rules import (
+    FloatProducts,
+    Int8Products,
+    Multiply,
+    NormShift,
+    Rounded,
+    RoundFactors,
+    Step,
+    steps_of,
+)
 from rwkv_cli.kernels.cuda.weights import CodeTable, FloatMatrix, Fragments, Int8Table
 from rwkv_cli.numbers import FLOAT_DTYPES, GROUP
 
@@ -79,17 +89,21 @@ def _token_shift(low: Lowering, op: p.TokenShift) -> None:
 
 
 def _norm_shift(low: Lowering, step: NormShift) -> None:
-    """Launches for few rows, which are spread over blocks, and for many."""
+    """One launch for few rows, which are spread over blocks. Mixes of many are rounded by a launch of their own."""
     D, rows = step.norm.x.columns, step.norm.x.rows
     arguments = _normed(low, step.norm) | {"delta": low.new(step.shift.out)} | _last_rows(low, step.shift)
-    table = [norms.MixRow(_mix(low, x), *low.new_levels(x)) for x in step.mixes]
-    arguments |= {"table": Table(tuple(table)) if table else None, "mixes": len(table)}
+    for each in step.mixes:
+        low.new_levels(each)
+    table = [norms.MixRow(_mix(low, each.x), *low.levels(each)) for each in step.mixes]
+    mixes = {"table": Table(tuple(table)) if table else None, "mixes": len(table)}
     threads, few = norms.norm_threads(D), min(norms.SPREAD_ROWS, rows.most)
     spread = Blocks((-(-D // threads), Tiles(rows)), threads, Between(rows, 1, few))
-    low.launches.add(norms.norm_shift(D, True), spread, **arguments)
+    low.launches.add(norms.norm_shift(D, True), spread, **arguments, **mixes)
     if few < rows.most:
         alone = Blocks((1, Tiles(rows)), threads, Between(rows, few + 1, rows.most))
-        low.launches.add(norms.norm_shift(D, False), alone, **arguments)
+        low.launches.add(norms.norm_shift(D, False), alone, **arguments, table=None, mixes=0)
+        if step.mixes:
+            _round(low, step.mixes, few + 1)
 
 
 def _mix(low: Lowering, x: p.Factor) -> Any:
@@ -147,14 +161,26 @@ def _row_products(low: Lowering, op: p.RowProducts) -> None:
 
 
 def _round_factors(low: Lowering, step: RoundFactors) -> None:
-    first, *_ = step.factors
-    table = Table(
-        tuple(levels.FactorRow(**_read(low, x), K=p.columns_of(x), **low.new_levels(x)._asdict()) for x in step.factors)
-    )
-    quads = max(levels.QUADS * -(-p.columns_of(x) // GROUP) for x in step.factors)
-    threads = min(levels.THREADS, quads)
-    grid = -(-quads // threads), Tiles(p.rows_of(first)), len(step.factors)
-    low.launches.add(levels.quantize, Blocks(grid, threads), table=table)
+    for each in step.factors:
+        low.new_levels(each)
+    _round(low, step.factors)
+
+
+def _round(low: Lowering, factors: Sequence[Rounded], first: int = 1) -> None:
+    """Launches that round factors whose levels have their places, for runs with `first` rows or more."""
+    table = [
+        levels.FactorRow(**_read(low, each.x), K=p.columns_of(each.x), **low.levels(each)._asdict()) for each in factors
+    ]
+    (x, _), quads = factors[0], max(levels.QUADS * -(-p.columns_of(x) // GROUP) for x, _ in factors)
+    rows, few = p.rows_of(x), min(matmul.MOST_TOKENS, p.rows_of(x).most)
+    if first <= few:
+        threads = min(levels.THREADS, quads)
+        grid = -(-quads // threads), Tiles(rows), len(factors)
+        low.launches.add(levels.quantize, Blocks(grid, threads, Between(rows, first, few)), table=Table(tuple(table)))
+    if few < rows.most:
+        threads = min(halves.ROW_THREADS, round_up(quads, 32))
+        many = Blocks((Tiles(rows), len(factors)), threads, Between(rows, max(first, few + 1), rows.most))
+        low.launches.add(halves.to_halves, many, table=Table(tuple(table)))
 
 
 def _read(low: Lowering, x: p.Factor) -> dict[str, Any]:
@@ -182,16 +208,17 @@ def _plain(low: Lowering, x: p.Value | p.Columns) -> dict[str, Any]:
 
 
 def _int8_products(low: Lowering, step: Int8Products) -> None:
-    """Launches for the parts whose weights have as many bits."""
-    by_bits: dict[int, list[Multiply]] = {}
+    """Launches for the parts whose weights have as many bits, and whose factors have."""
+    of_a_kind: dict[tuple[int, int], list[Multiply]] = {}
     for part in step.parts:
         assert isinstance(part.product.weight, Fragments)
-        by_bits.setdefault(part.product.weight.bits, []).append(part)
-    for bits, parts in by_bits.items():
-        _products_of(low, bits, parts)
+        kind = part.product.weight.bits, levels.PLANES[part.reads.bits]
+        of_a_kind.setdefault(kind, []).append(part)
+    for kind, parts in of_a_kind.items():
+        _products_of(low, kind, parts)
 
 
-def _products_of(low: Lowering, bits: int, parts: list[Multiply]) -> None:
+def _products_of(low: Lowering, kind: tuple[int, int], parts: list[Multiply]) -> None:
     """A launch for one token, and one for each form of `matmul` that several tokens may need."""
     table = Table(tuple(_product_row(low, part) for part in parts))
     first, *_ = parts
@@ -200,20 +227,20 @@ def _products_of(low: Lowering, bits: int, parts: list[Multiply]) -> None:
     # A warp for each group of columns, as far as that goes.
     warps = min(groups, matmul.warps(strips * count))
     one = Blocks((-(-strips // 2), count), 64 * warps, Between(rows, 1, 1))
-    low.launches.add(matmul.matvec(bits), one, table=table)
+    low.launches.add(matmul.matvec(*kind), one, table=table)
     for form, only in forms_of(rows):
         if only.first <= only.last:
             grid = -(-strips // form.strips), Tiles(rows, form.tokens), count
             many = Blocks(grid, 32 * (min(groups, form.warps) if form.shares else form.warps), only)
-            low.launches.add(form.kernel(bits), many, table=table, T=rows)
+            low.launches.add(form.kernel(*kind), many, table=table, T=rows)
 
 
 def _product_row(low: Lowering, part: Multiply) -> matmul.ProductRow:
     product, weight = part.product, part.product.weight
     assert isinstance(weight, Fragments)
-    x = low.levels(product.x)
+    x = low.levels(part.reads)
     if part.add:
-        y, put = low.place(part.out), Levels(None, None)
+        y, put = low.place(part.out), NO_LEVELS
     else:
         y, put = low.new(part.out), low.new_levels_if_wanted(part.out)
     return matmul.ProductRow(
@@ -233,6 +260,7 @@ def _product_row(low: Lowering, part: Multiply) -> matmul.ProductRow:
         N=part.out.columns,
         y_levels=put.levels,
         y_factors=put.factors,
+        y_planes=put.planes,
     )
 
 
@@ -338,12 +366,16 @@ def _by_heads(
     """A recurrence whose block has a head of a sequence: a kernel for few tokens a sequence, and one for many."""
     (H, N), B, rows = op.bonus.shape, _sequences(op.state), op.out.rows
     arguments |= _states(low, op)
-    arguments |= {"y": low.new(op.out), **low.new_levels_if_wanted(op.out)._asdict(), "D": op.receptance.columns}
+    y, put = low.new(op.out), low.new_levels_if_wanted(op.out)
+    arguments |= {"y": y, "levels": put.levels, "factors": put.factors, "D": op.receptance.columns}
     few = min(heads.FEW_TOKENS * B, rows.most)
     forms = heads.forms(capability())
     for form, only in ((forms.few, Between(rows, 1, few)), (forms.many, Between(rows, few + 1, rows.most))):
         if only.first <= only.last:
             low.launches.add(kernel(N, form), Blocks((H, B), heads.threads(N), only), **arguments)
+    puts = min(few, matmul.MOST_TOKENS)
+    if put.levels is not None and puts < rows.most:
+        _round(low, [low.rounded(op.out)], puts + 1)
 
 
 def _states(low: Lowering, op: p.Wkv4 | p.Wkv6 | p.Wkv7) -> dict[str, Argument]:

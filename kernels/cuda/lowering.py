@@ -5,9 +5,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from rwkv_cli.kernels import program as p
-from rwkv_cli.kernels.cuda.device import levels, matmul
+from rwkv_cli.kernels.cuda.device import halves, levels, matmul
 from rwkv_cli.kernels.cuda.device.compile import Kernel
 from rwkv_cli.kernels.cuda.launches import Argument, Between, Blocks, Launches, Place, Tiles, round_up
+from rwkv_cli.kernels.cuda.rules import Rounded
 from rwkv_cli.kernels.memory import NUMPY_DTYPES
 from rwkv_cli.numbers import GROUP
 
@@ -17,16 +18,20 @@ class Levels(NamedTuple):
 
     levels: Place | None
     factors: Place | None
+    planes: int
+
+
+NO_LEVELS = Levels(None, None, 0)
 
 
 class Lowering:
     """The launches so far, and where each value lies."""
 
-    def __init__(self, with_levels: set[p.Value]) -> None:
+    def __init__(self, with_levels: dict[p.Value, int]) -> None:
         self.launches = Launches()
         self._with_levels = with_levels
         self._places: dict[p.Value, Place] = {}
-        self._levels: dict[p.Factor, Levels] = {}
+        self._levels: dict[Rounded, Levels] = {}
 
     def place(self, x: p.Value | p.Input) -> Place:
         """The place of a value or an input."""
@@ -42,22 +47,28 @@ class Lowering:
         self._places[value] = self.launches.buffer(numbers * NUMPY_DTYPES[value.dtype].itemsize)
         return self._places[value]
 
-    def levels(self, x: p.Factor) -> Levels:
+    def levels(self, of: Rounded) -> Levels:
         """The places of a factor's levels."""
-        return self._levels[x]
+        return self._levels[of]
 
-    def new_levels(self, x: p.Factor) -> Levels:
+    def new_levels(self, of: Rounded) -> Levels:
         """Memory for the levels of a factor, in whole blocks of the kernel that reads them."""
-        rows, columns = p.rows_of(x), p.columns_of(x)
+        rows, columns, planes = p.rows_of(of.x), p.columns_of(of.x), levels.PLANES[of.bits]
+        most_planes = planes if rows.most <= matmul.MOST_TOKENS else 2  # float16 has the size of two
         *_, (form, _) = forms_of(rows)
         blocks = round_up(rows.most, form.tokens) // levels.TOKENS * -(-columns // GROUP)
-        sizes = blocks * levels.LEVEL_BYTES, blocks * levels.FACTOR_BYTES
-        self._levels[x] = Levels(*map(self.launches.buffer, sizes))
-        return self._levels[x]
+        buffer = self.launches.buffer
+        places = buffer(blocks * levels.PLANE_BYTES * most_planes), buffer(blocks * levels.FACTOR_BYTES)
+        self._levels[of] = Levels(*places, planes)
+        return self._levels[of]
 
     def new_levels_if_wanted(self, x: p.Value) -> Levels:
         """Memory for the levels of a value that the next launch computes, or none if it is not to put any."""
-        return self.new_levels(x) if x in self._with_levels else Levels(None, None)
+        return self.new_levels(self.rounded(x)) if x in self._with_levels else NO_LEVELS
+
+    def rounded(self, x: p.Value) -> Rounded:
+        """A value whose own kernel puts its levels, as that rounds it."""
+        return Rounded(x, self._with_levels[x])
 
     def by_rows(self, kernel: Kernel, like: p.Value, /, **arguments: Argument) -> None:
         """Launch a block for each row of `like`, with a thread for each column as far as that goes."""
@@ -73,13 +84,20 @@ class Lowering:
 class ProductForm(NamedTuple):
     """A kernel for products with several tokens, and the shape of its blocks."""
 
-    kernel: Callable[[int], Kernel]
-    """The kernel for weights of so many bits."""
+    kernel: Callable[[int, int], Kernel]
+    """The kernel for weights of so many bits and levels of so many planes."""
     strips: int
     tokens: int
     warps: int
     """Most warps; they share the groups if there may be fewer."""
     shares: bool
+
+
+def _of_halves(bits: int, planes: int) -> Kernel:  # noqa: ARG001 - float16 is the same for both
+    return halves.matmul_half(bits)
+
+
+_MANY = ProductForm(_of_halves, halves.STRIPS, halves.TOKENS_OF_BLOCK, halves.THREADS // 32, False)
 
 
 def forms_of(rows: p.Count) -> Iterator[tuple[ProductForm, Between]]:
@@ -94,5 +112,4 @@ def forms_of(rows: p.Count) -> Iterator[tuple[ProductForm, Between]]:
         if last == rows.most:
             return
         first = last + 1
-    wide = ProductForm(matmul.matmul_wide, matmul.WIDE_STRIPS, matmul.WIDE_TOKENS, matmul.WIDE_THREADS // 32, False)
-    yield wide, Between(rows, first, rows.most)
+    yield _MANY, Between(rows, first, rows.most)

@@ -2,7 +2,7 @@
 
 1. `join_norms`: a layer norm and the token shift of its result are one launch.
 2. `gather_products`: all products of one `Linear` that are made in int8 are one step, a launch for each number of bits
-   that the weights have. Those with float matrices are another, a launch for each type.
+   that the weights and the rounded factors have. Those with float matrices are another, a launch for each type.
 3. `insert_rounding`: the factors of that step are rounded in one launch before it. A factor whose own kernel can put
    its levels is not among them.
 4. `join_rounding`: if all of them are mixes of a norm and its shift just before, that launch rounds them.
@@ -10,11 +10,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rwkv_cli.kernels import program as p
+from rwkv_cli.kernels.contract import activation_bits
 from rwkv_cli.kernels.cuda.device.heads import puts_levels
 from rwkv_cli.kernels.cuda.weights import Fragments
+
+
+class Rounded(NamedTuple):
+    """A factor as integers of 8 or 15 bits."""
+
+    x: p.Factor
+    bits: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +31,7 @@ class NormShift:
 
     norm: p.LayerNorm
     shift: p.TokenShift
-    mixes: tuple[p.Factor, ...] = ()
+    mixes: tuple[Rounded, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +42,19 @@ class Multiply:
     out: p.Value
     add: bool = False
 
+    @property
+    def reads(self) -> Rounded:
+        """What a product in int8 reads."""
+        x, weight = self.product.x, self.product.weight
+        assert isinstance(weight, Fragments)
+        return Rounded(x, activation_bits(x, weight.bits, weight.by_columns))
+
 
 @dataclass(frozen=True, eq=False)
 class RoundFactors:
     """Round each factor to levels."""
 
-    factors: tuple[p.Factor, ...]
+    factors: tuple[Rounded, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +74,8 @@ class FloatProducts:
 Step = p.Operation[Any] | NormShift | RoundFactors | Int8Products | FloatProducts
 
 
-def steps_of(operations: Sequence[p.Operation[Any]]) -> tuple[list[Step], set[p.Value]]:
-    """The steps of a program, and the values that get their levels from the kernel that computes them."""
+def steps_of(operations: Sequence[p.Operation[Any]]) -> tuple[list[Step], dict[p.Value, int]]:
+    """The steps of a program, and the bits of the values that get their levels from the kernel that computes them."""
     steps, with_levels = insert_rounding(gather_products(join_norms(operations)))
     return join_rounding(steps), with_levels
 
@@ -101,23 +116,27 @@ def _parts(operation: p.Linear | p.AddLinear) -> Iterator[Multiply]:
         yield Multiply(p.Product(operation.y, operation.weight), operation.x, add=True)
 
 
-def insert_rounding(steps: Sequence[Step]) -> tuple[list[Step], set[p.Value]]:
+def insert_rounding(steps: Sequence[Step]) -> tuple[list[Step], dict[p.Value, int]]:
     """Insert a step that rounds the factors of each Int8Products; the values whose own kernel is to put their levels.
 
-    These are the factors that such a kernel has computed (`computed_with_levels`) and nothing has changed since.
+    These are the factors that such a kernel has computed (`computed_with_levels`) and nothing has changed since. It
+    puts integers of as many bits as their first reader wants.
     """
     inserted: list[Step] = []
-    fresh: set[p.Factor] = set()
-    wanted: set[p.Value] = set()
+    fresh: dict[p.Value, tuple[int, ...]] = {}
+    wanted: dict[p.Value, int] = {}
     for step in steps:
         if isinstance(step, Int8Products):
-            factors = dict.fromkeys(part.product.x for part in step.parts)
-            wanted |= {x for x in factors if isinstance(x, p.Value) and x in fresh}
-            left = tuple(x for x in factors if x not in fresh)
+            left = []
+            for x, bits in dict.fromkeys(part.reads for part in step.parts):
+                own = isinstance(x, p.Value) and bits in fresh.get(x, ()) and wanted.setdefault(x, bits) == bits
+                if not own:
+                    left.append(Rounded(x, bits))
             if left:
-                inserted.append(RoundFactors(left))
+                inserted.append(RoundFactors(tuple(left)))
         inserted.append(step)
-        fresh -= changed_by(step)
+        for x in changed_by(step):
+            fresh.pop(x, None)
         fresh |= computed_with_levels(step)
     return inserted, wanted
 
@@ -127,7 +146,7 @@ def join_rounding(steps: Sequence[Step]) -> list[Step]:
     joined: list[Step] = []
     for step in steps:
         match joined[-1:], step:
-            case [NormShift() as before], RoundFactors() if all(_is_mix(x, before) for x in step.factors):
+            case [NormShift() as before], RoundFactors() if all(_is_mix(x, before) for x, _ in step.factors):
                 joined[-1] = NormShift(before.norm, before.shift, step.factors)
             case _:
                 joined.append(step)
@@ -141,18 +160,18 @@ def _is_mix(x: p.Factor, step: NormShift) -> bool:
     return x is step.norm.out
 
 
-def computed_with_levels(step: Step) -> set[p.Value]:
-    """The values that a step computes with a kernel that can put their levels too.
+def computed_with_levels(step: Step) -> dict[p.Value, tuple[int, ...]]:
+    """The values that a step computes with a kernel that can put their levels too, and the bits that it can put.
 
     Such kernels are the product with one token, and a recurrence whose heads are whole groups of columns.
     """
     match step:
         case Int8Products():
-            return {part.out for part in step.parts if part.out.rows.most == 1 and not part.add}
+            return {part.out: (8, 15) for part in step.parts if part.out.rows.most == 1 and not part.add}
         case p.Wkv6() | p.Wkv7():
             _, head_size = step.bonus.shape
-            return {step.out} if puts_levels(head_size) else set()
-    return set()
+            return {step.out: (15,)} if puts_levels(head_size) else {}
+    return {}
 
 
 def changed_by(step: Step) -> set[p.Value]:

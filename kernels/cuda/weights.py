@@ -27,6 +27,8 @@ class Fragments:
     scales: Block
     strips: int
     groups: int
+    by_columns: bool
+    """True if it is stored by columns."""
     unit: float = 1.0
     """A power of two that all scales are multiplied by."""
     rows: Block | None = None
@@ -127,14 +129,15 @@ def _fragments(stored: StoredInt8 | StoredPacked, bits: int, unit: float = 1.0, 
     blocks, groups, width = stored.scales.shape
     strips = blocks * width // STRIP
     values, scales = _uploaded(stored.values), _uploaded(stored.scales)
-    out = Fragments((N, K), bits, Block(values.size), Block(scales.size), strips, groups, unit, rows)
+    tiles = stored.layout.startswith("tile")
+    out = Fragments((N, K), bits, Block(values.size), Block(scales.size), strips, groups, not tiles, unit, rows)
     threads = min(fragments.REPACK_THREADS, 32 * strips)
 
     def repack(kernel: Kernel, units: int, *arguments: int) -> None:
         """Launch a kernel whose threads take so many units in turns."""
         kernel.dispatcher[min(_REPACK_BLOCKS, -(-units // (8 * threads))), threads, stream()](*arguments)
 
-    source = values.address, 0 if stored.layout.startswith("tile") else width, out.values.address, strips, groups
+    source = values.address, 0 if tiles else width, out.values.address, strips, groups
     if bits == 8:
         repack(fragments.repack, values.size // 4, *source)
     else:

@@ -25,6 +25,7 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capabilities[0])
     from rwkv_cli.kernels.cache import on_first_compilation
     from rwkv_cli.kernels.cuda import backend  # noqa: F401 - with every module that has kernels
+    from rwkv_cli.kernels.cuda.device import halves as cuda_halves
     from rwkv_cli.kernels.cuda.device import heads, wkv6, wkv7
     from rwkv_cli.kernels.cuda.device import matmul as cuda_matmul
     from rwkv_cli.kernels.cuda.device import matmul_float as cuda_matmul_float
@@ -33,13 +34,15 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
     from rwkv_cli.numbers import FLOAT_DTYPES
 
     for bits in (4, 5, 6, 8):
-        cuda_matmul.matvec(bits)
+        cuda_matmul.matvec(bits, 2)
+    cuda_matmul.matvec(8, 1)
     for shape in cuda_matmul.SHAPES:
-        cuda_matmul.matmul(shape, 8)
-    cuda_matmul.matmul_wide(8)
+        cuda_matmul.matmul(shape, 8, 2)
+    cuda_matmul.matmul(cuda_matmul.SHAPES[-1], 8, 1)
     # For many tokens, codes of 5 bits stand for the others too: they need the most registers.
-    cuda_matmul.matmul(cuda_matmul.SHAPES[-1], 5)
-    cuda_matmul.matmul_wide(5)
+    cuda_matmul.matmul(cuda_matmul.SHAPES[-1], 5, 2)
+    for bits in (8, 5, 4):
+        cuda_halves.matmul_half(bits)
     for kind in map(FLOAT_DTYPES.index, ("F32", "F16")):  # BF16's kernels differ from F16's by a shift
         cuda_matmul_float.matvec_float(kind)
         for tokens in cuda_matmul_float.TILE_TOKENS:

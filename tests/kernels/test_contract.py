@@ -249,7 +249,7 @@ def looking_back(lab: Lab, name: str, x: Any, starts: Any, state: Any) -> Any:
     return Wkv7(decay=w, rate=a, gate=g, residual=None, **scales, **shared)
 
 
-@cases("name, shape", [("shift", (48,)), ("wkv4", (3, 48)), ("wkv6", (2, 24, 24)), ("wkv7", (2, 24, 24))], [])
+@cases("name, shape", [("shift", (48,)), ("wkv4", (3, 48)), ("wkv6", (2, 24, 24)), ("wkv7", (2, 24, 24))], None)
 def test_states_between_rows_are_kept(device: str, name: str, shape: tuple[int, ...]) -> None:
     """They are the states that shorter sequences end with, bit for bit. Nothing is kept after a sequence's last row."""
     lengths = (3, 0, 1, 5)

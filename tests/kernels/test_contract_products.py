@@ -12,6 +12,7 @@ from lab import (
     cases,
     check,
     each_device,
+    in_float16,
     linear,
     normal,
     outliers,
@@ -52,7 +53,8 @@ LAYOUTS = (*INT8, *(f"{layout}{bits}" for bits in BITS for layout in INT8))
         *((3, 512, 33, layout, 0) for layout in ("columns", "columns4", "columns6")),
         (2, 5, 7, "tile", 9),
         (66, 20, 40, "tile", 0),
-        (66, 5, 40, "tile5", 0),
+        (66, 5, 40, "columns5", 0),
+        (66, 33, 70, "tile4", 0),
     ],
 )
 def test_quantized_linear(device: str, T: int, N: int, K: int, layout: str, room: int) -> None:
@@ -62,9 +64,10 @@ def test_quantized_linear(device: str, T: int, N: int, K: int, layout: str, room
     x[:, 1::3] = 0
     got = linear(x, stored, device=device, room=room)
     w = stored.float32().astype(float)
-    assert error_ratio(got, x @ w.T) < (2e-2 if layout.startswith("columns") else 1e-4)
-    # of activations that are rounded just so, the sums are exact
-    check(got, read_as(x, stored, device) @ w.T, 1e-5)
+    in_halves = device == "cuda" and T > 64
+    assert error_ratio(got, x @ w.T) < (1e-3 if in_halves else 2e-2 if layout.startswith("columns") else 1e-4)
+    # of numbers that are rounded just so, the sums are exact
+    check(got, in_float16(x, stored) if in_halves else read_as(x, stored) @ w.T, 1e-5)
 
 
 PLACES: Cases = with_each(with_each([(40, 70), (48, 64)], *INT8), True, False) + [
@@ -94,15 +97,15 @@ def test_what_a_product_reads_and_adds_to(device: str, N: int, K: int, layout: s
         )
         lerped, first, second = x.astype(float) + delta.astype(float) * mix, wide[:, :K], wide[:, K:]
         if not floats:
-            lerped = read_as(lerped, stored, device, mixed=True)
-            first, second = read_as(first, stored, device), read_as(second, stored, device)
+            lerped = read_as(lerped, stored, mixed=True)
+            first, second = read_as(first, stored), read_as(second, stored)
         want = [sigmoid(lerped @ w.T + bias), second @ w.T + bias, lerped @ w.T, np.maximum(first @ w.T, 0) ** 2]
         for got, right in zip(lab.run(*outs), want, strict=True):
             check(got, right, 1e-5)
     lab, onto = Lab(device), normal(T, N)
     total = lab.value(onto)
     lab.ops.add(AddLinear(total, lab.matrix(x), lab.weight(stored.float32() if floats else stored)))
-    added = x.astype(float) if floats else read_as(x, stored, device)
+    added = x.astype(float) if floats else read_as(x, stored)
     check(lab.run(total), onto + added @ w.T, 1e-5)
 
 
@@ -132,7 +135,7 @@ def test_any_code_and_scale(device: str, layout: str, T: int) -> None:
     values, scales = RNG.integers(0, 256, stored.values.shape), RNG.integers(-127, 128, stored.scales.shape)
     stored = replace(stored, values=values.astype(np.uint8), scales=scales.astype(np.int8))
     x = normal(T, 128)
-    check(linear(x, stored, device=device), read_as(x, stored, device) @ stored.float32().astype(float).T, 1e-5)
+    check(linear(x, stored, device=device), read_as(x, stored) @ stored.float32().astype(float).T, 1e-5)
 
 
 BAD = (np.nan, np.inf, -np.inf)
@@ -153,6 +156,8 @@ BAD = (np.nan, np.inf, -np.inf)
         ("columns", -np.inf, 2, ""),
         ("tile4", np.inf, 1, ""),
         ("tile5", np.nan, 2, ""),
+        ("tile", np.nan, 65, ""),
+        ("tile4", -np.inf, 65, ""),
     ],
 )
 def test_what_is_not_finite_reaches_every_output(device: str, layout: str, bad: float, T: int, activation: str) -> None:

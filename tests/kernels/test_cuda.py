@@ -104,10 +104,10 @@ def test_a_launch_names_its_kernels_arguments() -> None:
     with pytest.raises(TypeError, match="shift: last must be given as slot, not as Place"):
         launches.add(norms.shift, blocks, x=x, delta=x, starts=x, last=x, last_offset=0, B=1, D=1)
     launches.add(norms.shift, blocks, x=x, delta=x, starts=x, last=state, last_offset=0, B=1, D=1)
-    row = matmul.ProductRow(x, x, 1, 1, x, x, 1.0, None, None, 0, False, x, 1, 1, None, None)
-    launches.add(matmul.matvec(8), blocks, table=Table((row, row)))
+    row = matmul.ProductRow(x, x, 1, 1, x, x, 1.0, None, None, 0, False, x, 1, 1, None, None, 0)
+    launches.add(matmul.matvec(8, 2), blocks, table=Table((row, row)))
     with pytest.raises(TypeError, match="ProductRow: unit must be given as float, not as int"):
-        launches.add(matmul.matvec(8), blocks, table=Table((row, row._replace(unit=1))))
+        launches.add(matmul.matvec(8, 2), blocks, table=Table((row, row._replace(unit=1))))
     assert len(launches.all) == 2
 
 
@@ -115,8 +115,8 @@ def test_a_buffer_lives_from_its_first_to_its_last_launch() -> None:
     launches, blocks = Launches(), Blocks((1,), 32)
     x, y, z, kept = (launches.buffer(12) for _ in range(4))
     launches.add(elementwise.take, blocks, x=x, rows=x, out=Place(y.base, 4), D=1)
-    row = matmul.ProductRow(y, y, 1, 1, y, y, 1.0, None, None, 0, False, kept, 1, 1, None, None)
-    launches.add(matmul.matvec(8), blocks, table=Table((row,)))
+    row = matmul.ProductRow(y, y, 1, 1, y, y, 1.0, None, None, 0, False, kept, 1, 1, None, None, 0)
+    launches.add(matmul.matvec(8, 2), blocks, table=Table((row,)))
     launches.add(elementwise.add_gated, blocks, x=z, y=z, gate=z, D=1)
     launches.keep(kept)
     assert [(b.first, b.last) for b in launches.buffers] == [(1, 1), (1, 2), (3, 3), (2, 3)]
@@ -162,14 +162,12 @@ def test_arrays_have_numpys_manners() -> None:
 @pytest.mark.parametrize(
     ("version", "quant"), [*zip(tiny.VERSIONS, ("int8", "q6", "q5", "q4") * 2, strict=True), ("7", "none")]
 )
-def test_the_gpu_benchmark_makes_sound_models(version: str, quant: str, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    gpu = importlib.util.module_from_spec(spec)
-    sys.modules["gpu"] = gpu
-    spec.loader.exec_module(gpu)
-    gpu.write_model(tmp_path / "model", gpu.config_of(version, 2, 32, 16, 64, gpu.ranks_of(version, 8)), quant)
+def test_the_gpu_benchmark_makes_sound_models(
+    version: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    random = importlib.import_module("random_models")
+    random.write_model(tmp_path / "model", random.config_of(version, 2, 32, 16, 64, random.ranks_of(version, 8)), quant)
     logits, _ = rwkv_cli.load(tmp_path / "model").forward([1, 2, 3])
     assert 0.1 < logits.std() < 10
 
@@ -180,20 +178,20 @@ SIZES = {"layers": 2, "width": 32, "vocab": 40, "head": 16, "ffn": 64}
 
 @pytest.mark.parametrize(("version", "quant"), [*((version, "int8") for version in tiny.VERSIONS), ("4", "q4")])
 def test_a_model_is_the_cpus(converted: Any, version: str, quant: str, tmp_path: Path) -> None:
-    """It is so but for what the CPU rounds to 8 bits and the GPU to 15; test_contract.py holds each to the oracle."""
+    """It is so but for values between two levels of 8 bits, which float rounding may bring to either side."""
     path = converted(version, quant, **SIZES)
     gpu, cpu = rwkv_cli.load(path, device="cuda"), rwkv_cli.load(path)
     got, state = gpu.forward(IDS, all_logits=True)
     want, expected = cpu.forward(IDS, all_logits=True)
-    assert error_ratio(got, want) < 2e-2
+    assert error_ratio(got, want) < 1e-3
     assert all(isinstance(array, DeviceArray) for array in state.arrays().values())
     # on the device a state is changed in place; a clone, a stacked and a loaded one are its own
     state.save(tmp_path / "state")
     kept, loaded = state.clone(), State.load(tmp_path / "state", like=gpu.new_state())
     one = gpu.advance([5], state)
-    assert error_ratio(one, cpu.advance([5], expected)) < 2e-2
+    assert error_ratio(one, cpu.advance([5], expected)) < 1e-3
     for name, array in state.arrays().items():
-        assert error_ratio(np.asarray(array), expected.arrays()[name]) < 2e-2
+        assert error_ratio(np.asarray(array), expected.arrays()[name]) < 1e-3
         assert not np.array_equal(np.asarray(array), np.asarray(kept.arrays()[name]))
     if version == "7":
         np.testing.assert_array_equal(gpu.advance([5], loaded), one)
@@ -216,7 +214,7 @@ def test_a_command_runs_on_the_gpu(converted: Any, rwkv: Any, tmp_path: Path) ->
         json.loads(rwkv("ppl", tmp_path / "text", "-m", path, "--device", device, "--json").stdout)
         for device in ("cpu", "cuda")
     ]
-    assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], abs=1e-2)
+    assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], abs=1e-4)
 
 
 @simulated

@@ -9,7 +9,7 @@ import naive
 import numpy as np
 import pytest
 import tiny
-from lab import RNG, Lab, guarded_gpu, lone_arrays, normal, parts, quantize
+from lab import RNG, Lab, guarded_gpu, in_float16, linear, lone_arrays, normal, parts, quantize
 from naive import error_ratio, sigmoid
 
 from rwkv_cli.kernels import program as p
@@ -67,11 +67,12 @@ def test_products(T: int) -> None:
     """Several at once: int8 and codes, ragged sizes, a shared and two mixed inputs, every activation, biases."""
     K, lab = 70, Lab("cuda")
     x, delta, row, mix, bias = normal(T, K), normal(T, K), uniform(0, 1, 1, K), uniform(0, 1, T, K), normal(1, 17)
-    (a, wa), (b, wb), (c, wc), (d, wd) = (
+    (a, wa), (b, wb), (c, wc), (d, wd), (e, we) = (
         stored(normal(17, K), "tile"),
         stored(normal(48, K), "columns"),
         stored(normal(5, K, scale=0.1), "tile6"),  # tanh is not at its ends
         stored(normal(17, 48, scale=1e-3), "tile4"),
+        stored(normal(19, K, scale=0.1), "tile4"),
     )
     dx, dd, dm, offset = lab.matrix(x), lab.matrix(delta), lab.matrix(mix), lab.vector(bias)
     one = p.Lerp(dx, dd, lab.vector(row))
@@ -83,23 +84,35 @@ def test_products(T: int) -> None:
         p.Product(p.Lerp(dx, dd, dm), a, "relu_squared"),
         p.Product(dx, a, "decay"),
         p.Product(dx, a, "soft_decay", offset),
+        p.Product(one, e),  # of the same mix as two before, which it reads in 8 bits
     )
     first, second, *_ = outs
     lab.ops.add(p.AddLinear(first, second, d))
 
     x, lerped = x.astype(float), x + delta.astype(float) * row
-    product = x @ wa.T
+    product, coarse = x @ wa.T, naive.rounded(x, 8) @ wb.T
     want = [
-        sigmoid(product + bias) + x @ wb.T @ wd.T,
-        x @ wb.T,
+        sigmoid(product + bias) + coarse @ wd.T,
+        coarse,
         np.tanh(lerped @ wc.T),
         lerped @ wa.T * sigmoid(lerped @ wa.T),
         np.maximum((x + delta.astype(float) * mix) @ wa.T, 0) ** 2,
         np.exp(-np.exp(product)),
         np.exp(-np.exp(-0.5) * sigmoid(product + bias)),
+        naive.rounded(lerped, 8) @ we.T,
     ]
     for have, expected in zip(run(lab, *outs), want, strict=True):
         check(have, expected, 1e-4)  # 15 bits of activation
+
+
+@pytest.mark.parametrize("layout", ["tile", "tile5"])
+def test_many_tokens_of_any_size(layout: str) -> None:
+    """Each token has a factor of its own, so that none is too large or too small for float16."""
+    x, q = normal(65, 70), quantize(normal(20, 70), layout)
+    x *= np.float32([[1e30], [1e-25], [1e5], [65504], [0]] * 13)
+    x[7, 3] = 1e9  # beside which others are nothing
+    for row, want in zip(linear(x, q, device="cuda"), in_float16(x, q), strict=True):
+        assert np.abs(row - want).max() <= 1e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("quantized", [True, False])

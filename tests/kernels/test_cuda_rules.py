@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ STARTS = p.Input("starts", (2,), "I64")
 
 
 def int8(N: int = 32, K: int = 32) -> Fragments:
-    return Fragments((N, K), 8, NOTHING, NOTHING, N // 16, K // 32)
+    return Fragments((N, K), 8, NOTHING, NOTHING, N // 16, K // 32, False)
 
 
 def floats(N: int = 32, K: int = 32) -> FloatMatrix:
@@ -114,13 +115,43 @@ def test_add_linear_adds(weight: Any) -> None:
 
 
 def rounding(*operations: p.Operation[Any]) -> tuple[list[Any], set[p.Value]]:
-    """The factors that are rounded before each launch of int8 products, and the values that their kernels round."""
+    """The factors that are rounded before each launch of int8 products, and the values that their kernels round.
+
+    All are rounded to 15 bits.
+    """
     steps, wanted = rules.insert_rounding(rules.gather_products(operations))
     rounded: list[Any] = []
     for before, step in zip([None, *steps], steps, strict=False):
         if isinstance(step, Int8Products):
-            rounded.append(list(before.factors) if isinstance(before, RoundFactors) else [])
-    return rounded, wanted
+            factors = before.factors if isinstance(before, RoundFactors) else ()
+            rounded.append([x for x, _ in factors])
+            assert all(bits == 15 for _, bits in factors)
+    assert set(wanted.values()) <= {15}
+    return rounded, set(wanted)
+
+
+def test_a_factor_is_rounded_to_the_bits_that_each_of_its_readers_wants() -> None:
+    mix, by_columns = p.Lerp(value(), value(), value()), replace(int8(), by_columns=True)
+    q4, q6 = replace(int8(), bits=4), replace(int8(), bits=6)
+    x = value()
+    reads = p.Linear(tuple(p.Product(*each) for each in ((mix, q4), (mix, q6), (x, q4), (mix, q4))))
+    steps, wanted = rules.insert_rounding(rules.gather_products([reads]))
+    first, _ = steps
+    assert isinstance(first, RoundFactors)
+    assert list(first.factors) == [(mix, 8), (mix, 15), (x, 15)]
+    assert not wanted
+    (made,) = (key := p.Linear((p.Product(value(ONE), int8(), "relu_squared"),))).out
+    steps, wanted = rules.insert_rounding(rules.gather_products([key, p.AddLinear(value(ONE), made, by_columns)]))
+    assert wanted == {made: 8}
+    (made,) = (key := p.Linear((p.Product(value(ONE), int8()),))).out
+    readers = p.Linear((p.Product(made, by_columns), p.Product(made, q6)))
+    *_, second, _ = rules.insert_rounding(rules.gather_products([key, readers]))[0]
+    assert isinstance(second, RoundFactors)
+    assert list(second.factors) == [(made, 15)]  # its own kernel puts 8 bits
+    wkv = wkv6(MANY, 1, 32)  # whose kernel puts 15 bits only
+    steps, wanted = rules.insert_rounding(rules.gather_products([wkv, p.AddLinear(value(), wkv.out, by_columns)]))
+    assert [type(step) for step in steps] == [p.Wkv6, RoundFactors, Int8Products]
+    assert not wanted
 
 
 def test_each_factor_of_a_linear_is_rounded_once_and_all_in_one_launch() -> None:
@@ -209,15 +240,15 @@ def test_a_layer_of_rwkv_7_with_one_token_is_eight_launches() -> None:
     (k,) = key.out
     steps, wanted = rules.steps_of([
         attention, delta, one, two, wkv, p.AddLinear(x, wkv.out, int8()), channel, shift, key,
-        p.AddLinear(x, k, int8()),
+        p.AddLinear(x, k, replace(int8(), by_columns=True)),
     ])  # fmt: skip
     assert [type(step) for step in steps] == [
         NormShift, Int8Products, Int8Products, p.Wkv7, Int8Products, NormShift, Int8Products, Int8Products,
     ]  # fmt: skip
-    assert [list(step.mixes) for step in steps if isinstance(step, NormShift)] == [
+    assert [[x for x, _ in step.mixes] for step in steps if isinstance(step, NormShift)] == [
         mixed, [each.x for each in key.products]
     ]  # fmt: skip
-    assert wanted == {*one.out[1:], wkv.out, k}
+    assert wanted == dict.fromkeys((*one.out[1:], wkv.out), 15) | {k: 8}
 
 
 def test_a_norm_and_shift_round_their_own_mixes() -> None:
@@ -234,7 +265,7 @@ def test_a_norm_and_shift_round_their_own_mixes() -> None:
         assert [type(step) for step in steps] == [NormShift, *[RoundFactors][joins:], Int8Products]
         first, *_ = steps
         assert isinstance(first, NormShift)
-        assert list(first.mixes) == factors * joins
+        assert [x for x, _ in first.mixes] == factors * joins
     later = p.Linear((p.Product(own, int8()),))
     steps, _ = rules.steps_of([norm, shift, p.AddGated(value(), value(), value()), later])
     assert [type(step) for step in steps] == [NormShift, p.AddGated, RoundFactors, Int8Products]

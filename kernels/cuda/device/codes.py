@@ -19,6 +19,7 @@ from rwkv_cli.kernels.cuda.device.compile import (
     i64,
     low_word,
     permute,
+    prefetch,
     words,
 )
 from rwkv_cli.numbers import GROUP, LEVELS
@@ -60,6 +61,13 @@ def weights_at(fragment: Address, lane: Int, bits: Int) -> Any:
     elif bits == 6:
         rest = i32(fragment + LOW_PLANE + 4 * lane)
     return low_word(low), low_word(low >> 32), rest, np.int32(0)
+
+
+@function
+def prefetch_fragment(fragment: Address, lane: Int, size: Int) -> None:
+    """Begin to bring a fragment of weights into the GPU's cache. A warp does so together."""
+    if lane % 8 == 0 and 16 * lane < size:
+        prefetch(fragment + 16 * lane)
 
 
 @function

@@ -67,6 +67,8 @@ class Form(NamedTuple):
     """Tokens of a warp in a tile."""
     blocks: int
     """Blocks that a multiprocessor should hold, which bounds a thread's registers."""
+    puts: bool
+    """True if it can put levels."""
 
 
 class Forms(NamedTuple):
@@ -78,7 +80,8 @@ class Forms(NamedTuple):
 
 def forms(capability: tuple[int, int]) -> Forms:
     """The forms for a GPU. Before Hopper, compilers need more registers for the same kernel."""
-    return Forms(Form(1, 4), Form(4, 2)) if capability >= (9, 0) else Forms(Form(1, 2), Form(2, 2))
+    hopper = capability >= (9, 0)
+    return Forms(Form(1, 4 if hopper else 2, True), Form(4 if hopper else 2, 2, False))
 
 
 FEW_TOKENS = 4

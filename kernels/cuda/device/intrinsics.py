@@ -24,6 +24,8 @@ sqrt, tanh = _function(lambda x: math.sqrt(x)), _function(lambda x: math.tanh(x)
 _GLOBAL = 1
 """LLVM's address space of global memory."""
 _WHOLE_WARP = 0xFFFFFFFF
+_OF_WHOLE_WARP = ("convergent", "readnone", "nounwind")
+"""A call that the whole warp takes part in, and that is moved into no branch."""
 _cuda: Any = numba.cuda
 _other_lanes = _cuda.shfl_xor_sync
 """The value that the lane has whose number differs by a mask."""
@@ -47,7 +49,7 @@ def warp_sums(values: Any, count: Any) -> None:
 
 @_function
 def warp_max(value: Any) -> Any:
-    """The largest of a warp's values, in every lane. All threads of the block must get here."""
+    """The largest of a warp's float values, in every lane. All threads of the block must get here."""
     for distance in (16, 8, 4, 2, 1):
         value = max(value, _other_lanes(_WHOLE_WARP, value, distance))
     return value
@@ -112,7 +114,7 @@ put_i32 = _store(I32, types.int64, lambda b, value: b.trunc(value, I32))
 put_i16 = _store(I16, types.int64, lambda b, value: b.trunc(value, I16))
 put_u8 = _store(I8, types.int64, lambda b, value: b.trunc(value, I8))
 
-_FOUR = types.UniTuple(types.int32, 4)
+_FOUR, _FOUR_FLOATS = types.UniTuple(types.int32, 4), types.UniTuple(types.float32, 4)
 
 
 def _capability() -> tuple[int, int]:
@@ -175,6 +177,19 @@ def bits(b: Any, x: Any) -> Any:
     return b.bitcast(x, I32)
 
 
+@_emits(types.int32, types.int32)
+def largest_of_warp(b: Any, x: Any) -> Any:
+    """The largest of a warp's int32, in every lane. All threads of the block must get here."""
+    if _capability() >= (8, 0):
+        text, kind = "redux.sync.max.s32 $0, $1, 0xffffffff;", ir.FunctionType(I32, [I32])
+        return b.call(ir.InlineAsm(kind, text, "=r,r"), [x], attrs=_OF_WHOLE_WARP)
+    text, kind = "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", ir.FunctionType(I32, [I32, I32])
+    for distance in (16, 8, 4, 2, 1):
+        other = b.call(ir.InlineAsm(kind, text, "=r,r,r"), [x, I32(distance)], attrs=_OF_WHOLE_WARP)
+        x = b.select(b.icmp_signed(">", x, other), x, other)
+    return x
+
+
 @_emits(types.float32, types.int64)
 def float_of(b: Any, bits: Any) -> Any:
     """The float32 that has the lower 32 bits of an int64."""
@@ -185,6 +200,22 @@ def float_of(b: Any, bits: Any) -> Any:
 def through_half(b: Any, x: Any) -> Any:
     """float32 rounded to the nearest float16, ties to even, as float32."""
     return b.fpext(b.fptrunc(x, F16), F32)
+
+
+@_emits(types.int32, types.float32)
+def half_bits(b: Any, x: Any) -> Any:
+    """The bits of the nearest float16, ties to even."""
+    return b.zext(b.bitcast(b.fptrunc(x, F16), I16), I32)
+
+
+def _of_halves(name: str) -> Callable[[Any, Any, Any], Any]:
+    """An emitter of an instruction on both float16 of two int32."""
+    kind = ir.FunctionType(I32, [I32, I32])
+    return lambda b, x, y: b.call(ir.InlineAsm(kind, f"{name}.rn.f16x2 $0, $1, $2;", "=r,r,r"), [x, y])
+
+
+halves_product = _emits(types.int32, types.int32, types.int32)(_of_halves("mul"))
+halves_difference = _emits(types.int32, types.int32, types.int32)(_of_halves("sub"))
 
 
 @_emits(types.int32, types.float32)
@@ -216,16 +247,19 @@ def dp4a(b: Any, left: Any, right: Any, onto: Any) -> Any:
     return b.call(ir.InlineAsm(kind, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r"), [left, right, onto])
 
 
-def _mma(b: Any, shape: str, weights: list[Any], levels: list[Any], sums: list[Any]) -> list[Any]:
-    """sums + weights · levels by one int8 mma.sync of `shape`. Each list has the registers of one matrix."""
+def _mma(
+    b: Any, shape: str, weights: list[Any], levels: list[Any], sums: list[Any], kinds: str = "s32.s8.s8.s32"
+) -> list[Any]:
+    """sums + weights · levels by one mma.sync of `shape` and `kinds`. Each list has the registers of one matrix."""
     n, at, groups = len(sums), 0, []
     for count in (n, len(weights), len(levels), n):
         groups.append("{" + ", ".join(f"${at + i}" for i in range(count)) + "}")
         at += count
     operands = [*weights, *levels, *sums]
-    text = f"mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32 {', '.join(groups)};"
-    constraints = ",".join(["=r"] * n + ["r"] * len(operands))
-    kind = ir.FunctionType(ir.LiteralStructType([I32] * n), [I32] * len(operands))
+    text = f"mma.sync.aligned.{shape}.row.col.{kinds} {', '.join(groups)};"
+    of_sums, of_sum = ("f", F32) if kinds.startswith("f32") else ("r", I32)
+    constraints = ",".join([f"={of_sums}"] * n + ["r"] * (len(operands) - n) + [of_sums] * n)
+    kind = ir.FunctionType(ir.LiteralStructType([of_sum] * n), [I32] * (len(operands) - n) + [of_sum] * n)
     # The whole warp takes part. A volatile call is moved into no branch.
     done = b.call(ir.InlineAsm(kind, text, constraints, side_effect=True), operands)
     return [b.extract_value(done, i) for i in range(n)]
@@ -267,8 +301,44 @@ def products(
     return _add_products(b, w, [low_0, low_1], [b.shl(total, I32(8)) for total in high])
 
 
+@_emits(_FOUR, _FOUR, _FOUR, types.int64, types.int64, types.int64, types.int64)
+def products_8(
+    b: Any,
+    weights: Any,
+    levels: Any,
+    lane: Any,  # noqa: ARG001
+    weights_at: Any,  # noqa: ARG001
+    bits: Any,  # noqa: ARG001
+    levels_at: Any,  # noqa: ARG001
+) -> list[Any]:
+    """`products` with levels of 8 bits, which are one plane: Σ w·level. The last two of `levels` are not read."""
+    w = [b.extract_value(weights, i) for i in range(4)]
+    return _add_products(b, w, [b.extract_value(levels, i) for i in range(2)], [I32(0)] * 4)
+
+
 @_emits(_FOUR, _FOUR, _FOUR, _FOUR)
 def plane_products(b: Any, weights: Any, levels: Any, sums: Any) -> list[Any]:
     """sums + Σ w·high + Σ w·low: what tensor cores do of `products`, and nothing beside it."""
     w, x, onto = ([b.extract_value(each, i) for i in range(4)] for each in (weights, levels, sums))
     return _add_products(b, w, x[2:], _add_products(b, w, x[:2], onto))
+
+
+@_emits(_FOUR_FLOATS, types.UniTuple(types.int32, 8), _FOUR, _FOUR_FLOATS)
+def half_products(b: Any, weights: Any, levels: Any, sums: Any) -> list[Any]:
+    """sums + a warp's 16 rows × 8 tokens over 32 columns, in float16 but for the sums, which lie as in `products`.
+
+    Two of a lane's numbers are in each int32. Weights are those of columns 4t and 4t + 1 of row g and of row g + 8,
+    then of the next two columns of both rows; then come columns 4t + 16 … likewise. Levels are token g's of columns
+    4t … and of 4t + 16 ….
+    """
+    w, x, onto = (
+        [b.extract_value(weights, i) for i in range(8)],
+        *([b.extract_value(each, i) for i in range(4)] for each in (levels, sums)),
+    )
+    kinds = "f32.f16.f16.f32"
+    if _capability() >= (8, 0):
+        onto = _mma(b, "m16n8k16", w[:4], x[:2], onto, kinds)
+        return _mma(b, "m16n8k16", w[4:], x[2:], onto, kinds)
+    for i in range(4):
+        onto = _mma(b, "m16n8k8", w[2 * i : 2 * i + 2], x[i : i + 1], onto, kinds)
+    return onto

@@ -46,6 +46,7 @@ class MixRow(NamedTuple):
     """float32 [D]; 0 for no delta at all."""
     levels: Address
     factors: Address
+    planes: Int
 
 
 MIX = MixRow(*range(0, 8 * len(MixRow._fields), 8))
@@ -158,7 +159,7 @@ def norm_shift(D: int, spread: bool) -> Kernel:
 
         x, out and delta are [T, D]; starts is int64 [B + 1]. The row before the first one of sequence b is row b of a
         state [B, D], which lies last_offset bytes after the address at `last`. A table of so many `MixRow` says which
-        mixes out + delta ∘ mix are rounded to levels. Blocks: (columns, T).
+        mixes out + delta ∘ mix are rounded to levels, if the work is spread. Blocks: (columns, T).
 
         A block works out the row before its own again, so none reads what another has written. The block of a
         sequence's first row, and no other, works out the sequence's last row instead and puts it into the state.
@@ -167,11 +168,10 @@ def norm_shift(D: int, spread: bool) -> Kernel:
         sums = cuda.shared.array(SCRATCH, types.float32)
         squares = cuda.shared.array(SCRATCH, types.float32)
         own, other = cuda.local.array(COUNT, types.float32), cuda.local.array(COUNT, types.float32)
+        difference = cuda.local.array(EACH, types.float32)
         pair, found = cuda.local.array(2, types.float32), cuda.shared.array(1, types.int64)
         t, tid = np.int64(cuda.blockIdx.y), np.int64(cuda.threadIdx.x)
         first = tid + THREADS * EACH * np.int64(cuda.blockIdx.x)
-        gain = f32(weight + 4 * first) if first < D else np.float32(0)
-        offset = f32(bias + 4 * first) if first < D else np.float32(0)
         wait_for_previous()
         kept = i64(last) + last_offset
         for i in range(COUNT):
@@ -181,6 +181,9 @@ def norm_shift(D: int, spread: bool) -> Kernel:
         kept += 4 * D * b
         begins = t == i64(starts + 8 * b)
         there = i64(starts + 8 * b + 8) - 1 if begins else t - 1
+        for i in range(EACH):
+            d = first + THREADS * i
+            difference[i] = f32(kept + 4 * d) if begins and d < D else np.float32(0)
         pair[0] = pair[1] = np.float32(0)
         for i in range(COUNT):
             d = tid + THREADS * i
@@ -198,30 +201,33 @@ def norm_shift(D: int, spread: bool) -> Kernel:
                 pair[1] += other[i] * other[i]
         _two_sums(pair, squares)
         scale, scale_other = _ONE / sqrt(pair[0] / np.float32(D) + eps), _ONE / sqrt(pair[1] / np.float32(D) + eps)
-        groups = (D + GROUP - 1) // GROUP
+        if spread and first < D:
+            # A thread has any column, but registers have no index. What is read again lies in the cache.
+            own[0], other[0] = f32(x + 4 * (D * t + first)) - mean, f32(x + 4 * (D * there + first)) - mean_other
+        # No load waits for a store.
         for i in range(EACH):
             d = first + THREADS * i
-            a = difference = np.float32(0)
             if d < D:
-                if i > 0:
-                    gain, offset = f32(weight + 4 * d), f32(bias + 4 * d)
-                # What is read again lies in the cache, and any thread may have any column.
-                a = (f32(x + 4 * (D * t + d)) - mean) * scale * gain + offset
-                before = (f32(x + 4 * (D * there + d)) - mean_other) * scale_other * gain + offset
-                put_f32(out + 4 * (D * t + d), a)
+                gain, offset = f32(weight + 4 * d), f32(bias + 4 * d)
+                own[i] = own[i] * scale * gain + offset
+                other[i] = other[i] * scale_other * gain + offset
+                difference[i] = (difference[i] if begins else other[i]) - own[i]
+        for i in range(EACH):
+            d = first + THREADS * i
+            if d < D:
+                put_f32(out + 4 * (D * t + d), own[i])
+                put_f32(delta + 4 * (D * t + d), difference[i])
                 if begins:
-                    difference = f32(kept + 4 * d) - a
-                    put_f32(kept + 4 * d, before)
-                else:
-                    difference = before - a
-                put_f32(delta + 4 * (D * t + d), difference)
+                    put_f32(kept + 4 * d, other[i])
+        if spread:
+            group, groups = first // GROUP, (D + GROUP - 1) // GROUP
             for m in range(mixes):
-                row, y = table + _MIX_ROW_BYTES * m, a
-                mix, group = i64(row + MIX.mix), d // GROUP
-                if mix != 0 and d < D:
-                    y += difference * f32(mix + 4 * d)
+                row, y = table + _MIX_ROW_BYTES * m, np.float32(0)
+                mix = i64(row + MIX.mix)
+                if first < D:
+                    y = own[0] + (difference[0] * f32(mix + 4 * first) if mix != 0 else np.float32(0))
                 block = t // TOKENS * groups + group
-                at = levels_at(i64(row + MIX.levels), i64(row + MIX.factors), block)
+                at = levels_at(i64(row + MIX.levels), i64(row + MIX.factors), i64(row + MIX.planes), block)
                 put_group(y, at, t % TOKENS, group < groups)
 
     return norm_shift

@@ -54,6 +54,11 @@ def warp_max(value: Any) -> Any:
     return np.fmax.reduce(values)
 
 
+def largest_of_warp(value: int) -> int:
+    values, _ = _of_warp(value)
+    return int(values.max())
+
+
 def quad_sum(value: Any) -> Any:
     values, lane = _of_warp(value)
     values = values + values[np.arange(32) ^ 1]
@@ -151,6 +156,23 @@ def rounded(x: Any) -> int:
     return 0 if x != x else int(np.rint(np.clip(np.float64(x), -(2**31), 2**31 - 1)))
 
 
+def half_bits(x: Any) -> int:
+    with np.errstate(over="ignore"):
+        return int(np.float16(x).view(np.uint16))
+
+
+def _halves(word: int) -> NDArray[np.float16]:
+    return np.array([low_word(word)], np.int32).view(np.float16)
+
+
+def halves_product(x: int, y: int) -> int:
+    return int((_halves(x) * _halves(y)).view(np.int32)[0])
+
+
+def halves_difference(x: int, y: int) -> int:
+    return int((_halves(x) - _halves(y)).view(np.int32)[0])
+
+
 def low_word(x: int) -> int:
     return int(np.array(int(x) & 0xFFFFFFFF, np.uint32).view(np.int32))
 
@@ -188,12 +210,22 @@ def _weights(address: int, bits: int) -> NDArray[np.int8]:
 
 
 def products(weights: Any, levels: Any, lane: int, weights_at: int, bits: int, levels_at: int) -> tuple[int, ...]:
+    high, low = _sums_of(weights, levels, lane, weights_at, bits, _at(levels_at, 512))
+    return tuple((256 * high + low).ravel().tolist())
+
+
+def products_8(weights: Any, levels: Any, lane: int, weights_at: int, bits: int, levels_at: int) -> tuple[int, ...]:
+    (sums,) = _sums_of(weights, levels[:2], lane, weights_at, bits, _at(levels_at, 256))
+    return tuple(sums.ravel().tolist())
+
+
+def _sums_of(weights: Any, levels: Any, lane: int, weights_at: int, bits: int, stored: NDArray[np.uint8]) -> Any:
+    """The sums of each plane that a lane gets. What it was given must be its own numbers of the stored fragments."""
     g, t = int(lane) // 4, int(lane) % 4
-    w, a = _weights(weights_at, bits), _at(levels_at, 512).view(np.int8).reshape(8, 4, 4, 4)
+    w, a = _weights(weights_at, bits), stored.view(np.int8).reshape(8, 4, -1, 4)
     for given, there in ((weights, w), (levels, a)):
         assert np.array(given, np.int32).tobytes() == there[g, t].tobytes(), "a lane has other numbers than its own"
-    high, low = _plane_sums(w, a, g, t)
-    return tuple((256 * high + low).ravel().tolist())
+    return _plane_sums(w, a, g, t)
 
 
 def plane_products(weights: Any, levels: Any, sums: Any) -> tuple[int, ...]:
@@ -203,11 +235,22 @@ def plane_products(weights: Any, levels: Any, sums: Any) -> tuple[int, ...]:
     return tuple(low_word(onto + n) for onto, n in zip(sums, (high + low).ravel().tolist(), strict=True))
 
 
+def half_products(weights: Any, levels: Any, sums: Any) -> tuple[Any, ...]:
+    shown, lane = _of_warp((*weights, *levels))
+    halves = shown.astype(np.int32).view(np.float16).astype(np.float32)
+    # of each lane: columns in halves, pairs of columns, rows, two columns
+    w, x = halves[:, :16].reshape(8, 4, 2, 2, 2, 2), halves[:, 16:].reshape(8, 4, 2, 2, 2)
+    g, t = lane // 4, lane % 4
+    rows = w[g].transpose(3, 0, 1, 2, 4).reshape(2, 32)
+    tokens = x[2 * t : 2 * t + 2].reshape(2, 32)
+    return tuple(np.float32(onto) + n for onto, n in zip(sums, (rows @ tokens.T).ravel(), strict=True))
+
+
 def _plane_sums(w: NDArray[np.int8], a: NDArray[np.int8], g: int, t: int) -> Any:
-    """The sums of each plane that lane 4g + t gets, [2 (plane), 2 (row), 2 (token)], of two fragments."""
+    """The sums of each plane that lane 4g + t gets, [planes, 2 (row), 2 (token)], of two fragments."""
     # words 0 and 2 are columns 4t … 4t + 3 and 16 more of row g, words 1 and 3 those of row g + 8
     rows = w[g].reshape(4, 2, 2, 4).transpose(2, 0, 1, 3).reshape(2, 32).astype(np.int64)
-    tokens = a[2 * t : 2 * t + 2].reshape(2, 4, 2, 2, 4).transpose(2, 1, 3, 4, 0).reshape(2, 32, 2).astype(np.int64)
+    tokens = a[2 * t : 2 * t + 2].reshape(2, 4, -1, 2, 4).transpose(2, 1, 3, 4, 0).reshape(-1, 32, 2).astype(np.int64)
     return rows @ tokens
 
 

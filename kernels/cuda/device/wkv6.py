@@ -31,7 +31,7 @@ from rwkv_cli.numbers import GROUP
 @functools.cache
 def wkv6(N: int, form: Form) -> Kernel:
     """The kernel for heads of size N, in one of its forms."""
-    TURNS, BLOCKS = form
+    TURNS, BLOCKS, PUTS = form
     NP, WARPS, ROUNDS, STATE, CHANNELS, TILE = sizes_of(N, TURNS)
     RAW, ALL, SIZE, NOTHING = TURNS * CHANNELS, TILE * NP, np.float32(N), np.float32(0)
     # Known when it is compiled: nothing is beyond a head of whole chunks, or of whole warps.
@@ -165,9 +165,9 @@ def wkv6(N: int, form: Form) -> Kernel:
                                 out[i] = out[i] * scale * f32(weight + 4 * channel) + f32(bias + 4 * channel)
                                 out[i] *= gates[i]
                                 put_f32(y + 4 * (D * t + channel), out[i])
-                            if levels != 0:
+                            if PUTS and levels != 0:
                                 block = t // TOKENS * (D // GROUP) + h * (N // GROUP) + j
-                                put_group(out[i], levels_at(levels, factors, block), t % TOKENS, inside)
+                                put_group(out[i], levels_at(levels, factors, 2, block), t % TOKENS, inside)
                 cuda.syncthreads()
         for i in range(STATE):
             row, side = place_of(i, first)
