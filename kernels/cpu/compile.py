@@ -24,10 +24,21 @@ FIXED_ORDER = {"contract"}
 carries their differences on."""
 
 
-def function(fastmath: set[str] = FASTMATH) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: a function that kernels call, compiled with them."""
-    # numpy's division: by zero it gives infinity or NaN, where Python's test for it would keep loops scalar
-    return numba.njit(fastmath=fastmath, error_model="numpy", nogil=True)
+def function(fastmath: set[str] = FASTMATH, name: str = "") -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: a function that kernels call, compiled with them.
+
+    One that is made several times, with other variables around it, needs a name for each. By its name a kernel's code
+    finds it, and kernels that several processes have compiled come together from the cache. Raises ValueError without.
+    """
+
+    def make(body: Callable[..., Any]) -> Any:
+        if body.__closure__ and not name:
+            raise ValueError(f"{body.__qualname__} may be made several times, and needs a name for each")
+        body.__qualname__ = name or body.__qualname__
+        # numpy's division: by zero it gives infinity or NaN, where Python's test for it would keep loops scalar
+        return numba.njit(fastmath=fastmath, error_model="numpy", nogil=True)(body)
+
+    return make
 
 
 def cached(make: Callable[[], Any]) -> Any:

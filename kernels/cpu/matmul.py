@@ -104,7 +104,7 @@ def multiplier(bits: int, halves: bool) -> Any:
     scale_bytes = _SCALE_BYTES if halves else 2 * _SCALE_BYTES
     level_bytes = BYTES_8 if bits == 8 else BYTES_15
 
-    @function(FIXED_ORDER)
+    @function(FIXED_ORDER, f"multiply_{bits}_{'halves' if halves else 'floats'}")
     def multiply(w, x, y, bias, ending):
         """The product of x (Activations) and w (Strips) to some columns of y [T, N]; bias [1, N] or none."""
         G, T = w.groups, x.tokens

@@ -123,10 +123,10 @@ def test_everything_is_compiled_before_the_first_pass(
     assert real_address is not None
     running = False
 
-    def run(self: Any, *rest: Any) -> Any:
+    def run(self: Any, *rest: Any, **named: Any) -> Any:
         nonlocal running
         running = True
-        return real_run(self, *rest)
+        return real_run(self, *rest, **named)
 
     def address(self: Any) -> Any:
         if self not in loaded:

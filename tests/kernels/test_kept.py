@@ -11,6 +11,8 @@ from numba.core import caching
 
 from rwkv_cli.kernels import cache, kept
 from rwkv_cli.kernels.cache import config
+from rwkv_cli.kernels.cpu import columns, matmul, packed
+from rwkv_cli.kernels.cpu.compile import function
 
 
 def thrice(n: int) -> int:
@@ -104,3 +106,15 @@ def test_another_folder_than_that_on_a_full_disk_is_named(
     monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))  # type: ignore[attr-defined]
     folder = cache.cache_folder.__wrapped__()
     assert said == [f"{tmp_path}/full: No space left on device. Compiled kernels are kept in {folder} instead."]
+
+
+def test_functions_of_one_line_are_told_apart() -> None:
+    """Each process numbers what it compiles anew. So kernels of several, read from the cache, know a callee by name."""
+    made = [matmul._multiply, columns._multiply, packed._multiply_8, packed._multiply_15]
+    assert len({each.py_func.__qualname__ for each in made}) == len(made)
+
+
+def test_a_function_that_is_made_several_times_needs_a_name() -> None:
+    n = 3
+    with pytest.raises(ValueError, match="needs a name"):
+        function()(lambda x: x + n)

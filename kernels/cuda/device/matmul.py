@@ -214,14 +214,6 @@ def warps(strips: int) -> int:
     return _MOST_WARPS if strips <= _FEW_STRIPS else _MOST_WARPS // 2
 
 
-@function
-def _products(weights: Any, levels: Any, planes: Int, lane: Int, weights_at: Address, bits: Int, at: Address) -> Any:
-    """`products` with levels of so many planes, which begin at `at`."""
-    if planes == 1:
-        return products_8(weights, levels, lane, weights_at, bits, at)
-    return products(weights, levels, lane, weights_at, bits, at)
-
-
 @functools.cache
 def matmul(shape: Shape, bits: int, planes: int) -> Kernel:
     """The kernel whose blocks have this shape, for weights of so many bits and levels of so many planes."""
@@ -268,15 +260,12 @@ def matmul(shape: Shape, bits: int, planes: int) -> Kernel:
                 x = lane_levels(inputs + LEVEL_BYTES * block + 8 * planes * lane, planes)
                 f0, f1 = f32(factors + FACTOR_BYTES * block), f32(factors + FACTOR_BYTES * block + 4)
                 for i in range(STRIPS):
-                    p0, p1, p2, p3 = _products(
-                        (weight[i, 0], weight[i, 1], weight[i, 2], weight[i, 3]),
-                        x,
-                        planes,
-                        lane,
-                        values + BYTES * (place[i] + g),
-                        bits,
-                        inputs + LEVEL_BYTES * block,
-                    )
+                    weights = weight[i, 0], weight[i, 1], weight[i, 2], weight[i, 3]
+                    where = values + BYTES * (place[i] + g)
+                    if planes == 1:
+                        p0, p1, p2, p3 = products_8(weights, x, lane, where, bits, inputs + LEVEL_BYTES * block)
+                    else:
+                        p0, p1, p2, p3 = products(weights, x, lane, where, bits, inputs + LEVEL_BYTES * block)
                     at = (i * TILES + c) * 4
                     own[at] += np.float32(p0) * (scale[i, 0] * f0)
                     own[at + 1] += np.float32(p1) * (scale[i, 0] * f1)
