@@ -121,7 +121,7 @@ def correctness(report: Report, plan: Plan, folder: Path) -> None:
             results.append([logits, np.array(ones), together, *arrays, many])
         *errors, long = (error_ratio(got, want) for want, got in zip(*results, strict=True))
         what = f"error of RWKV-{version} in {quant}, to the CPU's"
-        report.error(what, max(errors), limit_of(quant))
+        report.error(what, float(np.max(errors)), limit_of(quant))
         report.error(f"{what}, of {plan.long} tokens", long, limit_of(quant) if quant == "none" else FLOAT16_LIMIT)
         path.unlink()
 

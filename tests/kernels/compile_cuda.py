@@ -35,13 +35,14 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
 
     for bits in (4, 5, 6, 8):
         cuda_matmul.matvec(bits, 2)
-    cuda_matmul.matvec(8, 1)
+        cuda_matmul.matvec(bits, 1)
     for shape in cuda_matmul.SHAPES:
         cuda_matmul.matmul(shape, 8, 2)
-    cuda_matmul.matmul(cuda_matmul.SHAPES[-1], 8, 1)
+    for bits in (8, 4):
+        cuda_matmul.matmul(cuda_matmul.SHAPES[-1], bits, 1)
     # For many tokens, codes of 5 bits stand for the others too: they need the most registers.
     cuda_matmul.matmul(cuda_matmul.SHAPES[-1], 5, 2)
-    for bits in (8, 5, 4):
+    for bits in (4, 5, 6, 8):
         cuda_halves.matmul_half(bits)
     for kind in map(FLOAT_DTYPES.index, ("F32", "F16")):  # BF16's kernels differ from F16's by a shift
         cuda_matmul_float.matvec_float(kind)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from false_driver import Driver, use_false_driver
-from lab import guarded_gpu, normal, quantize
+from lab import REAL_GPU, guarded_gpu, normal, quantize
 from naive import error_ratio
 
 import rwkv_cli
@@ -179,19 +179,20 @@ SIZES = {"layers": 2, "width": 32, "vocab": 40, "head": 16, "ffn": 64}
 @pytest.mark.parametrize(("version", "quant"), [*((version, "int8") for version in tiny.VERSIONS), ("4", "q4")])
 def test_a_model_is_the_cpus(converted: Any, version: str, quant: str, tmp_path: Path) -> None:
     """It is so but for values between two levels of 8 bits, which float rounding may bring to either side."""
+    limit = 1e-2 if REAL_GPU else 1e-3  # whose sums come in another order
     path = converted(version, quant, **SIZES)
     gpu, cpu = rwkv_cli.load(path, device="cuda"), rwkv_cli.load(path)
     got, state = gpu.forward(IDS, all_logits=True)
     want, expected = cpu.forward(IDS, all_logits=True)
-    assert error_ratio(got, want) < 1e-3
+    assert error_ratio(got, want) < limit
     assert all(isinstance(array, DeviceArray) for array in state.arrays().values())
     # on the device a state is changed in place; a clone, a stacked and a loaded one are its own
     state.save(tmp_path / "state")
     kept, loaded = state.clone(), State.load(tmp_path / "state", like=gpu.new_state())
     one = gpu.advance([5], state)
-    assert error_ratio(one, cpu.advance([5], expected)) < 1e-3
+    assert error_ratio(one, cpu.advance([5], expected)) < limit
     for name, array in state.arrays().items():
-        assert error_ratio(np.asarray(array), expected.arrays()[name]) < 1e-3
+        assert error_ratio(np.asarray(array), expected.arrays()[name]) < limit
         assert not np.array_equal(np.asarray(array), np.asarray(kept.arrays()[name]))
     if version == "7":
         np.testing.assert_array_equal(gpu.advance([5], loaded), one)

@@ -136,7 +136,7 @@ def floats(values: Any, dtype: str) -> tuple[Any, Any]:
     return cuda.weight(Floats("float", dtype, bits)), rounded
 
 
-@pytest.mark.parametrize("lengths", [(1,), (2, 0, 3), (17, 1)])
+@pytest.mark.parametrize("lengths", [(1,), (2, 0, 3), (17, 1), (60, 6)])
 def test_a_norm_and_shift_round_their_mixes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader gets the same numbers as from a launch that rounds, with the work of a row spread and not."""
     monkeypatch.setattr(norms, "_MOST_THREADS", 32)  # a thread has several columns
@@ -157,7 +157,7 @@ def test_a_norm_and_shift_round_their_mixes(lengths: tuple[int, ...], monkeypatc
     for b, rows in parts(lengths).items():
         check(of_delta[rows], np.vstack([last[b : b + 1], normed[rows][:-1]]) - normed[rows])
         check(lab.state_after(state)[b], normed[rows][-1])
-    check(got[0], (of_a.astype(float) + of_delta * mix.astype(float)) @ full.T, 1e-4)
+    check(got[0], (of_a.astype(float) + of_delta * mix.astype(float)) @ full.T, 1e-4 if T <= 64 else 1e-3)
 
 
 @pytest.mark.parametrize("T", [1, 3, 18])
@@ -221,10 +221,10 @@ def test_threads_that_come_at_once_share_an_array(monkeypatch: pytest.MonkeyPatc
     check(lab.run(out), naive.layer_norm(x.astype(float), ones, zeros, 1e-5))
 
 
-@pytest.mark.parametrize("T", [1, 3])
-def test_levels_are_put_by_who_makes_an_activation(T: int) -> None:
+@pytest.mark.parametrize("lengths", [(1,), (3,), (6,), (4,) * 17, (66,)])
+def test_levels_are_put_by_who_makes_an_activation(lengths: tuple[int, ...]) -> None:
     """A reader gets the same numbers as from a launch that rounds. A value that was changed is rounded again."""
-    H, N, K, lab = 2, 32, 64, Lab("cuda")
+    T, B, (H, N), K, lab = sum(lengths), len(lengths), (2, 32), 64, Lab("cuda")
     r, k, v, x = (normal(T, K) for _ in range(4))
     (a, wa), (b, wb) = stored(normal(40, K), "tile"), stored(normal(17, 40), "tile")
     wkv = p.Wkv6(
@@ -235,8 +235,8 @@ def test_levels_are_put_by_who_makes_an_activation(T: int) -> None:
         bonus=lab.vector(normal(H, N)),
         norm=p.Norm(lab.vector(np.ones(K)), lab.vector(np.zeros(K)), 1e-5),
         gate=None,
-        starts=lab.starts((T,)),
-        state=lab.state(np.zeros((1, H, N, N), np.float32)),
+        starts=lab.starts(lengths),
+        state=lab.state(np.zeros((B, H, N, N), np.float32)),
     )
     ops, dx = lab.ops, lab.matrix(x)
     y = ops.add(wkv)
@@ -248,8 +248,9 @@ def test_levels_are_put_by_who_makes_an_activation(T: int) -> None:
     ops.add(p.AddGated(y, dx, dx))
     (changed,) = ops.linear(p.Product(y, a))
     y, first, second, again, both, changed = run(lab, y, first, second, again, both, changed)
-    check(first, np.maximum((y - x.astype(float) ** 2) @ wa.T, 0) ** 2, 1e-4)
-    check(second, first.astype(float) @ wb.T, 1e-4)
-    check(changed, y.astype(float) @ wa.T, 1e-4)
+    limit = 1e-4 if T <= 64 else 1e-3
+    check(first, np.maximum((y - x.astype(float) ** 2) @ wa.T, 0) ** 2, limit)
+    check(second, first.astype(float) @ wb.T, limit)
+    check(changed, y.astype(float) @ wa.T, limit)
     np.testing.assert_array_equal(again, first)
     np.testing.assert_array_equal(both, second)

@@ -69,29 +69,31 @@ _WEIGHTS, _LEVELS, _SCALES = (2, 4 * _STRIPS), (2, 4 * _TILES), (2, _STRIPS)
 _ALL = THREADS * _SUMS
 _TOP_EXPONENT = 14
 """The exponent that a token's largest activation gets. Rounded up, it is still far from float16's end."""
-_SMALLER, _UNDONE = 0x1C001C00, np.float32(256)
-"""Scales of int8 are made 2⁻⁸ of what they are, so that their products with levels are no infinity."""
+_UNDONE = np.float32(256)
+"""Levels of int8 are made 2⁻⁸ of what they are, so that their products with scales are no infinity."""
 
 
 @function
-def _scaled(word: Int, scale: Int) -> Any:
-    """Four int8 times a scale (twice in an int32) as float16: the first two, and the others."""
-    # Beside 0x64 in its upper byte, an unsigned byte is a float16 of 1024 more.
+def _halves(word: Int, selectors: Int, bits: Int) -> Any:
+    """Two int8 that the selectors of a `permute` choose of an int32, as float16; 2⁻⁸ of them if `bits` are 8."""
+    # An unsigned byte is the float16 of 1024 + b with 0x64 in its upper byte, and that of 4 + b/256 with 0x44.
     unsigned = low_word(np.int64(word) ^ 0x80808080)
-    first = halves_difference(permute(unsigned, 0x64646464, 0x4140), 0x64806480)
-    others = halves_difference(permute(unsigned, 0x64646464, 0x4342), 0x64806480)
+    if bits == 8:
+        return halves_difference(permute(unsigned, 0x44444444, selectors), 0x44804480)
+    return halves_difference(permute(unsigned, 0x64646464, selectors), 0x64806480)
+
+
+@function
+def _scaled(word: Int, scale: Int, bits: Int) -> Any:
+    """Four levels times a scale (twice in an int32) as float16: the first two, and the others."""
+    first, others = _halves(word, 0x4140, bits), _halves(word, 0x4342, bits)
     return halves_product(first, scale), halves_product(others, scale)
 
 
 @function
 def _both(stored: Int, bits: Int) -> Any:
     """The scales of rows g and g + 8 of a `scales_at` in float16, each twice in an int32."""
-    scales = stored
-    if bits == 8:
-        scales = halves_product(stored, _SMALLER)
-    else:
-        unsigned = low_word(np.int64(stored) ^ 0x8080)
-        scales = halves_difference(permute(unsigned, 0x64646464, 0x4140), 0x64806480)
+    scales = stored if bits == 8 else _halves(stored, 0x4140, bits)
     return permute(scales, scales, 0x1010), permute(scales, scales, 0x3232)
 
 
@@ -187,10 +189,10 @@ def matmul_half(bits: int) -> Kernel:
                     upper, lower = _both(scale[0, i], bits)
                     stored = _four_of(weight, i)
                     left, left_8, right, right_8 = levels_of(stored, bits)
-                    a0, a2 = _scaled(left, upper)
-                    a1, a3 = _scaled(left_8, lower)
-                    a4, a6 = _scaled(right, upper)
-                    a5, a7 = _scaled(right_8, lower)
+                    a0, a2 = _scaled(left, upper, bits)
+                    a1, a3 = _scaled(left_8, lower, bits)
+                    a4, a6 = _scaled(right, upper, bits)
+                    a5, a7 = _scaled(right_8, lower, bits)
                     for c in range(_TILES):
                         at = (i * _TILES + c) * 4
                         own[at], own[at + 1], own[at + 2], own[at + 3] = half_products(
