@@ -63,7 +63,7 @@ def log_likelihood(model: Any, context: list[int], ending: list[int]) -> tuple[f
 
 
 def greedy(model: Any, ids: list[int]) -> str:
-    """What a model over bytes writes after these ids, up to a stop text of the task `write`: 9 bytes at most."""
+    """The text of a model over bytes after these ids, up to a stop text of the task `write`: 9 bytes at most."""
     text, state = b"", None
     while len(text) < 9 and not re.search(rb"e|zz", text):
         logits, state = model.forward(ids, state)

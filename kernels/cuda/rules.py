@@ -44,7 +44,7 @@ class Multiply:
 
     @property
     def reads(self) -> Rounded:
-        """What a product in int8 reads."""
+        """The factor of a product in int8, as it reads it."""
         x, weight = self.product.x, self.product.weight
         assert isinstance(weight, Fragments)
         return Rounded(x, activation_bits(x, weight.bits, weight.by_columns))

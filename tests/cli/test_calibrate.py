@@ -153,7 +153,7 @@ def large_columns(folder: Path, times: int) -> tuple[Path, Path]:
 def test_a_matrix_that_rounding_would_spoil_is_kept(
     rwkv: Run, tmp_path: Path, options: list[str], times: int, kept: str
 ) -> None:
-    """What it costs is then what the same model costs whose columns are alike."""
+    """A model with large columns then costs what the same model costs whose columns are alike."""
     usual, source = large_columns(tmp_path, times)
     told = rwkv("convert", usual, tmp_path / "usual", *options)
     assert not re.search("kept|off by", told.stderr)

@@ -41,7 +41,7 @@ class Hub:
         self.tokens: set[str | None] = set()
 
     def info(self, name: str) -> dict[str, Any]:
-        """What the API says of a repository. Large files are those of Git LFS."""
+        """The API's answer about a repository. Large files are those of Git LFS."""
         siblings: list[dict[str, Any]] = []
         for file, data in self.repositories[name].items():
             sibling = {"rfilename": file, "size": len(data), "blobId": git_digest(data)}
@@ -301,7 +301,7 @@ def test_a_full_disk_is_said_before_and_meanwhile(
         refused(rwkv("pull", "a/b"), "GB are to come, and 0.00 GB are free; make room")
 
     class Full:
-        """What a file on a full disk does."""
+        """A file on a full disk."""
 
         def __init__(self, *_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")

@@ -36,7 +36,7 @@ def scheduler() -> Iterator[Scheduler]:
 
 
 class Watched:
-    """What becomes of some work: `wait` returns once all of it has ended."""
+    """The events of some work: `wait` returns once all of it has ended."""
 
     def __init__(self) -> None:
         self.works: list[Work] = []

@@ -1,4 +1,4 @@
-"""What every device owes for weights: products and embeddings of each format against its NumPy reader."""
+"""The contract of every device for weights: products and embeddings of each format against its NumPy reader."""
 
 from dataclasses import replace
 

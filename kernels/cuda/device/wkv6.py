@@ -62,7 +62,7 @@ def wkv6(N: int, form: Form) -> Kernel:
             y = norm(r·S + (Σ r∘u∘k) · v) ∘ gate · S ← diag(w)·S + kᵀv
 
         r, k, v, gate and y are [T, D], u, weight and bias [D], w [T, D] with w_stride = D or [1, D] with 0. A state S
-        is [H, N, N]. Levels and factors of y are put too, if their addresses are not 0. Blocks: (H, B).
+        is [H, N, N]. A form that can puts levels and factors of y too, if there are addresses. Blocks: (H, B).
         """
         let_next_begin()
         receptance = cuda.shared.array(ALL, types.float32, 16)
