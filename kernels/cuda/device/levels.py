@@ -85,7 +85,7 @@ def _level(y: Float, inverse: Float) -> Any:
 
 @function
 def levels_at(levels: Address, factors: Address, planes: Int, block: Int) -> Any:
-    """A block of levels: its address, that of its factors, and its planes. `block` counts by 8 tokens, then by group."""
+    """A block's address, that of its factors, and its planes. `block` counts by 8 tokens and then by group."""
     return levels + PLANE_BYTES * planes * block, factors + FACTOR_BYTES * block, planes
 
 
