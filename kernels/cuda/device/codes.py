@@ -11,6 +11,7 @@ import numpy as np
 from rwkv_cli.kernels.cuda.device.compile import (
     Address,
     Int,
+    four_words,
     function,
     half,
     i8,
@@ -132,6 +133,31 @@ def _of_six_bits(codes: Int, upper: Int, upper_of_second: Int) -> Any:
 def scales_at(scales: Address, pair: Int, bits: Int) -> Any:
     """The scales of rows g and g + 8 of a fragment in one int32, with g = `pair`."""
     return i32(scales + 4 * pair) if bits == 8 else i16(scales + 2 * pair)
+
+
+@function
+def shared_weights(array: Any, first: Int, lane: Int, bits: Int) -> Any:
+    """`weights_at` of a fragment in shared memory, that begins at an int32 of an array."""
+    if bits == 8:
+        return four_words(array, first + 4 * lane)
+    low, rest = first + 2 * lane, np.int32(0)
+    if bits == 5:
+        rest = _half_word(array, first + LOW_PLANE // 4, lane)
+    elif bits == 6:
+        rest = array[np.uint64(first + LOW_PLANE // 4 + lane)]
+    return array[np.uint64(low)], array[np.uint64(low + 1)], rest, np.int32(0)
+
+
+@function
+def shared_scales(array: Any, first: Int, pair: Int, bits: Int) -> Any:
+    """`scales_at` of scales in shared memory. Of codes, the upper half of the int32 is anything."""
+    return array[np.uint64(first + pair)] if bits == 8 else _half_word(array, first, pair)
+
+
+@function
+def _half_word(array: Any, first: Int, i: Int) -> Any:
+    """Number i of the 16 bits that lie in an array of int32 from `first` on, in an int32's lower half."""
+    return low_word(np.int64(array[np.uint64(first + i // 2)]) >> (16 * (i % 2)))
 
 
 @function

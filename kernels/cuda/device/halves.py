@@ -6,6 +6,7 @@ to 2¹⁴ or more, and weights are float16 of level · scale. Both have 11 bits.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,19 @@ from rwkv_cli.kernels.cuda.device.codes import (
     fragment_bytes,
     levels_of,
     scale_bytes,
-    scales_at,
-    weights_at,
+    shared_scales,
+    shared_weights,
 )
 from rwkv_cli.kernels.cuda.device.compile import (
     Address,
     Int,
     Kernel,
+    copy_ahead,
     cuda,
+    end_of_copies,
     f32,
     float_of,
+    four_words,
     function,
     half_bits,
     half_products,
@@ -36,12 +40,15 @@ from rwkv_cli.kernels.cuda.device.compile import (
     let_next_begin,
     low_word,
     permute,
+    put_copied,
     put_f32,
     put_i32,
+    shared_address,
     types,
+    wait_for_copies,
     wait_for_previous,
-    words,
 )
+from rwkv_cli.kernels.cuda.device.compile import bits as bits_of
 from rwkv_cli.kernels.cuda.device.levels import (
     FACTOR,
     FACTOR_ROW_BYTES,
@@ -52,21 +59,24 @@ from rwkv_cli.kernels.cuda.device.levels import (
     magnitude,
     operand_of,
 )
-from rwkv_cli.kernels.cuda.device.matmul import PRODUCT, PRODUCT_ROW_BYTES, finish
+from rwkv_cli.kernels.cuda.device.matmul import PRODUCT, PRODUCT_ROW_BYTES, unit_at, unit_of
+from rwkv_cli.kernels.cuda.device.outputs import output_at, put_outputs
 from rwkv_cli.numbers import GROUP
 
 ROW_THREADS, _ROW_WARPS = 256, 8
 """Most threads and warps of a block of `to_halves`."""
 _HALF_BYTES = 2 * TOKENS * GROUP
 """A block of activations: 8 tokens × 32 columns."""
-_STRIPS, _TILES, _WARPS_DOWN, _WARPS_ACROSS = 4, 4, 2, 2
-"""What a warp of `matmul_half` has, and how its block's warps lie."""
-STRIPS, TOKENS_OF_BLOCK = _STRIPS * _WARPS_DOWN, TOKENS * _TILES * _WARPS_ACROSS
-"""The shape of a block of `matmul_half`."""
-THREADS = 32 * _WARPS_DOWN * _WARPS_ACROSS
-_SUMS = 4 * _STRIPS * _TILES
-_WEIGHTS, _LEVELS, _SCALES = (2, 4 * _STRIPS), (2, 4 * _TILES), (2, _STRIPS)
-_ALL = THREADS * _SUMS
+_WARPS, _STRIPS, _TILES = 4, 2, 8
+"""Warps of a block of `matmul_half`, strips of a warp, and tiles of the block."""
+STRIPS, TOKENS_OF_BLOCK, THREADS = _WARPS * _STRIPS, TOKENS * _TILES, 32 * _WARPS
+"""The shape of a block."""
+_BLOCKS, _STAGES = 3, 4
+"""Blocks that a multiprocessor should hold, and groups that a block has in shared memory or on the way there."""
+_OWN_TILES = _TILES // _WARPS
+_COPIES = 2 * _STRIPS + _OWN_TILES
+"""What a warp brings of a group: its strips, their scales, and tiles for all warps."""
+_SUMS, _WEIGHTS, _HELD = 4 * _STRIPS * _TILES, 8 * _STRIPS, (_COPIES, 4)
 _TOP_EXPONENT = 14
 """The exponent that a token's largest activation gets. Rounded up, it is still far from float16's end."""
 _UNDONE = np.float32(256)
@@ -95,12 +105,6 @@ def _both(stored: Int, bits: Int) -> Any:
     """The scales of rows g and g + 8 of a `scales_at` in float16, each twice in an int32."""
     scales = stored if bits == 8 else _halves(stored, 0x4140, bits)
     return permute(scales, scales, 0x1010), permute(scales, scales, 0x3232)
-
-
-@function
-def _four_of(values: Any, i: Int) -> Any:
-    """The i-th four of the values that are multiplied now."""
-    return values[0, 4 * i], values[0, 4 * i + 1], values[0, 4 * i + 2], values[0, 4 * i + 3]
 
 
 @kernel(ROW_THREADS)
@@ -146,76 +150,123 @@ def to_halves(table: Address) -> None:
 def matmul_half(bits: int) -> Kernel:
     """The kernel for weights of so many bits."""
     BYTES, SCALE_BYTES = fragment_bytes(bits), scale_bytes(bits)
+    SIZES = *(BYTES,) * _STRIPS, *(SCALE_BYTES,) * _STRIPS, *(_HALF_BYTES,) * _OWN_TILES
+    OFFSETS = 0, *itertools.accumulate(SIZES)
+    # Counts of int32: a fragment, its scales, a tile, where scales and tiles begin, a warp's copies, and all warps'.
+    WEIGHT, SCALE, TILE = BYTES // 4, SCALE_BYTES // 4, _HALF_BYTES // 4
+    SCALES, TILES, PART = (OFFSETS[i] // 4 for i in (_STRIPS, 2 * _STRIPS, _COPIES))
+    STAGE = _WARPS * PART
+    END = _STAGES * STAGE
+    SHARED = max(END, THREADS * _SUMS)
+    arrive = wait_for_copies(_STAGES - 2)
 
-    @kernel(THREADS, 2, f"matmul_half {bits}")
+    @function
+    def bring(sources: Any, target: Int, held: Any, first: Int, last: Int) -> None:
+        """Begin copies `first` to `last` − 1 of a warp to its part of a stage, and move on. `held` is for `put`."""
+        for i in range(first, last):
+            if np.int64(cuda.threadIdx.x) % 32 < SIZES[i] // 16:
+                copied = copy_ahead(target + OFFSETS[i], sources[i])
+                held[i, 0], held[i, 1], held[i, 2], held[i, 3] = copied
+            sources[i] += SIZES[i]
+
+    @function
+    def put(target: Int, held: Any, first: Int, last: Int) -> None:
+        """End what `bring` began."""
+        for i in range(first, last):
+            if np.int64(cuda.threadIdx.x) % 32 < SIZES[i] // 16:
+                put_copied(target + OFFSETS[i], (held[i, 0], held[i, 1], held[i, 2], held[i, 3]))
+
+    @kernel(THREADS, _BLOCKS, f"matmul_half {bits}")
     def matmul_half(table: Address, T: Int) -> None:
         """All products of a table of `ProductRow` with many tokens. Blocks: (strips, tiles, products).
 
-        A warp has all groups of its strips and tokens. What it needs of the next group comes while it multiplies one.
+        A group of a block's strips and tokens is a stage in shared memory. While one is multiplied, the next ones come.
         """
         let_next_begin()
-        sums = cuda.shared.array(_ALL, types.float32)
-        own = cuda.local.array(_SUMS, types.float32)
-        weight, level = cuda.local.array(_WEIGHTS, types.int32), cuda.local.array(_LEVELS, types.int32)
-        scale, place = cuda.local.array(_SCALES, types.int32), cuda.local.array(_STRIPS, types.int64)
+        shared = cuda.shared.array(SHARED, types.int32, 16)
+        own, weight = cuda.local.array(_SUMS, types.float32), cuda.local.array(_WEIGHTS, types.int32)
+        source, held = cuda.local.array(_COPIES, types.int64), cuda.local.array(_HELD, types.int32)
+        total, token = cuda.local.array(4, types.float32), cuda.local.array(4, types.int64)
         row = table + PRODUCT_ROW_BYTES * np.int64(cuda.blockIdx.z)
         strips, groups = i64(row + PRODUCT.strips), i64(row + PRODUCT.groups)
-        if STRIPS * np.int64(cuda.blockIdx.x) >= strips:
+        first, tile = STRIPS * np.int64(cuda.blockIdx.x), _TILES * np.int64(cuda.blockIdx.y)
+        if first >= strips:
             return
-        lane, warp = np.int64(cuda.threadIdx.x) % 32, np.int64(cuda.threadIdx.x) // 32
-        first = _STRIPS * (_WARPS_DOWN * np.int64(cuda.blockIdx.x) + warp % _WARPS_DOWN)
-        tile = _TILES * (_WARPS_ACROSS * np.int64(cuda.blockIdx.y) + warp // _WARPS_DOWN)
+        tid = np.int64(cuda.threadIdx.x)
+        lane, warp = tid % 32, tid // 32
+        # Each lane copies 16 bytes at a time.
+        for i in range(_STRIPS):
+            # Beyond the last strip that one is brought again, and nothing is put.
+            fragment = min(first + _STRIPS * warp + i, strips - 1) * groups
+            source[i] = i64(row + PRODUCT.weights) + BYTES * fragment + 16 * lane
+            source[_STRIPS + i] = i64(row + PRODUCT.scales) + SCALE_BYTES * fragment + 16 * lane
+        for i in range(_OWN_TILES):
+            at = (tile + _OWN_TILES * warp + i) * groups
+            source[2 * _STRIPS + i] = i64(row + PRODUCT.levels) + _HALF_BYTES * at + 16 * lane
+        target = shared_address(shared) + 4 * PART * warp + 16 * lane
         for i in range(_SUMS):
             own[i] = np.float32(0)
-        for i in range(_STRIPS):
-            # Beyond the last strip that one is read again, and nothing is put.
-            place[i] = min(first + i, strips - 1) * groups
-        inputs, factors = i64(row + PRODUCT.levels), i64(row + PRODUCT.factors)
-        values, scales = i64(row + PRODUCT.weights), i64(row + PRODUCT.scales)
+        # The first weights come while the launch before ends.
+        for g in range(_STAGES - 1):
+            if g < groups:
+                bring(source, target + 4 * STAGE * g, held, 0, 2 * _STRIPS)
+                put(target + 4 * STAGE * g, held, 0, 2 * _STRIPS)
         wait_for_previous()
-        for g in range(groups + 1):
-            if g < groups:  # the next one
-                for i in range(_STRIPS):
-                    loaded = weights_at(values + BYTES * (place[i] + g), lane, bits)
-                    for j in range(4):
-                        weight[1, 4 * i + j] = loaded[j]
-                    scale[1, i] = scales_at(scales + SCALE_BYTES * (place[i] + g), lane // 4, bits)
-                for c in range(_TILES):
-                    loaded = words(inputs + _HALF_BYTES * ((tile + c) * groups + g) + 16 * lane)
-                    for j in range(4):
-                        level[1, 4 * c + j] = loaded[j]
-            if g > 0:
-                for i in range(_STRIPS):
-                    upper, lower = _both(scale[0, i], bits)
-                    stored = _four_of(weight, i)
-                    left, left_8, right, right_8 = levels_of(stored, bits)
-                    a0, a2 = _scaled(left, upper, bits)
-                    a1, a3 = _scaled(left_8, lower, bits)
-                    a4, a6 = _scaled(right, upper, bits)
-                    a5, a7 = _scaled(right_8, lower, bits)
-                    for c in range(_TILES):
-                        at = (i * _TILES + c) * 4
-                        own[at], own[at + 1], own[at + 2], own[at + 3] = half_products(
-                            (a0, a1, a2, a3, a4, a5, a6, a7),
-                            _four_of(level, c),
-                            (own[at], own[at + 1], own[at + 2], own[at + 3]),
-                        )
-            for i in range(4 * _STRIPS):
-                weight[0, i] = weight[1, i]
-            for i in range(4 * _TILES):
-                level[0, i] = level[1, i]
+        for g in range(_STAGES - 1):
+            if g < groups:
+                bring(source, target + 4 * STAGE * g, held, 2 * _STRIPS, _COPIES)
+                put(target + 4 * STAGE * g, held, 2 * _STRIPS, _COPIES)
+            end_of_copies()
+        here, free = np.int64(0), np.int64(END - STAGE)
+        for g in range(groups):
+            arrive()
+            cuda.syncthreads()  # all has come that was waited for, and nobody reads the stage that is free
+            if g < groups - (_STAGES - 1):
+                bring(source, target + 4 * free, held, 0, _COPIES)
+            end_of_copies()
+            part = here + PART * warp
             for i in range(_STRIPS):
-                scale[0, i] = scale[1, i]
-        # The loop below is too long to be unrolled, and registers have no index.
+                upper, lower = _both(shared_scales(shared, part + SCALES + SCALE * i, lane // 4, bits), bits)
+                stored = shared_weights(shared, part + WEIGHT * i, lane, bits)
+                left, left_8, right, right_8 = levels_of(stored, bits)
+                at = 8 * i
+                weight[at], weight[at + 2] = _scaled(left, upper, bits)
+                weight[at + 1], weight[at + 3] = _scaled(left_8, lower, bits)
+                weight[at + 4], weight[at + 6] = _scaled(right, upper, bits)
+                weight[at + 5], weight[at + 7] = _scaled(right_8, lower, bits)
+            for c in range(_TILES):
+                at = here + PART * (c // _OWN_TILES) + TILES + TILE * (c % _OWN_TILES)
+                tokens = four_words(shared, at + 4 * lane)
+                for i in range(_STRIPS):
+                    at, w = (i * _TILES + c) * 4, 8 * i
+                    own[at], own[at + 1], own[at + 2], own[at + 3] = half_products(
+                        (
+                            weight[w], weight[w + 1], weight[w + 2], weight[w + 3],
+                            weight[w + 4], weight[w + 5], weight[w + 6], weight[w + 7],
+                        ),
+                        tokens,
+                        (own[at], own[at + 1], own[at + 2], own[at + 3]),
+                    )  # fmt: skip
+            if g < groups - (_STAGES - 1):
+                put(target + 4 * free, held, 0, _COPIES)
+            free = here
+            here = here + STAGE if here < END - STAGE else np.int64(0)
+        cuda.syncthreads()
+        # The loops below are too long to be unrolled, and registers have no index.
         for i in range(_SUMS):
-            sums[THREADS * i + cuda.threadIdx.x] = own[i]
-        for i in range(_SUMS):
-            n = STRIP * (first + i // (4 * _TILES)) + lane // 4 + i % 4 // 2 * 8
-            t = TOKENS * (tile + i // 4 % _TILES) + lane % 4 * 2 + i % 2
-            if n < i64(row + PRODUCT.N) and t < T:
-                total = sums[THREADS * i + cuda.threadIdx.x] * f32(factors + 4 * t)
-                if bits == 8:
-                    total *= _UNDONE
-                finish(row, total, t, n)
+            shared[np.uint64(THREADS * i + tid)] = bits_of(own[i])
+        output, units, N = output_at(row + PRODUCT.bias), unit_at(row), i64(row + PRODUCT.N)
+        factors = i64(row + PRODUCT.factors)
+        for side in range(2 * _STRIPS):
+            n = STRIP * (first + _STRIPS * warp + side // 2) + lane // 4 + side % 2 * 8
+            if n < N:
+                unit = unit_of(units, n) * (_UNDONE if bits == 8 else np.float32(1))
+                for c in range(0, _TILES, 2):
+                    for e in range(4):
+                        at = (side // 2 * _TILES + c + e // 2) * 4 + side % 2 * 2 + e % 2
+                        token[e] = TOKENS * (tile + c + e // 2) + lane % 4 * 2 + e % 2
+                        total[e] = float_of(np.int64(shared[np.uint64(THREADS * at + tid)]))
+                        total[e] *= f32(factors + 4 * min(token[e], T - 1)) * unit
+                    put_outputs(output, total, token, n, T)
 
     return matmul_half

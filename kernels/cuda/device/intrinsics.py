@@ -21,11 +21,12 @@ _function: Any = numba.cuda.jit(device=True)
 exp, log = _function(lambda x: math.exp(x)), _function(lambda x: math.log(x))
 sqrt, tanh = _function(lambda x: math.sqrt(x)), _function(lambda x: math.tanh(x))
 
-_GLOBAL = 1
-"""LLVM's address space of global memory."""
+_GLOBAL, _SHARED = 1, 3
+"""LLVM's address spaces of global memory and of a block's."""
 _WHOLE_WARP = 0xFFFFFFFF
 _OF_WHOLE_WARP = ("convergent", "readnone", "nounwind")
 """A call that the whole warp takes part in, and that is moved into no branch."""
+_VECTOR = ir.VectorType(I32, 4)
 _cuda: Any = numba.cuda
 _other_lanes = _cuda.shfl_xor_sync
 """The value that the lane has whose number differs by a mask."""
@@ -123,15 +124,16 @@ def _capability() -> tuple[int, int]:
     return capability
 
 
+def _volatile(b: Any, text: str, constraints: str, *operands: Any) -> None:
+    """An instruction with no result. No load or store is moved from one side of it to the other."""
+    kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+    constraints = ",".join(filter(None, [constraints, "~{memory}"]))
+    b.call(ir.InlineAsm(kind, text, constraints, side_effect=True), list(operands))
+
+
 def _tells(text: str) -> Callable[[Any], Any]:
     """An emitter of an instruction, of Hopper and later, that tells the GPU of the launches before and after."""
-
-    def emit(b: Any) -> Any:
-        if _capability() >= (9, 0):
-            b.call(ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), text, "~{memory}", side_effect=True), [])
-        return None
-
-    return emit
+    return lambda b: _volatile(b, text, "") if _capability() >= (9, 0) else None
 
 
 wait_for_previous = _emits(types.void)(_tells("griddepcontrol.wait;"))
@@ -143,26 +145,87 @@ let_next_begin = _emits(types.void)(_tells("griddepcontrol.launch_dependents;"))
 @_emits(types.void, types.int64)
 def prefetch(b: Any, address: Any) -> None:
     """Begin to bring 128 bytes into the GPU's cache."""
-    b.call(
-        ir.InlineAsm(ir.FunctionType(ir.VoidType(), [I64]), "prefetch.global.L2 [$0];", "l", side_effect=True),
-        [address],
-    )
+    kind = ir.FunctionType(ir.VoidType(), [I64])
+    b.call(ir.InlineAsm(kind, "prefetch.global.L2 [$0];", "l", side_effect=True), [address])
+
+
+def _load_four(b: Any, at: Any) -> list[Any]:
+    """The elements of a vector of four at a multiple of 16, in one load."""
+    vector = b.load(at, align=16)
+    return [b.extract_element(vector, I32(i)) for i in range(4)]
 
 
 @_emits(_FOUR, types.int64)
 def words(b: Any, address: Any) -> list[Any]:
     """Four int32 at a multiple of 16, in one load."""
-    vector = b.load(_pointer(b, address, ir.VectorType(I32, 4)), align=16)
-    return [b.extract_element(vector, I32(i)) for i in range(4)]
+    return _load_four(b, _pointer(b, address, _VECTOR))
 
 
-@_emits(types.UniTuple(types.float32, 4), types.Array(types.float32, 1, "C"), types.int64)
-def four(b: Any, array: Any, first: Any) -> list[Any]:
-    """array[first … first + 3] of an array in shared memory that begins at a multiple of 16; so must `first`, of 4."""
-    data = b.extract_value(array, 4)  # numba's arrays: meminfo, parent, nitems, itemsize, data, …
-    at = b.bitcast(b.gep(data, [first]), ir.PointerType(ir.VectorType(F32, 4)))
-    vector = b.load(at, align=16)
-    return [b.extract_element(vector, I32(i)) for i in range(4)]
+def _element(b: Any, array: Any, i: Any) -> Any:
+    """The place of element i of an array in shared memory."""
+    return b.gep(b.extract_value(array, 4), [i])  # numba's arrays: meminfo, parent, nitems, itemsize, data, …
+
+
+def _four_of(kind: Any) -> Callable[[Any, Any, Any], list[Any]]:
+    """An emitter of a load of four elements of type `kind`."""
+    pointer = ir.PointerType(ir.VectorType(kind, 4))
+    return lambda b, array, first: _load_four(b, b.bitcast(_element(b, array, first), pointer))
+
+
+_FLOATS, _WORDS = (types.Array(kind, 1, "C") for kind in (types.float32, types.int32))
+four = _emits(_FOUR_FLOATS, _FLOATS, types.int64)(_four_of(F32))
+"""array[first … first + 3] of an array in shared memory that begins at a multiple of 16; so must `first`, of 4."""
+four_words = _emits(_FOUR, _WORDS, types.int64)(_four_of(I32))
+"""`four` of int32."""
+
+
+@_emits(types.int64, _WORDS)
+def shared_address(b: Any, array: Any) -> Any:
+    """The address of an array in shared memory, as `copy_ahead` takes it."""
+    at = b.addrspacecast(_element(b, array, I64(0)), ir.PointerType(I32, _SHARED))
+    return b.zext(b.ptrtoint(at, I32), I64)
+
+
+@_emits(_FOUR, types.int64, types.int64)
+def copy_ahead(b: Any, at: Any, address: Any) -> list[Any]:
+    """Begin to copy 16 bytes of global memory to an address in shared memory. Both are multiples of 16.
+
+    From Ampere on this thread has them after a `wait_for_copies`, and other threads after a barrier behind that.
+    Before Ampere they only come to registers, which are returned for `put_copied`.
+    """
+    if _capability() >= (8, 0):
+        _volatile(b, "cp.async.cg.shared.global [$0], [$1], 16;", "r,l", b.trunc(at, I32), address)
+        return [I32(0)] * 4
+    return _load_four(b, _pointer(b, address, _VECTOR))
+
+
+@_emits(types.void, types.int64, _FOUR)
+def put_copied(b: Any, at: Any, copied: Any) -> None:
+    """End what `copy_ahead` began, with what it returned: put that where it belongs, if it is not already there."""
+    if _capability() < (8, 0):
+        vector = ir.Constant(_VECTOR, ir.Undefined)
+        for i in range(4):
+            vector = b.insert_element(vector, b.extract_value(copied, i), I32(i))
+        b.store(vector, b.inttoptr(b.trunc(at, I32), ir.PointerType(_VECTOR, _SHARED)), align=16)
+
+
+@_emits(types.void)
+def end_of_copies(b: Any) -> None:
+    """Make one group of the copies that this thread has begun since the last group. It may be an empty one."""
+    if _capability() >= (8, 0):
+        _volatile(b, "cp.async.commit_group;", "")
+
+
+@functools.cache
+def wait_for_copies(most: int) -> Any:
+    """A function that waits until at most so many of this thread's groups of copies are under way, the last ones."""
+
+    @_emits(types.void)
+    def wait(b: Any) -> None:
+        if _capability() >= (8, 0):
+            _volatile(b, f"cp.async.wait_group {most};", "")
+
+    return wait
 
 
 @_emits(types.float32, types.int32)

@@ -40,7 +40,7 @@ from rwkv_cli.kernels.cuda.device.compile import (
     wait_for_previous,
 )
 from rwkv_cli.kernels.cuda.device.levels import FACTOR_BYTES, PLANE_BYTES, TOKENS, lane_levels, levels_at, put_group
-from rwkv_cli.kernels.cuda.device.outputs import OutputFields, put_output
+from rwkv_cli.kernels.cuda.device.outputs import OutputFields, output_at, put_output
 
 
 class ProductRow(NamedTuple):
@@ -99,13 +99,16 @@ MOST_TOKENS = SHAPES[-1].tokens
 
 
 @function
-def finish(row: Address, total: Float, t: Int, n: Int) -> Any:
-    """Put output (t, n) of the product that `row` describes, and return it. `total` lacks what the row's own factor."""
-    y = total * float_of(i64(row + PRODUCT.unit))
-    rows = i64(row + PRODUCT.rows)
-    if rows != 0:
-        y *= f32(rows + 4 * n)
-    return put_output(row + PRODUCT.bias, y, t, n)
+def unit_at(row: Address) -> Any:
+    """What `unit_of` needs of a `ProductRow`. It is read once, as `output_at` is."""
+    return float_of(i64(row + PRODUCT.unit)), i64(row + PRODUCT.rows)
+
+
+@function
+def unit_of(units: Any, n: Int) -> Any:
+    """What the sums of output n are to be multiplied by: the matrix's unit and the row's factor."""
+    unit, rows = units
+    return unit * f32(rows + 4 * n) if rows != 0 else unit
 
 
 @function
@@ -195,7 +198,7 @@ def matvec(bits: int, planes: int) -> Kernel:
                 total = np.float32(0)
                 for warp in range(first, first + warps):
                     total += sums[tid // 8 % 2, 8 * warp + tid % 8]
-                out = finish(row, total, 0, n)
+                out = put_output(output_at(row + PRODUCT.bias), total * unit_of(unit_at(row), n), 0, n)
         levels = i64(row + PRODUCT.y_levels)
         if levels != 0:
             at = levels_at(levels, i64(row + PRODUCT.y_factors), i64(row + PRODUCT.y_planes), pair)
@@ -274,6 +277,7 @@ def matmul(shape: Shape, bits: int, planes: int) -> Kernel:
         for i in range(COUNT):
             sums[(warp * COUNT + i) * 32 + lane] = own[i]
         cuda.syncthreads()
+        output, units, N = output_at(row + PRODUCT.bias), unit_at(row), i64(row + PRODUCT.N)
         for e in range(tid, COUNT * 32, 32 * warps):
             i, owner = e // 32, e % 32
             total = sums[e]
@@ -281,7 +285,7 @@ def matmul(shape: Shape, bits: int, planes: int) -> Kernel:
                 total += sums[other * COUNT * 32 + e]
             n = STRIP * (first + i // (4 * TILES)) + owner // 4 + i % 4 // 2 * 8
             t = TOKENS * (tile + i // 4 % TILES) + owner % 4 * 2 + i % 2
-            if n < i64(row + PRODUCT.N) and t < T:
-                finish(row, total, t, n)
+            if n < N and t < T:
+                put_output(output, total * unit_of(units, n), t, n)
 
     return matmul

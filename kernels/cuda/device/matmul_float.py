@@ -28,7 +28,7 @@ from rwkv_cli.kernels.cuda.device.compile import (
     words,
 )
 from rwkv_cli.kernels.cuda.device.levels import FACTOR, FactorRow, mixed, operand_of
-from rwkv_cli.kernels.cuda.device.outputs import OutputFields, put_output
+from rwkv_cli.kernels.cuda.device.outputs import OutputFields, output_at, put_output
 from rwkv_cli.numbers import FLOAT_DTYPES
 
 
@@ -146,10 +146,11 @@ def matvec_float(kind: int) -> Kernel:
                 a, b = _dot(a, a0, x, c, kind), _dot(b, b0, x, c, kind)
                 c += STEP
         a, b = warp_sum(a), warp_sum(b)
+        output = output_at(row + ROW.bias)
         if lane == 0 and n < N:
-            put_output(row + ROW.bias, a, 0, n)
+            put_output(output, a, 0, n)
         if lane == 0 and n + WARPS < N:
-            put_output(row + ROW.bias, b, 0, n + WARPS)
+            put_output(output, b, 0, n + WARPS)
 
     return matvec_float
 
@@ -215,9 +216,10 @@ def matmul_float(kind: int, tokens: int) -> Kernel:
         # The loop below is too long to be unrolled, and registers have no index.
         for i in range(SUMS):
             held[np.uint64(TILE_THREADS * i + tid)] = sums[i]
+        output = output_at(row + ROW.bias)
         for i in range(SUMS):
             column, of_token = n + own + i % _OWN, t + _TOKEN_LANES * (i // _OWN) + token
             if column < N and of_token < T:
-                put_output(row + ROW.bias, held[TILE_THREADS * i + tid], of_token, column)
+                put_output(output, held[TILE_THREADS * i + tid], of_token, column)
 
     return matmul_float

@@ -2,7 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from rwkv_cli.kernels.cuda.device.compile import Address, Float, Int, f32, function, i64, put_f32
+import numpy as np
+
+from rwkv_cli.kernels.cuda.device.compile import Address, Float, Int, cuda, f32, function, i64, put_f32, types
 from rwkv_cli.kernels.cuda.device.elementwise import activate
 
 
@@ -24,15 +26,34 @@ OUTPUT = OutputFields(*range(0, 8 * len(OutputFields._fields), 8))
 
 
 @function
-def put_output(fields: Address, total: Float, t: Int, n: Int) -> Any:
-    """Put output (t, n) of a product whose `OutputFields` begin at `fields`, and return it."""
-    y = total
-    bias = i64(fields + OUTPUT.bias)
+def output_at(fields: Address) -> Any:
+    """What `put_output` needs of the `OutputFields` there. After each store a compiler would have it read again."""
+    bias, activation, add = i64(fields + OUTPUT.bias), i64(fields + OUTPUT.activation), i64(fields + OUTPUT.add)
+    return bias, activation, add, i64(fields + OUTPUT.y), i64(fields + OUTPUT.y_stride)
+
+
+@function
+def put_output(output: Any, total: Float, t: Int, n: Int) -> Any:
+    """Put output (t, n) of the product of an `output_at`, and return it."""
+    bias, activation, add, y, y_stride = output
     if bias != 0:
-        y += f32(bias + 4 * n)
-    y = activate(y, i64(fields + OUTPUT.activation))
-    at = i64(fields + OUTPUT.y) + 4 * (i64(fields + OUTPUT.y_stride) * t + n)
-    if i64(fields + OUTPUT.add) != 0:
-        y += f32(at)
-    put_f32(at, y)
-    return y
+        total += f32(bias + 4 * n)
+    total, at = activate(total, activation), y + 4 * (y_stride * t + n)
+    if add != 0:
+        total += f32(at)
+    put_f32(at, total)
+    return total
+
+
+@function
+def put_outputs(output: Any, totals: Any, tokens: Any, n: Int, T: Int) -> None:
+    """`put_output` of four tokens, whose loads are under way together. Tokens from T on have no output."""
+    bias, activation, add, y, y_stride = output
+    before = cuda.local.array(4, types.float32)
+    own = f32(bias + 4 * n) if bias != 0 else np.float32(0)
+    for i in range(4):
+        before[i] = f32(y + 4 * (y_stride * tokens[i] + n)) if add != 0 and tokens[i] < T else np.float32(0)
+    for i in range(4):
+        total = activate(totals[i] + own, activation) + before[i]
+        if tokens[i] < T:
+            put_f32(y + 4 * (y_stride * tokens[i] + n), total)

@@ -1,6 +1,7 @@
 """The functions of `intrinsics` in Python, for numba's CUDA simulator. Addresses are the host's."""
 
 import ctypes
+import functools
 import sys
 import threading
 from typing import Any
@@ -133,6 +134,49 @@ def words(address: int) -> tuple[int, ...]:
 def four(array: Any, first: int) -> tuple[Any, ...]:
     assert first % 4 == 0, "a load of 16 bytes must be aligned"
     return tuple(array[first + i] for i in range(4))
+
+
+four_words = four
+
+
+def shared_address(array: Any) -> int:
+    return int(array.ctypes.data)
+
+
+def copy_ahead(at: int, address: int) -> tuple[int, ...]:
+    """The words are poison until they are waited for."""
+    place = _at(at, 16).view(np.int32)
+    place[:] = -1
+    _copies_of_thread()[-1].append((place, words(address)))
+    return (0, 0, 0, 0)
+
+
+def put_copied(at: int, copied: tuple[int, ...]) -> None:
+    pass
+
+
+def end_of_copies() -> None:
+    _copies_of_thread().append([])
+
+
+@functools.cache
+def wait_for_copies(most: int) -> Any:
+    def wait() -> None:
+        groups = _copies_of_thread()
+        while len(groups) > most + 1:
+            for place, copied in groups.pop(0):
+                place[:] = copied
+
+    return wait
+
+
+def _copies_of_thread() -> list[list[Any]]:
+    """The groups of copies under way of the running thread. The last one is still open."""
+    thread: Any = threading.current_thread()
+    if not hasattr(thread, "copies"):
+        thread.copies = [[]]
+    groups: list[list[Any]] = thread.copies
+    return groups
 
 
 def half(word: int) -> np.float32:
