@@ -225,7 +225,9 @@ def norm_shift(D: int, spread: bool) -> Kernel:
                 row, y = table + _MIX_ROW_BYTES * m, np.float32(0)
                 mix = i64(row + MIX.mix)
                 if first < D:
-                    y = own[0] + (difference[0] * f32(mix + 4 * first) if mix != 0 else np.float32(0))
+                    y = own[0]
+                    if mix != 0:  # a branch, so that it becomes one rounded instruction, as in `mixed`
+                        y += difference[0] * f32(mix + 4 * first)
                 block = t // TOKENS * groups + group
                 at = levels_at(i64(row + MIX.levels), i64(row + MIX.factors), i64(row + MIX.planes), block)
                 put_group(y, at, t % TOKENS, group < groups)
