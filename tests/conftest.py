@@ -4,7 +4,8 @@ import os
 import signal
 
 # numba reads it when it is imported: the tests' CUDA kernels run in its simulator, which needs no GPU
-os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+PTX = os.environ.get("RWKV_TEST_PTX", "")
+os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "0" if PTX else "1")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,12 @@ from click.testing import CliRunner, Result
 os.environ["RWKV_MODELS"] = os.environ["RWKV_CONFIG"] = os.devnull
 
 SHARED = Path(os.environ.get("RWKV_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
+
+
+if PTX:
+    from ptx import gpu
+
+    gpu.use(tuple(map(int, PTX.split("."))))
 
 
 def pytest_configure() -> None:

@@ -30,8 +30,12 @@ BAND = 256
 _PATTERN = 0xA5
 Cases = list[tuple[Any, ...]]
 """The arguments of each case of a test, behind the device."""
-REAL_GPU = os.environ.get("NUMBA_ENABLE_CUDASIM") == "0"
+INTERPRETED = "RWKV_TEST_PTX" in os.environ
+"""True if tests of the GPU run in the interpreter of PTX, which guards all memory by itself."""
+REAL_GPU = os.environ.get("NUMBA_ENABLE_CUDASIM") == "0" and not INTERPRETED
 """True if tests of the GPU run on one, and not in numba's simulator."""
+ALL_SIZES = REAL_GPU or INTERPRETED
+"""True if tests of the GPU have the CPU's sizes, too, for which numba's simulator is too slow."""
 
 
 def backend(device: str) -> Any:
@@ -214,6 +218,10 @@ def write_block(block: Any, values: Any) -> None:
     from rwkv_cli.kernels.cuda import driver
 
     driver.upload(block.address, values)
+    if INTERPRETED:
+        from ptx import gpu
+
+        gpu.forget(block)
 
 
 def read_block(block: Any) -> Any:
@@ -228,6 +236,9 @@ def read_block(block: Any) -> Any:
 @contextmanager
 def guarded_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have bands around all memory of the GPU, which nothing may touch. The memory begins as NaN."""
+    if INTERPRETED:
+        yield
+        return
     from rwkv_cli.kernels.cuda import driver
 
     allocate = driver.Block.__init__
@@ -306,13 +317,13 @@ def parts(lengths: tuple[int, ...]) -> dict[int, slice]:
 
 
 def cases(names: str, cpu: Cases, cuda: Cases | None) -> Any:
-    """Parametrize a test by device and `names`. The simulator of a GPU is slow, and gets few and small cases.
+    """Parametrize a test by device and `names`. numba's simulator of a GPU is slow, and gets few and small cases.
 
-    A real GPU gets all of both. With `cuda` = None the test is of the CPU alone.
+    A real GPU gets all of both, and so does the interpreter of PTX. With `cuda` = None the test is of the CPU alone.
     """
     given = [("cpu", *case) for case in cpu]
     if cuda is not None:
-        given += [("cuda", *case) for case in (*cpu * REAL_GPU, *cuda)]
+        given += [("cuda", *case) for case in (*cpu * ALL_SIZES, *cuda)]
     return pytest.mark.parametrize(("device", *filter(None, names.split(", "))), given)
 
 

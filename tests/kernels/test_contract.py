@@ -38,9 +38,10 @@ pytestmark = [
 # tokens of each sequence, heads, head size
 HEADS: Cases = [
     ((1,), 1, 8), ((5,), 3, 16), ((33,), 2, 64), ((2, 0, 9), 5, 24), ((1, 1, 1, 1), 2, 16), ((0, 4, 30, 1), 1, 64),
+    ((1, 3), 1, 64), ((9,), 1, 24),
 ]  # fmt: skip
 FEW_HEADS: Cases = [((1,), 1, 8), ((2, 0, 3), 2, 24), ((3,), 1, 6), ((9,), 1, 8)]
-NORMS: Cases = [(1, 3), (4, 40), (7, 129), (130, 129)]
+NORMS: Cases = [(1, 3), (4, 40), (7, 129), (130, 129), (2, 4096)]
 
 
 @cases("T, D, threads, room", with_each(with_each(NORMS, 1, 2), 0, 5), [(1, 3, 1, 0), (3, 40, 1, 5), (2, 129, 1, 0)])
@@ -51,7 +52,15 @@ def test_layer_norm(device: str, T: int, D: int, threads: int, room: int) -> Non
     check(got, naive.layer_norm(x.astype(float), w, b, 1e-5))
 
 
-SHIFTS: Cases = [((1,), 5), ((6,), 33), ((1, 4, 0, 2), 33), ((1, 300, 2), 70), ((0, 3), 260)]
+SHIFTS: Cases = [
+    ((1,), 5),
+    ((6,), 33),
+    ((1, 4, 0, 2), 33),
+    ((1, 300, 2), 70),
+    ((0, 3), 260),
+    ((1, 2), 4096),
+    ((19,), 600),
+]
 
 
 @cases("lengths, D, normed", with_each(SHIFTS, False, True), with_each([((1,), 5), ((0, 2, 0, 1), 33)], False, True))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from lab import (
-    REAL_GPU,
+    ALL_SIZES,
     RNG,
     Cases,
     Lab,
@@ -35,8 +35,8 @@ pytestmark = [
 SHAPES: Cases = [
     (1, 5, 7), (2, 16, 32), (7, 40, 70), (13, 300, 192), (1, 96, 512), (6, 33, 64), (25, 17, 100), (1, 512, 96),
 ]  # fmt: skip
-# numbers of tokens that a GPU has kernels of their own for, and ragged blocks
-GPU_SHAPES: Cases = [(T, 210, 300) for T in (9, 33, 65, 130, 252)] if REAL_GPU else []
+# numbers of tokens that a GPU has kernels of their own for, ragged blocks, and several rounds of a warp for one token
+GPU_SHAPES: Cases = [*((T, 210, 300) for T in (9, 33, 65, 130, 252)), (1, 19, 2240)] * ALL_SIZES
 FEW_SHAPES: Cases = [(1, 5, 7), (2, 33, 70)]
 INT8, BITS = ("tile", "columns"), (4, 5, 6)
 LAYOUTS = (*INT8, *(f"{layout}{bits}" for bits in BITS for layout in INT8))
