@@ -30,7 +30,7 @@ BAND = 256
 _PATTERN = 0xA5
 Cases = list[tuple[Any, ...]]
 """The arguments of each case of a test, behind the device."""
-INTERPRETED = "RWKV_TEST_PTX" in os.environ
+INTERPRETED = bool(os.environ.get("RWKV_TEST_PTX"))
 """True if tests of the GPU run in the interpreter of PTX, which guards all memory by itself."""
 REAL_GPU = os.environ.get("NUMBA_ENABLE_CUDASIM") == "0" and not INTERPRETED
 """True if tests of the GPU run on one, and not in numba's simulator."""

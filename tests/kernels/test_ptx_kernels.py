@@ -20,12 +20,12 @@ PRODUCTS = (
     "quantized_linear and (2-33-70-tile-0 or 33-210-300-tile-0 or 33-210-300-tile5-0 or 33-210-300-columns-0 "
     "or 33-210-300-columns4-0 or 65-210-300-tile)"
 )
-LEVELS = "norm_and_shift or levels_are_put"
+LEVELS = "norm_and_shift and lengths1 or levels_are_put and (lengths0 or lengths3)"
 ONE_TOKEN = "quantized_linear and 1-19-2240 or long_row and not BF16"
 OTHERS = (
     "wkv and (64-True or 24-True) or wkv4 or scores or layer_norm and 4096 or token_shift and (4096 or 600 or False) "
-    "or round_to or gate or float_linear and (F32 or F16) and (25 or 6-33) or quantized_embedding or limits "
-    "or is_the_cpus and 7-int8 or every_cuda_kernel"
+    "or round_to or gate or float_linear and (25-17 or 6-33) and not BF16 or quantized_embedding or limits "
+    "or every_cuda_kernel"
 )
 
 
