@@ -28,7 +28,8 @@ WORK = ("mma", "dp4a", "fma")
 REGISTERS, WARPS, SHARED = 1 << 16, 64, 227 << 10
 """What a multiprocessor of compute capability 9.0 has."""
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]+)\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)(.*)")
-_TARGET = re.compile(r"BRA.*`\((\S+?)\)")
+_TARGET = re.compile(r"@!?U?P\d\s+BRA.*`\((\S+?)\)")
+"""A loop ends with a jump on a condition. Code that is away from it, for lanes apart, jumps back without one."""
 
 
 class Loop(NamedTuple):

@@ -1,7 +1,7 @@
 """numba's CUDA simulator with greenlets for the threads of a block, which come and go in microseconds.
 
 Between two barriers the threads run one after the other, in an order that is drawn anew each time. So what depends on
-who comes first gives wrong numbers.
+who comes first gives wrong numbers. A barrier that some threads of a block, or lanes of a warp, never reach is an error.
 """
 
 import random
@@ -22,22 +22,42 @@ class Thread(greenlet.greenlet):
     def __init__(self, body: Any, block: Any, place: Any) -> None:
         super().__init__(body)
         self.blockIdx, self.threadIdx = block, place
+        self.waits_for = ""
 
     def syncthreads(self) -> None:
-        """Let the others run until they are as far."""
+        """Let the others of the block run until they are as far."""
+        self._wait("block")
+
+    def syncwarp(self) -> None:
+        """Let the others of the warp run until they are as far."""
+        self._wait("warp")
+
+    def _wait(self, whom: str) -> None:
         assert self.parent is not None
+        self.waits_for = whom
         self.parent.switch()
 
 
 def run_block(manager: Any, grid_point: Any, *args: Any) -> None:
     """Run all threads of a block to their end."""
     order, block = random.Random(0), kernel.Dim3(*grid_point)
-    waiting = [Thread(lambda: manager._f(*args), block, kernel.Dim3(*at)) for at in np.ndindex(*manager._block_dim)]
-    while waiting:
-        order.shuffle(waiting)
-        for thread in waiting:
+    threads = [Thread(lambda: manager._f(*args), block, kernel.Dim3(*at)) for at in np.ndindex(*manager._block_dim)]
+    warps = [threads[first : first + 32] for first in range(0, len(threads), 32)]
+    ready = threads
+    while ready:
+        order.shuffle(ready)
+        for thread in ready:
             thread.switch()
-        waiting = [thread for thread in waiting if not thread.dead]
+        threads = [thread for thread in threads if not thread.dead]
+        ready = [
+            thread
+            for warp in warps
+            if all(each.waits_for == "warp" and not each.dead for each in warp)
+            for thread in warp
+        ]
+        if not ready and all(thread.waits_for == "block" for thread in threads):
+            ready = list(threads)
+        assert ready or not threads, "a barrier that not all threads reach"
 
 
 def use_greenlets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
     from numba import cuda
     from numba.cuda import dispatcher
 
-    # numba compiles device functions for this GPU
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capabilities[0])
+    gpu = SimpleNamespace(compute_capability=capabilities[0])
+    dispatcher.get_current_device = lambda: gpu  # for which numba compiles device functions
     from rwkv_cli.kernels.cache import on_first_compilation
     from rwkv_cli.kernels.cuda import backend  # noqa: F401 - with every module that has kernels
     from rwkv_cli.kernels.cuda.device import halves as cuda_halves
@@ -42,8 +42,10 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
         cuda_matmul.matmul(cuda_matmul.SHAPES[-1], bits, 1)
     # For many tokens, codes of 5 bits stand for the others too: they need the most registers.
     cuda_matmul.matmul(cuda_matmul.SHAPES[-1], 5, 2)
-    for bits in (4, 5, 6, 8):
-        cuda_halves.matmul_half(bits)
+    # These have functions of their own that differ by GPU, and numba compiles a function once.
+    only = {
+        cuda_halves.matmul_half.__wrapped__(bits): capability for capability in capabilities for bits in (4, 5, 6, 8)
+    }
     for kind in map(FLOAT_DTYPES.index, ("F32", "F16")):  # BF16's kernels differ from F16's by a shift
         cuda_matmul_float.matvec_float(kind)
         for tokens in cuda_matmul_float.TILE_TOKENS:
@@ -61,7 +63,8 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
     with on_first_compilation(lambda: announced.append(None)):
         for kernel in KERNELS:
             ptx = ""
-            for capability in capabilities:
+            for capability in [only[kernel]] if kernel in only else capabilities:
+                gpu.compute_capability = capability
                 if not ptx or "mma" in ptx:
                     ptx, _ = cuda.compile_ptx(kernel.body, kernel.signature, cc=capability, launch_bounds=kernel.bounds)
                 found.setdefault("{}.{}".format(*capability), {})[kernel.name] = facts(kernel, ptx, capability, folder)
@@ -91,7 +94,10 @@ def facts(kernel: Any, ptx: str, capability: Capability, folder: Path | None) ->
         "threads": kernel.bounds[0], "depot": "__local_depot" in ptx, "stack": int(stack),
         "spills": int(stores) + int(loads), "registers": int(re.search(r"[Uu]sed (\d+) registers", text)[1]),
         "shared": int(re.search(r"(\d+) bytes smem", text)[1]),
-        "products": {name: len(re.findall(name, ptx)) for name in ("dp4a.s32.s32", "m16n8k32", "m8n8k16")},
+        "instructions": {
+            name: len(re.findall(name, ptx))
+            for name in ("dp4a.s32.s32", "m16n8k32", "m8n8k16", "shfl.sync", "cp.async.cg")
+        },
     }  # fmt: skip
 
 

@@ -35,24 +35,24 @@ _other_lanes = _cuda.shfl_xor_sync
 @_function
 def warp_sum(value: Any) -> Any:
     """The sum of a warp's values, in every lane. Its order is fixed. All threads of the block must get here."""
-    for distance in (16, 8, 4, 2, 1):
-        value += _other_lanes(_WHOLE_WARP, value, distance)
+    for halving in range(5):
+        value += _other_lanes(_WHOLE_WARP, value, 16 >> halving)
     return value
 
 
 @_function
 def warp_sums(values: Any, count: Any) -> None:
     """`warp_sum` of each of `count` values of an array. They go together, since one alone waits for each step."""
-    for distance in (16, 8, 4, 2, 1):
+    for halving in range(5):  # of a tuple's elements the compiler makes a loop
         for i in range(count):
-            values[i] += _other_lanes(_WHOLE_WARP, values[i], distance)
+            values[i] += _other_lanes(_WHOLE_WARP, values[i], 16 >> halving)
 
 
 @_function
 def warp_max(value: Any) -> Any:
     """The largest of a warp's float values, in every lane. All threads of the block must get here."""
-    for distance in (16, 8, 4, 2, 1):
-        value = max(value, _other_lanes(_WHOLE_WARP, value, distance))
+    for halving in range(5):
+        value = max(value, _other_lanes(_WHOLE_WARP, value, 16 >> halving))
     return value
 
 

@@ -26,13 +26,22 @@ def _shared_array(shared: Any, shape: Any, dtype: Any, alignment: int = 0) -> An
 setattr(kernelapi.FakeCUDAShared, "array", _shared_array)  # noqa: B010 - mypy takes no assignment to a method
 
 
+def _wait_for_warp(thread: Any) -> None:
+    """Wait until the other lanes of a thread's warp are as far. numba's own threads know no warps."""
+    if hasattr(thread, "syncwarp"):
+        thread.syncwarp()
+    else:
+        warps = vars(thread._manager).setdefault("warps", {})
+        warps.setdefault(thread.threadIdx.x // 32, threading.Barrier(32)).wait()
+
+
 def _of_warp(value: Any) -> tuple[NDArray[Any], int]:
     """The values of a warp's lanes, and which lane this is."""
     thread: Any = threading.current_thread()
     tid, turn = thread.threadIdx.x, getattr(thread, "exchanges", 0) % 2
     thread.exchanges = turn + 1
     _LANES[turn][tid] = value
-    thread.syncthreads()
+    _wait_for_warp(thread)
     return np.array(_LANES[turn][tid // 32 * 32 : tid // 32 * 32 + 32]), tid % 32
 
 

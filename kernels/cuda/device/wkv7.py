@@ -1,6 +1,7 @@
 """The recurrence of RWKV-7 on the GPU. `heads` says what a block's threads have."""
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from rwkv_cli.kernels.cuda.device.compile import (
     cuda,
     f32,
     four,
+    function,
     i64,
     kernel,
     let_next_begin,
@@ -34,6 +36,14 @@ def wkv7(N: int, form: Form) -> Kernel:
     TURNS, BLOCKS, PUTS = form
     NP, WARPS, ROUNDS, STATE, CHANNELS, TILE = sizes_of(N, TURNS)
     RAW, ALL, SIZE, NOTHING = TURNS * CHANNELS, TILE * NP, np.float32(N), np.float32(0)
+    APART, PARTS = ALL + 8, LANES * (ALL + 8)
+
+    @function
+    def added(sums: Any, at: Int) -> Any:
+        return (sums[np.uint64(at)] + sums[np.uint64(at + APART)]) + (
+            sums[np.uint64(at + 2 * APART)] + sums[np.uint64(at + 3 * APART)]
+        )
+
     # Known when it is compiled: nothing is beyond a head of whole chunks, or of whole warps.
     WHOLE, FULL = N == NP, N % 32 == 0
 
@@ -75,7 +85,7 @@ def wkv7(N: int, form: Form) -> Kernel:
         value = cuda.shared.array(ALL, types.float32, 16)
         kappa = cuda.shared.array(ALL, types.float32, 16)
         removal = cuda.shared.array(ALL, types.float32, 16)  # −κ∘a
-        sums = cuda.shared.array(ALL, types.float32, 16)
+        sums = cuda.shared.array(PARTS, types.float32, 16)
         bonus = cuda.shared.array(TILE, types.float32)
         S, out = cuda.local.array(STATE, types.float32), cuda.local.array(RAW, types.float32)
         raw_r, raw_w = cuda.local.array(RAW, types.float32), cuda.local.array(RAW, types.float32)
@@ -146,36 +156,38 @@ def wkv7(N: int, form: Form) -> Kernel:
                     firsts[i], mixes[i] = f32(v_first + at), f32(v_gate + at)
             for step in range(count):
                 begun = step * NP
-                v0, v1 = value[begun + column], value[begun + column + 1]
+                at = np.uint64(begun + column)
+                v0, v1 = value[at], value[at + np.uint64(1)]
                 c0 = c1 = y0 = y1 = NOTHING
                 for n in range(ROUNDS):
-                    ds = four(kappa, begun + n * SPAN + first)
+                    ds, part0, part1 = four(kappa, begun + n * SPAN + first), NOTHING, NOTHING
                     for e in range(ROWS):
                         i = (n * ROWS + e) * PAIR
-                        c0 += ds[e] * S[i]
-                        c1 += ds[e] * S[i + 1]
+                        part0 += ds[e] * S[i]
+                        part1 += ds[e] * S[i + 1]
+                    c0, c1 = c0 + part0, c1 + part1
                 c0, c1 = quad_sum(c0), quad_sum(c1)
                 for n in range(ROUNDS):
-                    chunk = begun + n * SPAN + first
+                    chunk, part0, part1 = begun + n * SPAN + first, NOTHING, NOTHING
                     rs, ws, ks, bs = (
                         four(receptance, chunk), four(decay, chunk), four(key, chunk), four(removal, chunk),
                     )  # fmt: skip
                     for e in range(ROWS):
                         i = (n * ROWS + e) * PAIR
-                        S[i] = ws[e] * S[i] + bs[e] * c0 + ks[e] * v0
-                        S[i + 1] = ws[e] * S[i + 1] + bs[e] * c1 + ks[e] * v1
-                        y0 += rs[e] * S[i]
-                        y1 += rs[e] * S[i + 1]
-                y0, y1 = quad_sum(y0), quad_sum(y1)
-                if first == 0:
-                    sums[begun + column], sums[begun + column + 1] = y0, y1
+                        S[i] = ws[e] * S[i] + ks[e] * v0 + bs[e] * c0
+                        S[i + 1] = ws[e] * S[i + 1] + ks[e] * v1 + bs[e] * c1
+                        part0 += rs[e] * S[i]
+                        part1 += rs[e] * S[i + 1]
+                    y0, y1 = y0 + part0, y1 + part1
+                at += np.uint64(APART * (first // ROWS))
+                sums[at], sums[at + np.uint64(1)] = y0, y1
             cuda.syncthreads()
             if count > 0:
                 for turn in range(TURNS):
                     totals[turn] = NOTHING
                     for j in range(CHANNELS):
                         i, c, token = turn * CHANNELS + j, j * 32 + lane, turn * WARPS + warp
-                        out[i] = sums[token * NP + c] if token < count and (FULL or c < N) else NOTHING
+                        out[i] = added(sums, token * NP + c) if token < count and (FULL or c < N) else NOTHING
                         totals[turn] += out[i]
                 warp_sums(totals, TURNS)
                 for turn in range(TURNS):
