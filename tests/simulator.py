@@ -1,7 +1,8 @@
 """numba's CUDA simulator with greenlets for the threads of a block, which come and go in microseconds.
 
 Between two barriers the threads run one after the other, in an order that is drawn anew each time. So what depends on
-who comes first gives wrong numbers. A barrier that some threads of a block, or lanes of a warp, never reach is an error.
+who comes first gives wrong numbers. A barrier that some threads of a block, or lanes of a warp, never reach is an
+error.
 """
 
 import random
