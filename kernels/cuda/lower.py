@@ -222,7 +222,7 @@ def _by_heads(
     forms = heads.forms(capability())
     for form, only in ((forms.few, Between(rows, 1, few)), (forms.many, Between(rows, few + 1, rows.most))):
         if only.first <= only.last:
-            low.launches.add(kernel(N, form), Blocks((H, B), heads.threads(N), only), **arguments)
+            low.launches.add(kernel(N, form), Blocks((H, B), heads.threads(N, form), only), **arguments)
     puts = min(few, matmul.MOST_TOKENS)
     if put.levels is not None and puts < rows.most:
         products.round_to_levels(low, [low.rounded(op.out)], puts + 1)

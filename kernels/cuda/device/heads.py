@@ -2,20 +2,26 @@
 
 Rows are those of B sequences, and `starts` is int64 [B + 1]. The states begin `offset` bytes after the address at
 `state`. A matrix S [N, N] is [key, value]. It stays in registers while the block goes through the sequence's tokens,
-a tile of them at a time: what needs no state is done for all tokens of the tile at once, a warp a token.
+a tile of them at a time. What needs no state is done for all tokens of a tile at once, a warp a token: before, and
+after. While one tile's tokens are gone through, the next one is prepared and the one before is finished. So there are
+two places in shared memory for everything, and a barrier between tiles.
 """
 
 from typing import Any, NamedTuple
 
-from rwkv_cli.kernels.cuda.device.compile import Int, function
+import numpy as np
+
+from rwkv_cli.kernels.cuda.device.compile import MOST_WARPS, Int, function
 from rwkv_cli.numbers import GROUP
 
 ROWS, PAIR, LANES = 4, 2, 4
 """A thread has chunks of 4 rows of a state, in 2 columns; 4 neighbouring lanes share these columns."""
 SPAN = ROWS * LANES
 """Rows of a round of chunks, and columns of a warp."""
-_SHARED = 1024
+_SHARED = 512
 """Numbers of a vector in shared memory: those of a tile's tokens."""
+_BANKS_APART = 8
+"""What keeps parts of sums, that lanes put at the same time, in different banks of shared memory."""
 
 
 def padded(N: int) -> int:
@@ -23,41 +29,9 @@ def padded(N: int) -> int:
     return -(-N // SPAN) * SPAN
 
 
-def threads(N: int) -> int:
-    """Threads of a block for heads of size N, which may be 512 at most."""
-    return 32 * padded(N) // SPAN
-
-
 def puts_levels(N: int) -> bool:
     """True if heads of size N are whole groups. Their kernel can then put levels."""
     return N % GROUP == 0
-
-
-class Sizes(NamedTuple):
-    """The numbers that a kernel for heads of one size is made of."""
-
-    padded: int
-    warps: int
-    rounds: int
-    """Chunks of rows that a thread has."""
-    state: int
-    """Numbers of the state that a thread has."""
-    channels: int
-    """Channels that a lane has where a warp has a token."""
-    tile: int
-    """Tokens that are in shared memory at a time."""
-
-
-def sizes_of(N: int, turns: int) -> Sizes:
-    whole, warps = padded(N), threads(N) // 32
-    rounds = whole // SPAN
-    return Sizes(whole, warps, rounds, rounds * ROWS * PAIR, -(-whole // 32), min(turns * warps, _SHARED // whole))
-
-
-@function
-def place_of(i: Int, first: Int) -> Any:
-    """The row and the side of the pair of columns that number `i` of a thread's state has. `first` is its first row."""
-    return i // (ROWS * PAIR) * SPAN + first + i // PAIR % ROWS, i % PAIR
 
 
 class Form(NamedTuple):
@@ -69,6 +43,60 @@ class Form(NamedTuple):
     """Blocks that a multiprocessor should hold, which bounds a thread's registers."""
     puts: bool
     """True if it can put levels."""
+    split: bool
+    """True if half of the warps prepare and finish tiles while the others go through tokens."""
+
+
+class Sizes(NamedTuple):
+    """The numbers that a kernel for heads of one size is made of."""
+
+    padded: int
+    warps: int
+    """Warps that go through tokens, and as many that prepare and finish tiles: the same ones, or others."""
+    helpers: int
+    """The first warp of those that prepare and finish."""
+    rounds: int
+    """Chunks of rows that a thread has."""
+    state: int
+    """Numbers of the state that a thread has."""
+    channels: int
+    """Channels that a lane has where a warp has a token."""
+    tile: int
+    """Tokens of a tile."""
+    apart: int
+    """How far the parts of a tile's sums are from each other, one of each of the lanes that share columns."""
+
+
+def sizes_of(N: int, form: Form) -> Sizes:
+    """The sizes for heads of size N, which may be 512 at most."""
+    whole = padded(N)
+    warps, rounds, tile = whole // SPAN, whole // SPAN, min(form.turns * whole // SPAN, _SHARED // whole)
+    helpers = warps if form.split and 2 * warps <= MOST_WARPS else 0
+    return Sizes(
+        whole, warps, helpers, rounds, rounds * ROWS * PAIR, -(-whole // 32), tile, tile * whole + _BANKS_APART
+    )
+
+
+def threads(N: int, form: Form) -> int:
+    """Threads of a block for heads of size N."""
+    sizes = sizes_of(N, form)
+    return 32 * (sizes.warps + sizes.helpers)
+
+
+@function
+def added(sums: Any, at: Int, apart: Int) -> Any:
+    """A sum of which each of the lanes that share columns has put its part, in the order that these lanes have."""
+    a, b = (
+        sums[np.uint64(at)] + sums[np.uint64(at + apart)],
+        sums[np.uint64(at + 2 * apart)] + sums[np.uint64(at + 3 * apart)],
+    )
+    return a + b
+
+
+@function
+def place_of(i: Int, first: Int) -> Any:
+    """The row and the side of the pair of columns that number `i` of a thread's state has. `first` is its first row."""
+    return i // (ROWS * PAIR) * SPAN + first + i // PAIR % ROWS, i % PAIR
 
 
 class Forms(NamedTuple):
@@ -81,7 +109,7 @@ class Forms(NamedTuple):
 def forms(capability: tuple[int, int]) -> Forms:
     """The forms for a GPU. Before Hopper, compilers need more registers for the same kernel."""
     hopper = capability >= (9, 0)
-    return Forms(Form(1, 4 if hopper else 2, True), Form(4 if hopper else 2, 2, False))
+    return Forms(Form(1, 3 if hopper else 2, True, False), Form(2 if hopper else 1, 1, False, True))
 
 
 FEW_TOKENS = 4

@@ -1,6 +1,7 @@
 """The recurrence of RWKV-5 and 6 on the GPU. `heads` says what a block's threads have."""
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -13,17 +14,17 @@ from rwkv_cli.kernels.cuda.device.compile import (
     cuda,
     f32,
     four,
+    function,
     i64,
     kernel,
     let_next_begin,
     put_f32,
-    quad_sum,
     sqrt,
     types,
     wait_for_previous,
     warp_sums,
 )
-from rwkv_cli.kernels.cuda.device.heads import LANES, PAIR, ROWS, SPAN, Form, place_of, sizes_of, threads
+from rwkv_cli.kernels.cuda.device.heads import LANES, PAIR, ROWS, SPAN, Form, added, place_of, sizes_of, threads
 from rwkv_cli.kernels.cuda.device.levels import TOKENS, levels_at, put_group
 from rwkv_cli.numbers import GROUP
 
@@ -31,13 +32,19 @@ from rwkv_cli.numbers import GROUP
 @functools.cache
 def wkv6(N: int, form: Form) -> Kernel:
     """The kernel for heads of size N, in one of its forms."""
-    TURNS, BLOCKS, PUTS = form
-    NP, WARPS, ROUNDS, STATE, CHANNELS, TILE = sizes_of(N, TURNS)
-    RAW, ALL, SIZE, NOTHING = TURNS * CHANNELS, TILE * NP, np.float32(N), np.float32(0)
+    TURNS, _, PUTS, _ = form
+    NP, WARPS, HELPERS, ROUNDS, STATE, CHANNELS, TILE, APART = sizes_of(N, form)
+    RAW, ALL, PARTS, SIZE, NOTHING = TURNS * CHANNELS, TILE * NP, LANES * APART, np.float32(N), np.float32(0)
+    BOTH, ALL_PARTS = 2 * ALL, 2 * PARTS
     # Known when it is compiled: nothing is beyond a head of whole chunks, or of whole warps.
     WHOLE, FULL = N == NP, N % 32 == 0
 
-    @kernel(threads(N), BLOCKS, name=f"wkv6 N={N} ×{TURNS}")
+    @function
+    def channel_of(h: Int, j: Int, lane: Int) -> Any:
+        """A lane's j-th channel of a head. Beyond the head's end it is the last one."""
+        return h * N + (j * 32 + lane if FULL else min(j * 32 + lane, np.int64(N - 1)))
+
+    @kernel(threads(N, form), form.blocks, name=f"wkv6 N={N} ×{TURNS}{', split' * form.split}")
     def wkv6(
         r: Address,
         k: Address,
@@ -65,85 +72,65 @@ def wkv6(N: int, form: Form) -> Kernel:
         is [H, N, N]. A form that can puts levels and factors of y too, if there are addresses. Blocks: (H, B).
         """
         let_next_begin()
-        receptance = cuda.shared.array(ALL, types.float32, 16)
-        decay = cuda.shared.array(ALL, types.float32, 16)
-        key = cuda.shared.array(ALL, types.float32, 16)
-        value = cuda.shared.array(ALL, types.float32, 16)
-        sums = cuda.shared.array(ALL, types.float32, 16)
-        bonus = cuda.shared.array(TILE, types.float32)
+        receptance = cuda.shared.array(BOTH, types.float32, 16)
+        decay = cuda.shared.array(BOTH, types.float32, 16)
+        key = cuda.shared.array(BOTH, types.float32, 16)
+        value = cuda.shared.array(BOTH, types.float32, 16)
+        sums = cuda.shared.array(ALL_PARTS, types.float32, 16)
         S, out = cuda.local.array(STATE, types.float32), cuda.local.array(RAW, types.float32)
         raw_r, raw_k = cuda.local.array(RAW, types.float32), cuda.local.array(RAW, types.float32)
         raw_v, raw_w = cuda.local.array(RAW, types.float32), cuda.local.array(RAW, types.float32)
         gates, totals = cuda.local.array(RAW, types.float32), cuda.local.array(TURNS, types.float32)
+        # (Σ r∘u∘k) · v of the tile that is prepared, or gone through, and of the one before it
+        bonus, last_bonus = cuda.local.array(RAW, types.float32), cuda.local.array(RAW, types.float32)
+        of_bonus, scale = cuda.local.array(CHANNELS, types.float32), cuda.local.array(CHANNELS, types.float32)
+        shift = cuda.local.array(CHANNELS, types.float32)
         h, b, tid = np.int64(cuda.blockIdx.x), np.int64(cuda.blockIdx.y), np.int64(cuda.threadIdx.x)
-        lane, warp = tid % 32, tid // 32
+        lane, warp = tid % 32, tid // 32 - HELPERS
         first, column = tid % LANES * ROWS, tid // LANES * PAIR
+        goes, helps = HELPERS == 0 or tid < 32 * WARPS, HELPERS == 0 or warp >= 0
+        for j in range(CHANNELS):
+            at = 4 * channel_of(h, j, lane)
+            of_bonus[j], scale[j], shift[j] = f32(u + at), f32(weight + at), f32(bias + at)
         wait_for_previous()
         begin, end = i64(starts + 8 * b), i64(starts + 8 * b + 8)
         if begin == end:
             return
         kept = i64(state) + offset + 4 * N * N * (b * (D // N) + h) + 4 * column
-        for i in range(STATE):
-            row, side = place_of(i, first)
-            S[i] = f32(kept + 4 * (N * row + side)) if WHOLE or (row < N and column + side < N) else NOTHING
-        # Each round has a tile's tokens, and loads what the next one needs. The first one only loads.
-        for start in range(begin - TILE, end, TILE):
-            count = min(TILE, end - start) if start >= begin else 0
-            for turn in range(TURNS):
-                totals[turn] = NOTHING
-                for j in range(CHANNELS):
-                    i, c, token = turn * CHANNELS + j, j * 32 + lane, turn * WARPS + warp
-                    at = token * NP + c
-                    if token < count and (FULL or c < N):
-                        receptance[at], decay[at], key[at], value[at] = raw_r[i], raw_w[i], raw_k[i], raw_v[i]
-                        totals[turn] += raw_r[i] * f32(u + 4 * (h * N + c)) * raw_k[i]
-                    elif token < count and c < NP:
-                        receptance[at] = decay[at] = key[at] = value[at] = NOTHING
-            if count > 0:
-                warp_sums(totals, TURNS)
-            for turn in range(TURNS):
-                if turn * WARPS + warp < count and lane == 0:
-                    bonus[turn * WARPS + warp] = totals[turn]
+        if goes:
+            for i in range(STATE):
+                row, side = place_of(i, first)
+                S[i] = f32(kept + 4 * (N * row + side)) if WHOLE or (row < N and column + side < N) else NOTHING
+        # In a round a tile is gone through, the one before it is finished, the next one is prepared, and the one after
+        # that is loaded.
+        for tile in range(-2, (end - begin + TILE - 1) // TILE + 1):
             cuda.syncthreads()
-            # No load waits for another: what is beyond the end is read again, and nothing is made of it.
-            for i in range(RAW):
-                channel = h * N + (i % CHANNELS * 32 + lane if FULL else min(i % CHANNELS * 32 + lane, np.int64(N - 1)))
-                now = start + i // CHANNELS * WARPS + warp
-                t = min(now + TILE, end - 1)
-                at = 4 * (D * t + channel)
-                raw_r[i], raw_k[i], raw_v[i] = f32(r + at), f32(k + at), f32(v + at)
-                raw_w[i], gates[i] = f32(w + 4 * (w_stride * t + channel)), np.float32(1)
-            if gate != 0:
-                for i in range(RAW):
-                    channel = h * N + (
-                        i % CHANNELS * 32 + lane if FULL else min(i % CHANNELS * 32 + lane, np.int64(N - 1))
-                    )
-                    now = start + i // CHANNELS * WARPS + warp
-                    gates[i] = f32(gate + 4 * (D * min(max(now, begin), end - 1) + channel))
+            place, count = tile % 2, min(TILE, end - begin - tile * TILE) if goes and tile >= 0 else 0
             for step in range(count):
-                begun = step * NP
-                v0, v1 = value[begun + column], value[begun + column + 1]
+                begun = place * ALL + step * NP
+                at = np.uint64(begun + column)
+                v0, v1 = value[at], value[at + np.uint64(1)]
                 y0 = y1 = NOTHING
                 for n in range(ROUNDS):
-                    chunk = begun + n * SPAN + first
+                    chunk, part0, part1 = begun + n * SPAN + first, NOTHING, NOTHING
                     rs, ws, ks = four(receptance, chunk), four(decay, chunk), four(key, chunk)
                     for e in range(ROWS):
                         i = (n * ROWS + e) * PAIR
-                        y0 += rs[e] * S[i]
-                        y1 += rs[e] * S[i + 1]
+                        part0 += rs[e] * S[i]
+                        part1 += rs[e] * S[i + 1]
                         S[i] = ws[e] * S[i] + ks[e] * v0
                         S[i + 1] = ws[e] * S[i + 1] + ks[e] * v1
-                y0, y1 = quad_sum(y0), quad_sum(y1)
-                if first == 0:
-                    sums[begun + column], sums[begun + column + 1] = y0, y1
-            cuda.syncthreads()
-            if count > 0:
+                    y0, y1 = y0 + part0, y1 + part1
+                at = np.uint64(place * PARTS + APART * (first // ROWS) + step * NP + column)
+                sums[at], sums[at + np.uint64(1)] = y0, y1
+            if helps and tile > 0:
+                start = begin + (tile - 1) * TILE
                 for turn in range(TURNS):
-                    totals[turn] = NOTHING
+                    token, totals[turn] = turn * WARPS + warp, NOTHING
                     for j in range(CHANNELS):
-                        i, c, token = turn * CHANNELS + j, j * 32 + lane, turn * WARPS + warp
-                        inside = token < count and c < N
-                        out[i] = sums[token * NP + c] + bonus[token] * value[token * NP + c] if inside else NOTHING
+                        i, at = turn * CHANNELS + j, (tile - 1) % 2 * PARTS + token * NP + j * 32 + lane
+                        inside = token < min(TILE, end - start) and (FULL or j * 32 + lane < N)
+                        out[i] = added(sums, at, APART) + last_bonus[i] if inside else NOTHING
                         totals[turn] += out[i]
                 warp_sums(totals, TURNS)
                 for turn in range(TURNS):
@@ -155,23 +142,53 @@ def wkv6(N: int, form: Form) -> Kernel:
                             totals[turn] += out[i] * out[i]
                 warp_sums(totals, TURNS)
                 for turn in range(TURNS):
-                    if turn * WARPS < count:
-                        scale = np.float32(1) / sqrt(totals[turn] / SIZE + eps)
-                        inside, t = turn * WARPS + warp < count, start + turn * WARPS + warp
-                        for j in range(CHANNELS):
-                            i, c = turn * CHANNELS + j, j * 32 + lane
-                            channel = h * N + c
-                            if inside and (FULL or c < N):
-                                out[i] = out[i] * scale * f32(weight + 4 * channel) + f32(bias + 4 * channel)
-                                out[i] *= gates[i]
-                                put_f32(y + 4 * (D * t + channel), out[i])
-                            if PUTS and levels != 0:
-                                block = t // TOKENS * (D // GROUP) + h * (N // GROUP) + j
-                                put_group(out[i], levels_at(levels, factors, 2, block), t % TOKENS, inside)
-                cuda.syncthreads()
-        for i in range(STATE):
-            row, side = place_of(i, first)
-            if WHOLE or (row < N and column + side < N):
-                put_f32(kept + 4 * (N * row + side), S[i])
+                    token, t = turn * WARPS + warp, start + turn * WARPS + warp
+                    inside, inverse = token < min(TILE, end - start), np.float32(1) / sqrt(totals[turn] / SIZE + eps)
+                    for j in range(CHANNELS):
+                        i = turn * CHANNELS + j
+                        if inside and (FULL or j * 32 + lane < N):
+                            out[i] = (out[i] * inverse * scale[j] + shift[j]) * gates[i]
+                            put_f32(y + 4 * (D * t + channel_of(h, j, lane)), out[i])
+                        if PUTS and levels != 0:
+                            block = t // TOKENS * (D // GROUP) + h * (N // GROUP) + j
+                            put_group(out[i], levels_at(levels, factors, 2, block), t % TOKENS, inside)
+            for i in range(RAW):
+                last_bonus[i] = bonus[i]
+            start = begin + (tile + 1) * TILE
+            if helps and tile >= -1 and start < end:
+                for turn in range(TURNS):
+                    totals[turn] = NOTHING
+                    for j in range(CHANNELS):
+                        if FULL or j * 32 + lane < N:
+                            totals[turn] += raw_r[turn * CHANNELS + j] * of_bonus[j] * raw_k[turn * CHANNELS + j]
+                warp_sums(totals, TURNS)
+                for turn in range(TURNS):
+                    token = turn * WARPS + warp
+                    for j in range(CHANNELS):
+                        i, at = turn * CHANNELS + j, (tile + 1) % 2 * ALL + token * NP + j * 32 + lane
+                        bonus[i] = totals[turn] * raw_v[i]
+                        if token < TILE and (FULL or j * 32 + lane < N):
+                            receptance[at], decay[at], key[at], value[at] = raw_r[i], raw_w[i], raw_k[i], raw_v[i]
+                        elif token < TILE and j * 32 + lane < NP:
+                            receptance[at] = decay[at] = key[at] = value[at] = NOTHING
+            start = begin + (tile + 2) * TILE
+            if helps and start < end:
+                for i in range(RAW):
+                    # What is beyond the end is read again, and nothing is made of it.
+                    t, channel = min(start + i // CHANNELS * WARPS + warp, end - 1), channel_of(h, i % CHANNELS, lane)
+                    at = 4 * (D * t + channel)
+                    raw_r[i], raw_k[i], raw_v[i] = f32(r + at), f32(k + at), f32(v + at)
+                    raw_w[i] = f32(w + 4 * (w_stride * t + channel))
+            start = begin + tile * TILE
+            if helps and tile >= 0 and start < end:
+                for i in range(RAW):
+                    t = min(start + i // CHANNELS * WARPS + warp, end - 1)
+                    at = 4 * (D * t + channel_of(h, i % CHANNELS, lane))
+                    gates[i] = f32(gate + at) if gate != 0 else np.float32(1)
+        if goes:
+            for i in range(STATE):
+                row, side = place_of(i, first)
+                if WHOLE or (row < N and column + side < N):
+                    put_f32(kept + 4 * (N * row + side), S[i])
 
     return wkv6
