@@ -4,9 +4,9 @@
     python benchmarks/gpu_code.py 9.0            # or another compute capability
 
 The hot loop is the innermost loop that multiplies most. Its instructions are those of a warp in one round. Its cycles
-are the least that a warp alone takes for them: the compiler writes into each instruction how long the next one waits for
-it (Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", arXiv 1804.06826). What a warp waits
-for memory or a shuffle comes on top.
+are the least that a warp alone takes for them: the compiler writes into each instruction how long the next one waits
+for it (Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", arXiv 1804.06826). What a warp
+waits for memory or a shuffle comes on top.
 """
 
 import argparse

@@ -58,7 +58,7 @@ def weights_at(fragment: Address, lane: Int, bits: Int) -> Any:
         return words(fragment + 16 * lane)
     low, rest = i64(fragment + 8 * lane), np.int32(0)
     if bits == 5:
-        rest = i16(fragment + LOW_PLANE + 2 * lane)
+        rest = i16(fragment + LOW_PLANE + 2 * lane) & 0xFFFF  # so no sign is extended
     elif bits == 6:
         rest = i32(fragment + LOW_PLANE + 4 * lane)
     return low_word(low), low_word(low >> 32), rest, np.int32(0)
@@ -72,17 +72,26 @@ def prefetch_fragment(fragment: Address, lane: Int, size: Int) -> None:
 
 
 @function
-def levels_of(weights: Any, bits: Int) -> Any:
-    """The int8 in four int32, as `words` of an int8 fragment has them, of a lane's `weights_at`."""
+def hidden_zero(number: Int) -> Any:
+    """0, of a number from 0 to 2⁶² that is not the same in all lanes, which a compiler does not know."""
+    return low_word(number >> 62)
+
+
+@function
+def levels_of(weights: Any, bits: Int, zero: Int) -> Any:
+    """The int8 in four int32, as `words` of an int8 fragment has them, of a lane's `weights_at`.
+
+    With a `hidden_zero` levels stay in registers of a lane. Constants would be put there for each `permute` anew.
+    """
     if bits == 8:
         return weights
     first, second, rest, _ = weights
     if bits == 4:
-        a, b = _of_four_bits(first)
-        c, d = _of_four_bits(second)
+        a, b = _of_four_bits(first, zero)
+        c, d = _of_four_bits(second, zero)
     elif bits == 5:
-        a, b = _of_five_bits(first, rest << 2), _of_five_bits(first >> 16, rest << 1)
-        c, d = _of_five_bits(second, rest), _of_five_bits(second >> 16, rest >> 1)
+        a, b = _of_five_bits(first, rest << 2, zero), _of_five_bits(first >> 16, rest << 1, zero)
+        c, d = _of_five_bits(second, rest, zero), _of_five_bits(second >> 16, rest >> 1, zero)
     else:
         a, b = _of_six_bits(first, rest << 4, rest << 2)
         c, d = _of_six_bits(second, rest, rest >> 2)
@@ -90,29 +99,29 @@ def levels_of(weights: Any, bits: Int) -> Any:
 
 
 @function
-def _of_four_bits(codes: Int) -> Any:
+def _of_four_bits(codes: Int, zero: Int) -> Any:
     """The levels of eight codes: of those in the lower 16 bits, and of those in the upper."""
     which, upper = codes & 0x77777777, (codes >> 1) & 0x44444444 | 0x32103210
-    return _chosen(which, upper), _chosen(which >> 16, upper >> 16)
+    return _chosen(which, upper, zero), _chosen(which >> 16, upper >> 16, zero)
 
 
 @function
-def _chosen(which: Int, upper: Int) -> Any:
+def _chosen(which: Int, upper: Int, zero: Int) -> Any:
     """Four levels: number `which` of the lower eight, or of the upper eight where `upper` selects them."""
-    low = permute(_LEVELS4[0], _LEVELS4[1], which)
-    return permute(low, permute(_LEVELS4[2], _LEVELS4[3], which), upper)
+    low = permute(_LEVELS4[0] ^ zero, _LEVELS4[1], which)
+    return permute(low, permute(_LEVELS4[2] ^ zero, _LEVELS4[3], which), upper)
 
 
 @function
-def _of_five_bits(codes: Int, fifth: Int) -> Any:
+def _of_five_bits(codes: Int, fifth: Int, zero: Int) -> Any:
     """The levels of four codes, whose upper bits are bits 2, 6, 10 and 14 of `fifth`.
 
     A selector whose fourth bit is set gives a byte of copies of its byte's sign. That is all ones among the negative
     levels and 0 among the others. So of each pair, what is not meant leaves what is meant as it is.
     """
     other = codes ^ 0x8888
-    negative = permute(_LEVELS5[0], _LEVELS5[1], codes) & permute(_LEVELS5[2], _LEVELS5[3], other)
-    positive = permute(_LEVELS5[4], _LEVELS5[5], codes) | permute(_LEVELS5[6], _LEVELS5[7], other)
+    negative = permute(_LEVELS5[0] ^ zero, _LEVELS5[1], codes) & permute(_LEVELS5[2] ^ zero, _LEVELS5[3], other)
+    positive = permute(_LEVELS5[4] ^ zero, _LEVELS5[5], codes) | permute(_LEVELS5[6] ^ zero, _LEVELS5[7], other)
     return permute(negative, positive, fifth & 0x4444 | 0x3210)
 
 

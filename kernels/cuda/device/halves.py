@@ -14,6 +14,7 @@ import numpy as np
 from rwkv_cli.kernels.cuda.device.codes import (
     STRIP,
     fragment_bytes,
+    hidden_zero,
     levels_of,
     scale_bytes,
     shared_scales,
@@ -193,7 +194,7 @@ def matmul_half(bits: int) -> Kernel:
         if first >= strips:
             return
         tid = np.int64(cuda.threadIdx.x)
-        lane, warp = tid % 32, tid // 32
+        lane, warp, zero = tid % 32, tid // 32, hidden_zero(groups + tid)
         # Each lane copies 16 bytes at a time.
         for i in range(_STRIPS):
             # Beyond the last strip that one is brought again, and nothing is put.
@@ -228,7 +229,7 @@ def matmul_half(bits: int) -> Kernel:
             for i in range(_STRIPS):
                 upper, lower = _both(shared_scales(shared, part + SCALES + SCALE * i, lane // 4, bits), bits)
                 stored = shared_weights(shared, part + WEIGHT * i, lane, bits)
-                left, left_8, right, right_8 = levels_of(stored, bits)
+                left, left_8, right, right_8 = levels_of(stored, bits, zero)
                 at = 8 * i
                 weight[at], weight[at + 2] = _scaled(left, upper, bits)
                 weight[at + 1], weight[at + 3] = _scaled(left_8, lower, bits)

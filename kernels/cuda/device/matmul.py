@@ -14,6 +14,7 @@ from rwkv_cli.kernels.cuda.device.codes import (
     STRIP,
     both_scales,
     fragment_bytes,
+    hidden_zero,
     levels_of,
     prefetch_fragment,
     scale_bytes,
@@ -150,7 +151,7 @@ def matvec(bits: int, planes: int) -> Kernel:
         pair, groups, tid = np.int64(cuda.blockIdx.x), i64(row + PRODUCT.groups), np.int64(cuda.threadIdx.x)
         if 2 * pair >= i64(row + PRODUCT.strips):
             return
-        lane, warps = tid % 32, np.int64(cuda.blockDim.x // 64)
+        lane, warps, zero = tid % 32, np.int64(cuda.blockDim.x // 64), hidden_zero(groups + tid)
         half_of_block = 1 if tid >= 32 * warps else 0
         strip = 2 * pair + half_of_block
         w = i64(row + PRODUCT.weights) + BYTES * strip * groups
@@ -176,15 +177,15 @@ def matvec(bits: int, planes: int) -> Kernel:
             f2, f3 = f32(f + FACTOR_BYTES * g2), f32(f + FACTOR_BYTES * g3)
             x0, x1 = lane_levels(x + LEVEL_BYTES * g, planes), lane_levels(x + LEVEL_BYTES * g1, planes)
             x2, x3 = lane_levels(x + LEVEL_BYTES * g2, planes), lane_levels(x + LEVEL_BYTES * g3, planes)
-            a, a_8 = _added(a, a_8, _dots(levels_of(w0, bits), x0, planes), both_scales(s0, bits), f0)
-            a, a_8 = _added(a, a_8, _dots(levels_of(w1, bits), x1, planes), both_scales(s1, bits), f1)
-            a, a_8 = _added(a, a_8, _dots(levels_of(w2, bits), x2, planes), both_scales(s2, bits), f2)
-            a, a_8 = _added(a, a_8, _dots(levels_of(w3, bits), x3, planes), both_scales(s3, bits), f3)
+            a, a_8 = _added(a, a_8, _dots(levels_of(w0, bits, zero), x0, planes), both_scales(s0, bits), f0)
+            a, a_8 = _added(a, a_8, _dots(levels_of(w1, bits, zero), x1, planes), both_scales(s1, bits), f1)
+            a, a_8 = _added(a, a_8, _dots(levels_of(w2, bits, zero), x2, planes), both_scales(s2, bits), f2)
+            a, a_8 = _added(a, a_8, _dots(levels_of(w3, bits, zero), x3, planes), both_scales(s3, bits), f3)
             g += 4 * warps
         while g < groups:
             scales, factor = scales_at(s + SCALE_BYTES * g, lane // 4, bits), f32(f + FACTOR_BYTES * g)
             weights, x0 = weights_at(w + BYTES * g, lane, bits), lane_levels(x + LEVEL_BYTES * g, planes)
-            dots = _dots(levels_of(weights, bits), x0, planes)
+            dots = _dots(levels_of(weights, bits, zero), x0, planes)
             a, a_8 = _added(a, a_8, dots, both_scales(scales, bits), factor)
             g += warps
         a, a_8 = quad_sum(a), quad_sum(a_8)
@@ -244,6 +245,7 @@ def matmul(shape: Shape, bits: int, planes: int) -> Kernel:
             return
         tile, tid = TILES * np.int64(cuda.blockIdx.y), np.int64(cuda.threadIdx.x)
         lane, warp, warps = tid % 32, tid // 32, np.int64(cuda.blockDim.x // 32)
+        zero = hidden_zero(groups + tid)
         for i in range(COUNT):
             own[i] = np.float32(0)
         for i in range(STRIPS):
@@ -254,7 +256,7 @@ def matmul(shape: Shape, bits: int, planes: int) -> Kernel:
         wait_for_previous()
         for g in range(warp, groups, warps):
             for i in range(STRIPS):
-                levels = levels_of(weights_at(values + BYTES * (place[i] + g), lane, bits), bits)
+                levels = levels_of(weights_at(values + BYTES * (place[i] + g), lane, bits), bits, zero)
                 weight[i, 0], weight[i, 1], weight[i, 2], weight[i, 3] = levels
                 two = scales_at(scales + SCALE_BYTES * (place[i] + g), lane // 4, bits)
                 scale[i, 0], scale[i, 1] = both_scales(two, bits)
