@@ -91,13 +91,13 @@ def _norm_shift(low: Lowering, step: NormShift) -> None:
     for each in step.mixes:
         low.new_levels(each)
     table = [norms.MixRow(_mix(low, each.x), *low.levels(each)) for each in step.mixes]
-    mixes = {"table": Table(tuple(table)) if table else None, "mixes": len(table)}
     threads, few = norms.norm_threads(D), min(norms.SPREAD_ROWS, rows.most)
     spread = Blocks((-(-D // threads), Tiles(rows)), threads, Between(rows, 1, few))
-    low.launches.add(norms.norm_shift(D, True), spread, **arguments, **mixes)
+    mixes = Table(tuple(table)) if table else None
+    low.launches.add(norms.norm_shift(D, True, len(table)), spread, **arguments, table=mixes)
     if few < rows.most:
         alone = Blocks((1, Tiles(rows)), threads, Between(rows, few + 1, rows.most))
-        low.launches.add(norms.norm_shift(D, False), alone, **arguments, table=None, mixes=0)
+        low.launches.add(norms.norm_shift(D, False, 0), alone, **arguments, table=None)
         if step.mixes:
             products.round_to_levels(low, step.mixes, few + 1)
 

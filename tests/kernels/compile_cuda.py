@@ -52,8 +52,9 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
             cuda_matmul_float.matmul_float(kind, tokens)
     for width in (768, 4096):
         cuda_norms.layer_norm(width)
-        for spread in (True, False):
-            cuda_norms.norm_shift(width, spread)
+        cuda_norms.norm_shift(width, False, 0)
+        for mixes in (1, 6):
+            cuda_norms.norm_shift(width, True, mixes)
     for size in (64, 24):
         for form in heads.forms(capabilities[0]):
             wkv6.wkv6(size, form)

@@ -151,7 +151,7 @@ def test_a_launch_that_does_not_wait_for_the_one_before_is_found() -> None:
         (f"{wait} {LOAD} {STORE}", None),
         (
             f"{LOAD} {wait} {STORE}",
-            r"griddepcontrol: tested: `ld.global.f32 .* a read before the wait of what a launch",
+            r"griddepcontrol: tested: `ld.global.f32 .* a read before the wait of what another launch",
         ),
         (f"{wait} {LOAD} @%p1 {STORE}", None),
         (f"{HALF} {wait} $beyond: {STORE}", r"griddepcontrol: tested: `st.global.f32 .* a write before the wait"),

@@ -20,19 +20,20 @@ class Run(NamedTuple):
     """A row of launches that overlap: blocks of one begin before those of the ones before are done."""
 
     memory: GlobalMemory
-    early: list[tuple[str, Access]]
-    """What was read before the wait for the launch before, with the kernel's name."""
-    writes: list[Access]
+    early: list[tuple["Launch", Access]]
+    """What a launch read before its wait for the one before."""
+    writes: list[tuple["Launch", Access]]
 
     def end(self) -> None:
-        """Check that nothing which a launch writes was read by one that had not yet waited."""
-        written = [each.grains(1).ravel() for each in self.writes]
-        for name, access in self.early:
-            bad = np.isin(access.grains(1), np.concatenate([np.empty(0, np.int64), *written])).any(1)
+        """Check that nothing which a launch writes was read by another that had not yet waited."""
+        written = [access.grains(1).ravel() for _, access in self.writes]
+        for launch, access in self.early:
+            others = [grains for (by, _), grains in zip(self.writes, written, strict=True) if by is not launch]
+            bad = np.isin(access.grains(1), np.concatenate([np.empty(0, np.int64), *others])).any(1)
             if bad.any():
                 place = self.memory.place(int(access.at[bad][0]) + self.memory.base)
-                what = f"{access.instruction}: a read before the wait of what a launch writes"
-                raise KernelError(f"griddepcontrol: {name}: {what}, at {place}")
+                what = f"{access.instruction}: a read before the wait of what another launch writes"
+                raise KernelError(f"griddepcontrol: {launch.name}: {what}, at {place}")
 
 
 class Reference(NamedTuple):
@@ -167,13 +168,13 @@ class Memory:
     def _load_global(self, ref: Reference, lanes: Any, address: Any) -> Any:
         access = self._access(ref, lanes, address, writes=False)
         if self.launch.run is not None and not (waited := self.waited[lanes]).all():
-            self.launch.run.early.append((self.launch.name, access._replace(at=access.at[~waited])))
+            self.launch.run.early.append((self.launch, access._replace(at=access.at[~waited])))
         return self.memory.load(access.at, ref.dtype, ref.count)
 
     def _store_global(self, ref: Reference, lanes: Any, address: Any, values: Any) -> None:
         access = self._access(ref, lanes, address, writes=True)
         if self.launch.run is not None:
-            self.launch.run.writes.append(access)
+            self.launch.run.writes.append((self.launch, access))
             if not (waited := self.waited[lanes]).all():
                 raise self.fault("griddepcontrol", ref.instruction, lanes[~waited], "a write before the wait")
         self.memory.store(access.at, values)

@@ -34,6 +34,7 @@ from rwkv_cli.kernels.cuda.device.compile import (
     i64,
     kernel,
     let_next_begin,
+    prefetch,
     products,
     products_8,
     quad_sum,
@@ -161,10 +162,15 @@ def matvec(bits: int, planes: int) -> Kernel:
         g = tid // 32 - warps * half_of_block
         if strip >= i64(row + PRODUCT.strips):  # the last block of an odd number has one
             g = groups
-        # The first weights come while the launch before ends.
+        # The first weights come while the launch before ends, and what the end needs.
         for i in range(4):
             if g + i * warps < groups:
                 prefetch_fragment(w + BYTES * (g + i * warps), lane, BYTES)
+        rows, bias = i64(row + PRODUCT.rows), i64(row + PRODUCT.bias)
+        if tid == 0 and rows != 0:
+            prefetch(rows + 4 * 32 * pair)
+        if tid == 0 and bias != 0:
+            prefetch(bias + 4 * 32 * pair)
         wait_for_previous()
         # Four groups at a time: their loads are under way together.
         while g + 3 * warps < groups:

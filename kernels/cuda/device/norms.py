@@ -131,15 +131,16 @@ def _sequence_of(t: Int, starts: Address, B: Int, found: Any) -> Any:
 
 
 @functools.cache
-def norm_shift(D: int, spread: bool) -> Kernel:
+def norm_shift(D: int, spread: bool, mixes: int) -> Kernel:
     """The kernel for rows of D columns, whose work is spread over several blocks a row or left to one.
 
-    Few rows are spread. Each of a row's blocks works out its mean and variance, and then has a column a thread.
+    Few rows are spread. Each of a row's blocks works out its mean and variance, and then has a column a thread. Only
+    such blocks round mixes to levels.
     """
     THREADS, COUNT, SCRATCH = norm_threads(D), -(-D // norm_threads(D)), (2, MOST_WARPS)
-    EACH = 1 if spread else COUNT
+    EACH, MIXES = 1 if spread else COUNT, max(mixes, 1)
 
-    @kernel(THREADS, name=f"norm_shift ×{COUNT}{' spread' * spread}")
+    @kernel(THREADS, name=f"norm_shift ×{COUNT}{f' spread, {mixes} mixes' * spread}")
     def norm_shift(
         x: Address,
         weight: Address,
@@ -150,7 +151,6 @@ def norm_shift(D: int, spread: bool) -> Kernel:
         last: Slot,
         last_offset: Int,
         table: Address,
-        mixes: Int,
         eps: Float,
         B: Int,
         D: Int,
@@ -158,8 +158,8 @@ def norm_shift(D: int, spread: bool) -> Kernel:
         """`layer_norm` of x to out, and the token shift of out: delta[t] = out[t − 1] − out[t].
 
         x, out and delta are [T, D]; starts is int64 [B + 1]. The row before the first one of sequence b is row b of a
-        state [B, D], which lies last_offset bytes after the address at `last`. A table of so many `MixRow` says which
-        mixes out + delta ∘ mix are rounded to levels, if the work is spread. Blocks: (columns, T).
+        state [B, D], which lies last_offset bytes after the address at `last`. A table of `MixRow` says which mixes
+        out + delta ∘ mix are rounded to levels. Blocks: (columns, T).
 
         A block works out the row before its own again, so none reads what another has written. The block of a
         sequence's first row, and no other, works out the sequence's last row instead and puts it into the state.
@@ -168,26 +168,38 @@ def norm_shift(D: int, spread: bool) -> Kernel:
         sums = cuda.shared.array(SCRATCH, types.float32)
         squares = cuda.shared.array(SCRATCH, types.float32)
         own, other = cuda.local.array(COUNT, types.float32), cuda.local.array(COUNT, types.float32)
-        difference = cuda.local.array(EACH, types.float32)
+        gains, offsets = cuda.local.array(EACH, types.float32), cuda.local.array(EACH, types.float32)
+        difference, mix = cuda.local.array(EACH, types.float32), cuda.local.array(MIXES, types.float32)
+        source, places = cuda.local.array(MIXES, types.int64), cuda.local.array(MIXES, types.int64)
+        factors, planes = cuda.local.array(MIXES, types.int64), cuda.local.array(MIXES, types.int64)
         pair, found = cuda.local.array(2, types.float32), cuda.shared.array(1, types.int64)
         t, tid = np.int64(cuda.blockIdx.y), np.int64(cuda.threadIdx.x)
         first = tid + THREADS * EACH * np.int64(cuda.blockIdx.x)
-        wait_for_previous()
-        kept = i64(last) + last_offset
-        for i in range(COUNT):
-            d = tid + THREADS * i
-            own[i] = f32(x + 4 * (D * t + d)) if d < D else np.float32(0)
+        # What no launch writes comes while the launch before ends: it is seldom in the cache.
+        if spread and first < D:
+            gains[0], offsets[0] = f32(weight + 4 * first), f32(bias + 4 * first)
+        group, groups = first // GROUP, (D + GROUP - 1) // GROUP
+        for m in range(mixes):
+            row, block = table + _MIX_ROW_BYTES * m, t // TOKENS * groups + group
+            source[m] = i64(row + MIX.mix)
+            mix[m] = f32(source[m] + 4 * first) if source[m] != 0 and first < D else np.float32(0)
+            places[m], factors[m], planes[m] = levels_at(
+                i64(row + MIX.levels), i64(row + MIX.factors), i64(row + MIX.planes), block
+            )
         b = _sequence_of(t, starts, B, found)
-        kept += 4 * D * b
+        kept = i64(last) + last_offset + 4 * D * b
         begins = t == i64(starts + 8 * b)
         there = i64(starts + 8 * b + 8) - 1 if begins else t - 1
+        wait_for_previous()
+        pair[0] = pair[1] = np.float32(0)
         for i in range(EACH):
             d = first + THREADS * i
             difference[i] = f32(kept + 4 * d) if begins and d < D else np.float32(0)
-        pair[0] = pair[1] = np.float32(0)
         for i in range(COUNT):
             d = tid + THREADS * i
+            own[i] = f32(x + 4 * (D * t + d)) if d < D else np.float32(0)
             other[i] = f32(x + 4 * (D * there + d)) if d < D else np.float32(0)
+        for i in range(COUNT):
             pair[0] += own[i]
             pair[1] += other[i]
         _two_sums(pair, sums)
@@ -208,9 +220,10 @@ def norm_shift(D: int, spread: bool) -> Kernel:
         for i in range(EACH):
             d = first + THREADS * i
             if d < D:
-                gain, offset = f32(weight + 4 * d), f32(bias + 4 * d)
-                own[i] = own[i] * scale * gain + offset
-                other[i] = other[i] * scale_other * gain + offset
+                if not spread:
+                    gains[i], offsets[i] = f32(weight + 4 * d), f32(bias + 4 * d)
+                own[i] = own[i] * scale * gains[i] + offsets[i]
+                other[i] = other[i] * scale_other * gains[i] + offsets[i]
                 difference[i] = (difference[i] if begins else other[i]) - own[i]
         for i in range(EACH):
             d = first + THREADS * i
@@ -219,18 +232,11 @@ def norm_shift(D: int, spread: bool) -> Kernel:
                 put_f32(delta + 4 * (D * t + d), difference[i])
                 if begins:
                     put_f32(kept + 4 * d, other[i])
-        if spread:
-            group, groups = first // GROUP, (D + GROUP - 1) // GROUP
-            for m in range(mixes):
-                row, y = table + _MIX_ROW_BYTES * m, np.float32(0)
-                mix = i64(row + MIX.mix)
-                if first < D:
-                    y = own[0]
-                    if mix != 0:  # a branch, so that it becomes one rounded instruction, as in `mixed`
-                        y += difference[0] * f32(mix + 4 * first)
-                block = t // TOKENS * groups + group
-                at = levels_at(i64(row + MIX.levels), i64(row + MIX.factors), i64(row + MIX.planes), block)
-                put_group(y, at, t % TOKENS, group < groups)
+        for m in range(mixes):
+            y = own[0] if first < D else np.float32(0)
+            if first < D and source[m] != 0:  # a branch, so that it becomes one rounded instruction, as in `mixed`
+                y += difference[0] * mix[m]
+            put_group(y, (places[m], factors[m], planes[m]), t % TOKENS, group < groups)
 
     return norm_shift
 

@@ -99,11 +99,11 @@ def wkv7(N: int, form: Form) -> Kernel:
         lane, warp = tid % 32, tid // 32 - HELPERS
         first, column = tid % LANES * ROWS, tid // LANES * PAIR
         goes, helps = HELPERS == 0 or tid < 32 * WARPS, HELPERS == 0 or warp >= 0
+        # What no other launch writes comes while the launch before ends: parameters and the state.
         for j in range(CHANNELS):
             at = 4 * channel_of(h, j, lane)
             of_kappa[j], of_key[j], of_bonus[j] = f32(k_k + at), f32(k_a + at), f32(r_k + at)
             scale[j], shift[j] = f32(weight + at), f32(bias + at)
-        wait_for_previous()
         begin, end = i64(starts + 8 * b), i64(starts + 8 * b + 8)
         if begin == end:
             return
@@ -112,6 +112,7 @@ def wkv7(N: int, form: Form) -> Kernel:
             for i in range(STATE):
                 row, side = place_of(i, first)
                 S[i] = f32(kept + 4 * (N * row + side)) if WHOLE or (row < N and column + side < N) else NOTHING
+        wait_for_previous()
         # In a round a tile is gone through, the one before it is finished, the next one is prepared, and the one after
         # that is loaded.
         for tile in range(-2, (end - begin + TILE - 1) // TILE + 1):
