@@ -1,6 +1,7 @@
 """Compile every CUDA kernel without a GPU, and print a JSON object by capability and kernel: compile_cuda.py 7.5 8.0
 
-With `--code FOLDER`, machine code is written there, a file KERNEL.cubin for each kernel.
+With `--code FOLDER`, machine code is written there, a file KERNEL.cubin for each kernel. With `--keys` nothing is
+compiled, and what is printed is by which key each kernel is found among those that are kept.
 
 numba-cuda compiles to PTX, then nvJitLink to machine code, and tells registers, shared memory and spills. This is a
 process of its own, since numba decides at import whether it simulates. PTX takes most of the time. All GPUs of one call
@@ -10,6 +11,7 @@ get that of the first, except where it has instructions for tensor cores.
 import argparse
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +19,8 @@ from typing import Any
 Capability = tuple[int, int]
 
 
-def main(capabilities: list[Capability], folder: Path | None) -> None:
-    from numba import cuda
-    from numba.cuda import dispatcher
-
-    gpu = SimpleNamespace(compute_capability=capabilities[0])
-    dispatcher.get_current_device = lambda: gpu  # for which numba compiles device functions
-    from rwkv_cli.kernels.cache import on_first_compilation
+def make(capability: Capability) -> list[Any]:
+    """The kernels, with those that are made where they are wanted."""
     from rwkv_cli.kernels.cuda import backend  # noqa: F401 - with every module that has kernels
     from rwkv_cli.kernels.cuda.device import halves as cuda_halves
     from rwkv_cli.kernels.cuda.device import heads, wkv6, wkv7
@@ -42,10 +39,8 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
         cuda_matmul.matmul(cuda_matmul.SHAPES[-1], bits, 1)
     # For many tokens, codes of 5 bits stand for the others too: they need the most registers.
     cuda_matmul.matmul(cuda_matmul.SHAPES[-1], 5, 2)
-    # These have functions of their own that differ by GPU, and numba compiles a function once.
-    only = {
-        cuda_halves.matmul_half.__wrapped__(bits): capability for capability in capabilities for bits in (4, 5, 6, 8)
-    }
+    for bits in (4, 5, 6, 8):
+        cuda_halves.matmul_half(bits)
     for kind in map(FLOAT_DTYPES.index, ("F32", "F16")):  # BF16's kernels differ from F16's by a shift
         cuda_matmul_float.matvec_float(kind)
         for tokens in cuda_matmul_float.TILE_TOKENS:
@@ -56,20 +51,44 @@ def main(capabilities: list[Capability], folder: Path | None) -> None:
         for mixes in (1, 6):
             cuda_norms.norm_shift(width, True, mixes)
     for size in (64, 24):
-        for form in heads.forms(capabilities[0]):
+        for form in heads.forms(capability):
             wkv6.wkv6(size, form)
             wkv7.wkv7(size, form)
+    return KERNELS
+
+
+def main(capabilities: list[Capability], folder: Path | None) -> None:
+    from numba import cuda
+    from numba.cuda import dispatcher
+
+    gpu = SimpleNamespace(compute_capability=capabilities[0])
+    dispatcher.get_current_device = lambda: gpu  # for which numba compiles device functions
+    from rwkv_cli.kernels.cache import on_first_compilation
+    from rwkv_cli.kernels.cuda.device import halves
+
+    kernels = make(capabilities[0])
     found: dict[str, Any] = {}
     announced: list[None] = []
     with on_first_compilation(lambda: announced.append(None)):
-        for kernel in KERNELS:
+        for kernel in kernels:
             ptx = ""
-            for capability in [only[kernel]] if kernel in only else capabilities:
+            for capability in capabilities:
                 gpu.compute_capability = capability
+                for copies in (halves._bring, halves._put):  # which differ by GPU, and numba compiles a function once
+                    copies.overloads.clear()
                 if not ptx or "mma" in ptx:
                     ptx, _ = cuda.compile_ptx(kernel.body, kernel.signature, cc=capability, launch_bounds=kernel.bounds)
                 found.setdefault("{}.{}".format(*capability), {})[kernel.name] = facts(kernel, ptx, capability, folder)
     print(json.dumps(found | {"announced": len(announced)}))
+
+
+def keys(capability: Capability) -> dict[str, str]:
+    """Digests of the keys that numba makes of a kernel's code and of what is in its closure."""
+    anywhere = SimpleNamespace(magic_tuple=tuple)
+    return {
+        kernel.name: sha256(repr(kernel.dispatcher._cache._index_key(kernel.signature, anywhere)).encode()).hexdigest()
+        for kernel in make(capability)
+    }
 
 
 def facts(kernel: Any, ptx: str, capability: Capability, folder: Path | None) -> dict[str, Any]:
@@ -106,5 +125,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("capabilities", nargs="+", type=lambda text: tuple(map(int, text.split("."))))
     parser.add_argument("--code", type=Path)
+    parser.add_argument("--keys", action="store_true")
     options = parser.parse_args()
-    main(options.capabilities, options.code)
+    if options.keys:
+        print(json.dumps(keys(options.capabilities[0])))
+    else:
+        main(options.capabilities, options.code)

@@ -270,14 +270,24 @@ def test_a_machine_without_a_driver(converted: Any) -> None:
     assert done.stderr.splitlines()[-1].startswith("Error: device cuda: there is no NVIDIA driver on this machine: ")
 
 
-@pytest.mark.parametrize("capabilities", [["7.5", "8.0"], ["9.0"]], ids=" ".join)
-def test_every_kernel_compiles(capabilities: list[str]) -> None:
+def compiled(*arguments: str) -> dict[str, Any]:
+    """What `compile_cuda.py` prints."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "compile_cuda.py"), *capabilities],
+        [sys.executable, str(Path(__file__).parent / "compile_cuda.py"), *arguments],
         capture_output=True, text=True, env=os.environ | {"NUMBA_ENABLE_CUDASIM": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_every_process_finds_the_kernels_that_another_has_compiled() -> None:
+    assert compiled("9.0", "--keys") == compiled("9.0", "--keys")
+
+
+@pytest.mark.parametrize("capabilities", [["7.5", "8.0"], ["9.0"]], ids=" ".join)
+def test_every_kernel_compiles(capabilities: list[str]) -> None:
+    found = compiled(*capabilities)
     announced = found.pop("announced")
     assert announced == 1  # a person is told that kernels are compiled
     assert list(found) == capabilities

@@ -67,10 +67,13 @@ function: Any = cuda.jit(device=True)
 """Decorator: make a function that kernels call."""
 
 primitives: Any
+tensor_cores: Any
 if SIMULATED:
     from rwkv_cli.kernels.cuda.device import simulated as primitives
+    from rwkv_cli.kernels.cuda.device import simulated as tensor_cores
 else:
     from rwkv_cli.kernels.cuda.device import intrinsics as primitives
+    from rwkv_cli.kernels.cuda.device import tensor_cores
 
 f32, bf16, f16, half = primitives.f32, primitives.bf16, primitives.f16, primitives.half
 i8, i16, i32, i64, words = primitives.i8, primitives.i16, primitives.i32, primitives.i64, primitives.words
@@ -78,10 +81,10 @@ put_f32, put_f64 = primitives.put_f32, primitives.put_f64
 put_i16, put_i32, put_u8 = primitives.put_i16, primitives.put_i32, primitives.put_u8
 bits, float_of, rounded = primitives.bits, primitives.float_of, primitives.rounded
 through_half, dp4a = primitives.through_half, primitives.dp4a
-products, products_8, plane_products = primitives.products, primitives.products_8, primitives.plane_products
+products, products_8, plane_products = tensor_cores.products, tensor_cores.products_8, tensor_cores.plane_products
 low_word, permute = primitives.low_word, primitives.permute
 halves_product, halves_difference = primitives.halves_product, primitives.halves_difference
-half_bits, half_products = primitives.half_bits, primitives.half_products
+half_bits, half_products = primitives.half_bits, tensor_cores.half_products
 four, four_words, quad_sum = primitives.four, primitives.four_words, primitives.quad_sum
 shared_address, copy_ahead, put_copied = primitives.shared_address, primitives.copy_ahead, primitives.put_copied
 end_of_copies, wait_for_copies = primitives.end_of_copies, primitives.wait_for_copies

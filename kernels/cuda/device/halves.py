@@ -108,6 +108,29 @@ def _both(stored: Int, bits: Int) -> Any:
     return permute(scales, scales, 0x1010), permute(scales, scales, 0x3232)
 
 
+@function
+def _bring(sources: Any, target: Int, held: Any, copies: Any, which: Any) -> None:
+    """Begin some of a warp's copies to its part of a stage, and move on. `held` is for `_put`.
+
+    `copies` says how many bytes each has, of which a lane copies 16, and where it begins in that part.
+    """
+    sizes, offsets = copies
+    for i in range(which[0], which[1]):
+        if np.int64(cuda.threadIdx.x) % 32 < sizes[i] // 16:
+            copied = copy_ahead(target + offsets[i], sources[i])
+            held[i, 0], held[i, 1], held[i, 2], held[i, 3] = copied
+        sources[i] += sizes[i]
+
+
+@function
+def _put(target: Int, held: Any, copies: Any, which: Any) -> None:
+    """End what `_bring` began."""
+    sizes, offsets = copies
+    for i in range(which[0], which[1]):
+        if np.int64(cuda.threadIdx.x) % 32 < sizes[i] // 16:
+            put_copied(target + offsets[i], (held[i, 0], held[i, 1], held[i, 2], held[i, 3]))
+
+
 @kernel(ROW_THREADS)
 def to_halves(table: Address) -> None:
     """Round each matrix of a table of `FactorRow` to float16, in its `levels`. Blocks: (T, matrices).
@@ -153,29 +176,13 @@ def matmul_half(bits: int) -> Kernel:
     BYTES, SCALE_BYTES = fragment_bytes(bits), scale_bytes(bits)
     SIZES = *(BYTES,) * _STRIPS, *(SCALE_BYTES,) * _STRIPS, *(_HALF_BYTES,) * _OWN_TILES
     OFFSETS = 0, *itertools.accumulate(SIZES)
+    COPIES, OF_STRIPS, OF_TILES, ALL = (SIZES, OFFSETS), (0, 2 * _STRIPS), (2 * _STRIPS, _COPIES), (0, _COPIES)
     # Counts of int32: a fragment, its scales, a tile, where scales and tiles begin, a warp's copies, and all warps'.
     WEIGHT, SCALE, TILE = BYTES // 4, SCALE_BYTES // 4, _HALF_BYTES // 4
     SCALES, TILES, PART = (OFFSETS[i] // 4 for i in (_STRIPS, 2 * _STRIPS, _COPIES))
     STAGE = _WARPS * PART
     END = _STAGES * STAGE
     SHARED = max(END, THREADS * _SUMS)
-    arrive = wait_for_copies(_STAGES - 2)
-
-    @function
-    def bring(sources: Any, target: Int, held: Any, first: Int, last: Int) -> None:
-        """Begin copies `first` to `last` − 1 of a warp to its part of a stage, and move on. `held` is for `put`."""
-        for i in range(first, last):
-            if np.int64(cuda.threadIdx.x) % 32 < SIZES[i] // 16:
-                copied = copy_ahead(target + OFFSETS[i], sources[i])
-                held[i, 0], held[i, 1], held[i, 2], held[i, 3] = copied
-            sources[i] += SIZES[i]
-
-    @function
-    def put(target: Int, held: Any, first: Int, last: Int) -> None:
-        """End what `bring` began."""
-        for i in range(first, last):
-            if np.int64(cuda.threadIdx.x) % 32 < SIZES[i] // 16:
-                put_copied(target + OFFSETS[i], (held[i, 0], held[i, 1], held[i, 2], held[i, 3]))
 
     @kernel(THREADS, _BLOCKS, f"matmul_half {bits}")
     def matmul_half(table: Address, T: Int) -> None:
@@ -195,7 +202,6 @@ def matmul_half(bits: int) -> Kernel:
             return
         tid = np.int64(cuda.threadIdx.x)
         lane, warp, zero = tid % 32, tid // 32, hidden_zero(groups + tid)
-        # Each lane copies 16 bytes at a time.
         for i in range(_STRIPS):
             # Beyond the last strip that one is brought again, and nothing is put.
             fragment = min(first + _STRIPS * warp + i, strips - 1) * groups
@@ -210,20 +216,20 @@ def matmul_half(bits: int) -> Kernel:
         # The first weights come while the launch before ends.
         for g in range(_STAGES - 1):
             if g < groups:
-                bring(source, target + 4 * STAGE * g, held, 0, 2 * _STRIPS)
-                put(target + 4 * STAGE * g, held, 0, 2 * _STRIPS)
+                _bring(source, target + 4 * STAGE * g, held, COPIES, OF_STRIPS)
+                _put(target + 4 * STAGE * g, held, COPIES, OF_STRIPS)
         wait_for_previous()
         for g in range(_STAGES - 1):
             if g < groups:
-                bring(source, target + 4 * STAGE * g, held, 2 * _STRIPS, _COPIES)
-                put(target + 4 * STAGE * g, held, 2 * _STRIPS, _COPIES)
+                _bring(source, target + 4 * STAGE * g, held, COPIES, OF_TILES)
+                _put(target + 4 * STAGE * g, held, COPIES, OF_TILES)
             end_of_copies()
         here, free = np.int64(0), np.int64(END - STAGE)
         for g in range(groups):
-            arrive()
+            wait_for_copies()
             cuda.syncthreads()  # all has come that was waited for, and nobody reads the stage that is free
             if g < groups - (_STAGES - 1):
-                bring(source, target + 4 * free, held, 0, _COPIES)
+                _bring(source, target + 4 * free, held, COPIES, ALL)
             end_of_copies()
             part = here + PART * warp
             for i in range(_STRIPS):
@@ -249,7 +255,7 @@ def matmul_half(bits: int) -> Kernel:
                         (own[at], own[at + 1], own[at + 2], own[at + 3]),
                     )  # fmt: skip
             if g < groups - (_STAGES - 1):
-                put(target + 4 * free, held, 0, _COPIES)
+                _put(target + 4 * free, held, COPIES, ALL)
             free = here
             here = here + STAGE if here < END - STAGE else np.int64(0)
         cuda.syncthreads()

@@ -1,7 +1,6 @@
 """The functions of `intrinsics` in Python, for numba's CUDA simulator. Addresses are the host's."""
 
 import ctypes
-import functools
 import sys
 import threading
 from typing import Any
@@ -168,15 +167,11 @@ def end_of_copies() -> None:
     _copies_of_thread().append([])
 
 
-@functools.cache
-def wait_for_copies(most: int) -> Any:
-    def wait() -> None:
-        groups = _copies_of_thread()
-        while len(groups) > most + 1:
-            for place, copied in groups.pop(0):
-                place[:] = copied
-
-    return wait
+def wait_for_copies() -> None:
+    groups = _copies_of_thread()
+    while len(groups) > 2 + 1:
+        for place, copied in groups.pop(0):
+            place[:] = copied
 
 
 def _copies_of_thread() -> list[list[Any]]:
