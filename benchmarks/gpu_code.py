@@ -27,8 +27,8 @@ KINDS = {
     "mma": ("IMMA", "HMMA"), "dp4a": ("IDP",), "fma": ("FFMA", "FMUL", "FADD", "DFMA", "DADD"),
     "load": ("LDG", "LD"), "shared": ("LDS", "STS", "LDSM"), "shuffle": ("SHFL",),
 }  # fmt: skip
-REGISTERS, WARPS, SHARED = 1 << 16, 64, 227 << 10
-"""What a multiprocessor of compute capability 9.0 has."""
+REGISTERS, WARPS, SHARED = 1 << 16, 64, 228 << 10
+"""What a multiprocessor of compute capability 9.0 has. The shared memory of a block has the driver's in it."""
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]+)\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)(.*)")
 _TARGET = re.compile(r"(?:@!?U?P\d\s+BRA|BRA\.U) .*`\((\S+?)\)")
 """A loop ends with a jump on a condition. Code that is away from it, for lanes apart, jumps back without one."""
@@ -100,7 +100,7 @@ def blocks(facts: dict[str, Any]) -> int:
     """Blocks that a multiprocessor holds, by threads, registers and shared memory."""
     warps = -(-facts["threads"] // 32)
     registers = -(-facts["registers"] // 8) * 8 * 32 * warps
-    return min(32, WARPS // warps, REGISTERS // registers, SHARED // (facts["shared"] + 1024))
+    return min(32, WARPS // warps, REGISTERS // registers, SHARED // max(facts["shared"], 1))
 
 
 def main() -> None:

@@ -44,21 +44,19 @@ def run_block(manager: Any, grid_point: Any, *args: Any) -> None:
     order, block = random.Random(0), kernel.Dim3(*grid_point)
     threads = [Thread(lambda: manager._f(*args), block, kernel.Dim3(*at)) for at in np.ndindex(*manager._block_dim)]
     warps = [threads[first : first + 32] for first in range(0, len(threads), 32)]
-    ready = threads
-    while ready:
-        order.shuffle(ready)
-        for thread in ready:
-            thread.switch()
+    while threads:
+        ready = [warp for warp in warps if all(each.waits_for == "warp" and not each.dead for each in warp)]
+        ready += [free for warp in warps if (free := [each for each in warp if not (each.waits_for or each.dead)])]
+        if ready:
+            chosen = list(order.choice(ready))
+            order.shuffle(chosen)
+            for thread in chosen:
+                thread.switch()
+        else:
+            assert all(thread.waits_for == "block" for thread in threads), "a barrier that not all threads reach"
+            for thread in threads:
+                thread.waits_for = ""
         threads = [thread for thread in threads if not thread.dead]
-        ready = [
-            thread
-            for warp in warps
-            if all(each.waits_for == "warp" and not each.dead for each in warp)
-            for thread in warp
-        ]
-        if not ready and all(thread.waits_for == "block" for thread in threads):
-            ready = list(threads)
-        assert ready or not threads, "a barrier that not all threads reach"
 
 
 def use_greenlets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
+from extras import needs
 from lab import RNG, Cases, Lab, begins, cases, check, each_device, linear, normal, parts, quantize, with_each
 from naive import sigmoid
 
@@ -256,6 +257,26 @@ def looking_back(lab: Lab, name: str, x: Any, starts: Any, state: Any) -> Any:
         return Wkv6(decay=w, gate=None, **shared)
     scales = {"key_scale": lab.vector(vector), "key_rate": lab.vector(vector)}
     return Wkv7(decay=w, rate=a, gate=g, residual=None, **scales, **shared)
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("name", ["wkv6", "wkv7"])
+def test_a_recurrence_has_the_same_bits_in_each_form(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has a kernel for sequences of few tokens and one for many."""
+    needs("numba_cuda", "dev")
+    from rwkv_cli.kernels.cuda.device import heads
+
+    lengths, results = (1, 0, 11, 3), []
+    x, S = RNG.uniform(0.1, 0.9, (sum(lengths), 6, 48)).astype(np.float32), normal(len(lengths), 2, 24, 24)
+    for few in (sum(lengths), 0):
+        monkeypatch.setattr(heads, "FEW_TOKENS", few)
+        lab = Lab(device)
+        state = lab.state(S)
+        y = lab.run(lab.ops.add(looking_back(lab, name, x, lab.starts(lengths), state)))
+        results.append((y, lab.state_after(state)))
+    (few_y, few_S), (many_y, many_S) = results
+    np.testing.assert_array_equal(few_y, many_y)
+    np.testing.assert_array_equal(few_S, many_S)
 
 
 @cases("name, shape", [("shift", (48,)), ("wkv4", (3, 48)), ("wkv6", (2, 24, 24)), ("wkv7", (2, 24, 24))], None)

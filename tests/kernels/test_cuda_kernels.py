@@ -115,6 +115,22 @@ def test_many_tokens_of_any_size(layout: str) -> None:
         assert np.abs(row - want).max() <= 1e-5 * np.abs(want).max()
 
 
+def test_many_tokens_of_products_of_any_size() -> None:
+    """Several at once, of one to six groups of columns, with biases and activations; then one that adds."""
+    T, lab, want, asked = 65, Lab("cuda"), [], []
+    for (N, K), activation in zip(((5, 7), (140, 40), (33, 170)), ("", "relu_squared", "tanh"), strict=True):
+        x, q, bias = normal(T, K), quantize(normal(N, K, scale=0.1), "tile"), normal(1, N)
+        asked.append(p.Product(lab.matrix(x), lab.weight(q), activation, lab.vector(bias)))
+        total = in_float16(x, q) + bias
+        want.append({"": total, "relu_squared": np.maximum(total, 0) ** 2, "tanh": np.tanh(total)}[activation])
+    outs = lab.ops.linear(*asked)
+    onto, x, q = normal(T, 140), normal(T, 40), quantize(normal(140, 40), "tile")
+    added = lab.value(onto)
+    lab.ops.add(p.AddLinear(added, lab.matrix(x), lab.weight(q)))
+    for got, right in zip(run(lab, *outs, added), [*want, onto + in_float16(x, q)], strict=True):
+        check(got, right, 1e-5)
+
+
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_token_has_the_same_bits_beside_others_of_a_form(quantized: bool) -> None:
     """The form of a kernel depends on how many tokens there are. Within one, a token's sums do not."""

@@ -73,7 +73,7 @@ def prefetch_fragment(fragment: Address, lane: Int, size: Int) -> None:
 
 @function
 def hidden_zero(number: Int) -> Any:
-    """0, of a number from 0 to 2⁶² that is not the same in all lanes, which a compiler does not know."""
+    """0, of a number from 0 to 2⁶² − 1 that is not the same in all lanes, which a compiler does not know."""
     return low_word(number >> 62)
 
 

@@ -19,7 +19,7 @@ ROWS, PAIR, LANES = 4, 2, 4
 SPAN = ROWS * LANES
 """Rows of a round of chunks, and columns of a warp."""
 _SHARED = 512
-"""Numbers of a vector in shared memory: those of a tile's tokens."""
+"""Most numbers of a vector in each of its two places in shared memory: those of a tile's tokens."""
 _BANKS_APART = 8
 """What keeps parts of sums, that lanes put at the same time, in different banks of shared memory."""
 
@@ -38,7 +38,7 @@ class Form(NamedTuple):
     """A form of a kernel. A token's numbers do not depend on it."""
 
     turns: int
-    """Tokens of a warp in a tile."""
+    """Tokens of a warp in a tile, at most."""
     blocks: int
     """Blocks that a multiprocessor should hold, which bounds a thread's registers."""
     puts: bool
@@ -50,6 +50,8 @@ class Form(NamedTuple):
 class Sizes(NamedTuple):
     """The numbers that a kernel for heads of one size is made of."""
 
+    turns: int
+    """Tokens of a warp in a tile."""
     padded: int
     warps: int
     """Warps that go through tokens, and as many that prepare and finish tiles: the same ones, or others."""
@@ -70,17 +72,23 @@ class Sizes(NamedTuple):
 def sizes_of(N: int, form: Form) -> Sizes:
     """The sizes for heads of size N, which may be 512 at most."""
     whole = padded(N)
-    warps, rounds, tile = whole // SPAN, whole // SPAN, min(form.turns * whole // SPAN, _SHARED // whole)
-    helpers = warps if form.split and 2 * warps <= MOST_WARPS else 0
-    return Sizes(
-        whole, warps, helpers, rounds, rounds * ROWS * PAIR, -(-whole // 32), tile, tile * whole + _BANKS_APART
-    )
+    warps = rounds = whole // SPAN
+    tile = min(form.turns * warps, _SHARED // whole)
+    helpers, turns = warps if form.split and 2 * warps <= MOST_WARPS else 0, -(-tile // warps)
+    state, channels, apart = rounds * ROWS * PAIR, -(-whole // 32), tile * whole + _BANKS_APART
+    return Sizes(turns, whole, warps, helpers, rounds, state, channels, tile, apart)
 
 
 def threads(N: int, form: Form) -> int:
     """Threads of a block for heads of size N."""
     sizes = sizes_of(N, form)
     return 32 * (sizes.warps + sizes.helpers)
+
+
+@function
+def channel_of(h: Int, j: Int, lane: Int, N: Int) -> Any:
+    """A lane's j-th channel of head h. Beyond the head's end it is the last one. The caller's N is a constant."""
+    return h * N + (j * 32 + lane if N % 32 == 0 else min(j * 32 + lane, np.int64(N - 1)))
 
 
 @function

@@ -31,7 +31,7 @@ def _wait_for_warp(thread: Any) -> None:
         thread.syncwarp()
     else:
         warps = vars(thread._manager).setdefault("warps", {})
-        warps.setdefault(thread.threadIdx.x // 32, threading.Barrier(32)).wait()
+        warps.setdefault(thread.threadIdx.x // 32, threading.Barrier(32, timeout=60)).wait()
 
 
 def _of_warp(value: Any) -> tuple[NDArray[Any], int]:

@@ -1,7 +1,6 @@
 """The recurrence of RWKV-7 on the GPU. `heads` says what a block's threads have."""
 
 import functools
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from rwkv_cli.kernels.cuda.device.compile import (
     cuda,
     f32,
     four,
-    function,
     i64,
     kernel,
     let_next_begin,
@@ -25,7 +23,18 @@ from rwkv_cli.kernels.cuda.device.compile import (
     wait_for_previous,
     warp_sums,
 )
-from rwkv_cli.kernels.cuda.device.heads import LANES, PAIR, ROWS, SPAN, Form, added, place_of, sizes_of, threads
+from rwkv_cli.kernels.cuda.device.heads import (
+    LANES,
+    PAIR,
+    ROWS,
+    SPAN,
+    Form,
+    added,
+    channel_of,
+    place_of,
+    sizes_of,
+    threads,
+)
 from rwkv_cli.kernels.cuda.device.levels import TOKENS, levels_at, put_group
 from rwkv_cli.numbers import GROUP
 
@@ -33,19 +42,14 @@ from rwkv_cli.numbers import GROUP
 @functools.cache
 def wkv7(N: int, form: Form) -> Kernel:
     """The kernel for heads of size N, in one of its forms."""
-    TURNS, _, PUTS, _ = form
-    NP, WARPS, HELPERS, ROUNDS, STATE, CHANNELS, TILE, APART = sizes_of(N, form)
+    PUTS = form.puts
+    TURNS, NP, WARPS, HELPERS, ROUNDS, STATE, CHANNELS, TILE, APART = sizes_of(N, form)
     RAW, ALL, PARTS, SIZE, NOTHING = TURNS * CHANNELS, TILE * NP, LANES * APART, np.float32(N), np.float32(0)
     BOTH, ALL_PARTS, HELD, TWO = 2 * ALL, 2 * PARTS, STATE // PAIR, 2 * TURNS
     # Known when it is compiled: nothing is beyond a head of whole chunks, or of whole warps.
     WHOLE, FULL = N == NP, N % 32 == 0
 
-    @function
-    def channel_of(h: Int, j: Int, lane: Int) -> Any:
-        """A lane's j-th channel of a head. Beyond the head's end it is the last one."""
-        return h * N + (j * 32 + lane if FULL else min(j * 32 + lane, np.int64(N - 1)))
-
-    @kernel(threads(N, form), form.blocks, name=f"wkv7 N={N} ×{TURNS}{', split' * form.split}")
+    @kernel(threads(N, form), form.blocks, name=f"wkv7 N={N} ×{TURNS}{', split' * (HELPERS > 0)}")
     def wkv7(
         r: Address,
         w: Address,
@@ -101,7 +105,7 @@ def wkv7(N: int, form: Form) -> Kernel:
         goes, helps = HELPERS == 0 or tid < 32 * WARPS, HELPERS == 0 or warp >= 0
         # What no other launch writes comes while the launch before ends: parameters and the state.
         for j in range(CHANNELS):
-            at = 4 * channel_of(h, j, lane)
+            at = 4 * channel_of(h, j, lane, N)
             of_kappa[j], of_key[j], of_bonus[j] = f32(k_k + at), f32(k_a + at), f32(r_k + at)
             scale[j], shift[j] = f32(weight + at), f32(bias + at)
         begin, end = i64(starts + 8 * b), i64(starts + 8 * b + 8)
@@ -172,7 +176,7 @@ def wkv7(N: int, form: Form) -> Kernel:
                         if inside and (FULL or j * 32 + lane < N):
                             out[i] = out[i] * inverse * scale[j] + shift[j]
                             out[i] = (out[i] + last_bonus[i]) * gates[i]
-                            put_f32(y + 4 * (D * t + channel_of(h, j, lane)), out[i])
+                            put_f32(y + 4 * (D * t + channel_of(h, j, lane, N)), out[i])
                         if PUTS and levels != 0:
                             block = t // TOKENS * (D // GROUP) + h * (N // GROUP) + j
                             put_group(out[i], levels_at(levels, factors, 2, block), t % TOKENS, inside)
@@ -208,7 +212,7 @@ def wkv7(N: int, form: Form) -> Kernel:
                 for i in range(RAW):
                     # What is beyond the end is read again, and nothing is made of it.
                     t = min(start + i // CHANNELS * WARPS + warp, end - 1)
-                    at = 4 * (D * t + channel_of(h, i % CHANNELS, lane))
+                    at = 4 * (D * t + channel_of(h, i % CHANNELS, lane, N))
                     raw_r[i], raw_w[i], raw_k[i] = f32(r + at), f32(w + at), f32(k + at)
                     raw_v[i], raw_a[i] = f32(v + at), f32(a + at)
                     if v_first != 0:
@@ -217,7 +221,7 @@ def wkv7(N: int, form: Form) -> Kernel:
             if helps and tile >= 0 and start < end:
                 for i in range(RAW):
                     t = min(start + i // CHANNELS * WARPS + warp, end - 1)
-                    gates[i] = f32(g + 4 * (D * t + channel_of(h, i % CHANNELS, lane)))
+                    gates[i] = f32(g + 4 * (D * t + channel_of(h, i % CHANNELS, lane, N)))
         if goes:
             for i in range(STATE):
                 row, side = place_of(i, first)
