@@ -6,6 +6,7 @@ a power of the probabilities that are left.
 
 import copy
 import math
+import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,10 +68,13 @@ class Sampler:
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Choose the next token from logits [V]."""
         s = self.settings
-        scores = logits.astype(np.float64)
+        scores, penalties, others = _ROOM.arrays(len(logits))
+        scores[:] = logits
         if self._seen.size:
             self._make_room(len(scores))
-            scores -= s.presence_penalty * self._seen + s.frequency_penalty * self._counts
+            np.multiply(self._seen, s.presence_penalty, out=penalties)
+            penalties += np.multiply(self._counts, s.frequency_penalty, out=others)
+            scores -= penalties
         if s.temperature == 0 or s.top_k == 1:
             token = int(np.argmax(scores))
         else:
@@ -137,13 +141,29 @@ class Sampler:
         self._counts, self._seen = np.zeros(0), np.zeros(0)
 
 
+class _Room(threading.local):
+    """Arrays of a thread's own for a whole vocabulary. New ones would cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._arrays = np.empty((3, 0))
+
+    def arrays(self, vocab: int) -> NDArray[np.float64]:
+        """Three arrays [V] with any values, good until this thread asks again."""
+        if vocab > self._arrays.shape[1]:
+            self._arrays = np.empty((3, vocab))
+        return self._arrays[:, :vocab]
+
+
+_ROOM = _Room()
 _ROUNDING = 1e-9
 """More than the rounding of a sum of probabilities."""
 
 
 def candidates(logits: NDArray[np.float64], s: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Tokens that may be chosen, likeliest first, and their probabilities. The temperature is not 0."""
-    p = np.exp(logits - logits.max())
+    _, p, _ = _ROOM.arrays(len(logits))
+    np.subtract(logits, logits.max(), out=p)
+    np.exp(p, out=p)
     p /= p.sum()
     # A few likely tokens nearly always hold all that is kept. They sort much faster than a whole vocabulary.
     some = np.flatnonzero(p >= p.max() / 1000)

@@ -1,6 +1,7 @@
 """The sampler against a plain implementation of the reference's order, the reference itself, and its own promises."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -257,6 +258,18 @@ def test_penalties_are_those_of_a_table_bit_for_bit() -> None:
     for _ in range(1000):
         fading.sample(np.array([1e9, 0, 0, 0], np.float32))
     assert fading.counts == {0: pytest.approx(2), 3: 0}
+
+
+def test_a_choice_takes_no_new_memory_for_a_vocabulary() -> None:
+    """The system would give it back after each token, and page it in again for the next one."""
+    sampler, logits = Sampler(Sampling(), 3), np.random.default_rng(2).standard_normal(65536).astype(np.float32) * 6
+    first = sampler.sample(logits)
+    tracemalloc.start()
+    second = sampler.sample(logits)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * len(logits)
+    assert max(first, second) < len(logits)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.6, 3.0, 300.0])
