@@ -46,7 +46,7 @@ class Loop(NamedTuple):
 
     @property
     def work(self) -> tuple[float, ...]:
-        """What the hot loop has most of: products of tensor cores, of integers, or a share of products of floats."""
+        """Its products of tensor cores and of integers, and its share of products of floats. The hot loop has most."""
         return self.counts["mma"], self.counts["dp4a"], self.counts["fma"] / max(self.counts["all"], 1)
 
 

@@ -271,7 +271,7 @@ def test_a_machine_without_a_driver(converted: Any) -> None:
 
 
 def compiled(*arguments: str) -> dict[str, Any]:
-    """What `compile_cuda.py` prints."""
+    """The object that `compile_cuda.py` prints."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "compile_cuda.py"), *arguments],
         capture_output=True, text=True, env=os.environ | {"NUMBA_ENABLE_CUDASIM": "0"},

@@ -201,7 +201,7 @@ def test_float_products(T: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_a_float_product_with_one_token_reads_a_long_row(dtype: str) -> None:
-    """It has several loads of a lane under way, then what is left, and more columns than shared memory at a time."""
+    """A lane has several loads under way, then what is left, and more columns than shared memory at a time."""
     K, lab = 2090, Lab("cuda")
     x, (w, full) = normal(1, K), floats(normal(3, K, scale=0.1), dtype)
     (out,) = lab.ops.linear(p.Product(lab.matrix(x), w))

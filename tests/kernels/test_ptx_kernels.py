@@ -80,7 +80,7 @@ def test_a_mistake_in_a_cuda_kernel_is_found(left_out: str, check: str, monkeypa
 
 @interpreted
 def test_every_cuda_kernel_was_executed() -> None:
-    """It comes after the tests of kernels, as their names are in order."""
+    """This test comes after the tests of kernels, as their names are in order."""
     from ptx import gpu
 
     for name in re.findall(r"@kernel\(.*\)\n *def (\w+)", "".join(path.read_text() for path in SOURCES)):

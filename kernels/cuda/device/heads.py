@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rwkv_cli.kernels.cuda.device.compile import MOST_WARPS, Int, function
+from rwkv_cli.kernels.cuda.device.compile import MOST_WARPS, Float, Int, cuda, function, sqrt, warp_sums
 from rwkv_cli.numbers import GROUP
 
 ROWS, PAIR, LANES = 4, 2, 4
@@ -105,6 +105,31 @@ def added(sums: Any, at: Int, apart: Int) -> Any:
 def place_of(i: Int, first: Int) -> Any:
     """The row and the side of the pair of columns that number `i` of a thread's state has. `first` is its first row."""
     return i // (ROWS * PAIR) * SPAN + first + i // PAIR % ROWS, i % PAIR
+
+
+@function
+def norm_tokens(out: Any, totals: Any, weights: Any, eps: Float, shape: Any) -> None:
+    """Norm a warp's tokens by their head. A lane has its channels of each in `out`, and the sum of these in `totals`.
+
+    `weights` are those of the lane's channels, and their biases. `shape` is turns, channels and head size, constants.
+    """
+    turns, channels, N = shape
+    scale, shift = weights
+    lane = np.int64(cuda.threadIdx.x) % 32
+    warp_sums(totals, turns)
+    for turn in range(turns):
+        mean, totals[turn] = totals[turn] / np.float32(N), np.float32(0)
+        for j in range(channels):
+            i = turn * channels + j
+            if N % 32 == 0 or j * 32 + lane < N:
+                out[i] -= mean
+                totals[turn] += out[i] * out[i]
+    warp_sums(totals, turns)
+    for turn in range(turns):
+        inverse = np.float32(1) / sqrt(totals[turn] / np.float32(N) + eps)
+        for j in range(channels):
+            i = turn * channels + j
+            out[i] = out[i] * inverse * scale[j] + shift[j]
 
 
 class Forms(NamedTuple):

@@ -102,13 +102,13 @@ MOST_TOKENS = SHAPES[-1].tokens
 
 @function
 def unit_at(row: Address) -> Any:
-    """What `unit_of` needs of a `ProductRow`. It is read once, as `output_at` is."""
+    """The fields of a `ProductRow` that `unit_of` takes, read once, as those of `output_at` are."""
     return float_of(i64(row + PRODUCT.unit)), i64(row + PRODUCT.rows)
 
 
 @function
 def unit_of(units: Any, n: Int) -> Any:
-    """What the sums of output n are to be multiplied by: the matrix's unit and the row's factor."""
+    """The factor of the sums of output n: the matrix's unit times the row's own."""
     unit, rows = units
     return unit * f32(rows + 4 * n) if rows != 0 else unit
 

@@ -27,7 +27,7 @@ OUTPUT = OutputFields(*range(0, 8 * len(OutputFields._fields), 8))
 
 @function
 def output_at(fields: Address) -> Any:
-    """What `put_output` needs of the `OutputFields` there. After each store a compiler would have it read again."""
+    """The `OutputFields` there that `put_output` takes. A compiler would have them read again after each store."""
     bias, activation, add = i64(fields + OUTPUT.bias), i64(fields + OUTPUT.activation), i64(fields + OUTPUT.add)
     return bias, activation, add, i64(fields + OUTPUT.y), i64(fields + OUTPUT.y_stride)
 

@@ -1,4 +1,4 @@
-"""What kernels ask of tensor cores: products of a warp's fragments (docs/cuda.md).
+"""Products of a warp's fragments on tensor cores (docs/cuda.md).
 
 Every function has a twin of the same name in `simulated`.
 """
@@ -42,41 +42,35 @@ def _add_products(b: Any, weights: list[Any], levels: list[Any], sums: list[Any]
     return [*upper, *_mma(b, "m8n8k16", [right_8], [second], lower)]
 
 
-@emits(FOUR, FOUR, FOUR, types.int64, types.int64, types.int64, types.int64)
-def products(
-    b: Any,
-    weights: Any,
-    levels: Any,
-    lane: Any,  # noqa: ARG001
-    weights_at: Any,  # noqa: ARG001
-    bits: Any,  # noqa: ARG001
-    levels_at: Any,  # noqa: ARG001
-) -> list[Any]:
-    """A warp's 16 rows × 8 tokens over 32 columns: Σ w·(256·high + low), int32, four of them in each lane.
+def _products_of(planes: int) -> Any:
+    """A function of a lane's parts of a weight and an activation fragment, with levels of so many planes."""
 
-    weights and levels are this lane's int8 of a weight and an activation fragment (docs/cuda.md). These begin at
-    weights_at, stored in so many bits, and at levels_at, which only the simulator reads. Lane 4g + t gets (row g,
-    token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
-    """
-    w = [b.extract_value(weights, i) for i in range(4)]
-    high_0, high_1, low_0, low_1 = (b.extract_value(levels, i) for i in range(4))
-    high = _add_products(b, w, [high_0, high_1], [I32(0)] * 4)
-    return _add_products(b, w, [low_0, low_1], [b.shl(total, I32(8)) for total in high])
+    @emits(FOUR, FOUR, FOUR, types.int64, types.int64, types.int64, types.int64)
+    def products(
+        b: Any,
+        weights: Any,
+        levels: Any,
+        lane: Any,  # noqa: ARG001
+        weights_at: Any,  # noqa: ARG001
+        bits: Any,  # noqa: ARG001
+        levels_at: Any,  # noqa: ARG001
+    ) -> list[Any]:
+        w, x = ([b.extract_value(each, i) for i in range(4)] for each in (weights, levels))
+        sums = _add_products(b, w, x[:2], [I32(0)] * 4)
+        return sums if planes == 1 else _add_products(b, w, x[2:], [b.shl(high, I32(8)) for high in sums])
+
+    return products
 
 
-@emits(FOUR, FOUR, FOUR, types.int64, types.int64, types.int64, types.int64)
-def products_8(
-    b: Any,
-    weights: Any,
-    levels: Any,
-    lane: Any,  # noqa: ARG001
-    weights_at: Any,  # noqa: ARG001
-    bits: Any,  # noqa: ARG001
-    levels_at: Any,  # noqa: ARG001
-) -> list[Any]:
-    """`products` with levels of 8 bits, which are one plane: Σ w·level. The last two of `levels` are not read."""
-    w = [b.extract_value(weights, i) for i in range(4)]
-    return _add_products(b, w, [b.extract_value(levels, i) for i in range(2)], [I32(0)] * 4)
+products = _products_of(2)
+"""A warp's 16 rows × 8 tokens over 32 columns: Σ w·(256·high + low), int32, four of them in each lane.
+
+Weights and levels are this lane's int8 of a weight and an activation fragment (docs/cuda.md). With the lane follow the
+address of the weights, the bits that they are stored in, and the address of the levels, which only the simulator reads.
+Lane 4g + t gets (row g, token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+"""
+products_8 = _products_of(1)
+"""`products` with levels of 8 bits, which are one plane: Σ w·level. The last two of the levels are not read."""
 
 
 @emits(FOUR, FOUR, FOUR, FOUR)

@@ -17,7 +17,6 @@ from rwkv_cli.kernels.cuda.device.compile import (
     kernel,
     let_next_begin,
     put_f32,
-    sqrt,
     types,
     wait_for_previous,
     warp_sums,
@@ -30,6 +29,7 @@ from rwkv_cli.kernels.cuda.device.heads import (
     Form,
     added,
     channel_of,
+    norm_tokens,
     place_of,
     sizes_of,
     threads,
@@ -43,7 +43,7 @@ def wkv6(N: int, form: Form) -> Kernel:
     """The kernel for heads of size N, in one of its forms."""
     PUTS = form.puts
     TURNS, NP, WARPS, HELPERS, ROUNDS, STATE, CHANNELS, TILE, APART = sizes_of(N, form)
-    RAW, ALL, PARTS, SIZE, NOTHING = TURNS * CHANNELS, TILE * NP, LANES * APART, np.float32(N), np.float32(0)
+    RAW, ALL, PARTS, NOTHING, SHAPE = TURNS * CHANNELS, TILE * NP, LANES * APART, np.float32(0), (TURNS, CHANNELS, N)
     BOTH, ALL_PARTS = 2 * ALL, 2 * PARTS
     # Known when it is compiled: nothing is beyond a head of whole chunks, or of whole warps.
     WHOLE, FULL = N == NP, N % 32 == 0
@@ -137,22 +137,14 @@ def wkv6(N: int, form: Form) -> Kernel:
                         inside = token < min(TILE, end - start) and (FULL or j * 32 + lane < N)
                         out[i] = added(sums, at, APART) + last_bonus[i] if inside else NOTHING
                         totals[turn] += out[i]
-                warp_sums(totals, TURNS)
+                norm_tokens(out, totals, (scale, shift), eps, SHAPE)
                 for turn in range(TURNS):
-                    mean, totals[turn] = totals[turn] / SIZE, NOTHING
-                    for j in range(CHANNELS):
-                        i = turn * CHANNELS + j
-                        if FULL or j * 32 + lane < N:
-                            out[i] -= mean
-                            totals[turn] += out[i] * out[i]
-                warp_sums(totals, TURNS)
-                for turn in range(TURNS):
-                    token, t = turn * WARPS + warp, start + turn * WARPS + warp
-                    inside, inverse = token < min(TILE, end - start), np.float32(1) / sqrt(totals[turn] / SIZE + eps)
+                    t = start + turn * WARPS + warp
+                    inside = turn * WARPS + warp < min(TILE, end - start)
                     for j in range(CHANNELS):
                         i = turn * CHANNELS + j
                         if inside and (FULL or j * 32 + lane < N):
-                            out[i] = (out[i] * inverse * scale[j] + shift[j]) * gates[i]
+                            out[i] *= gates[i]
                             put_f32(y + 4 * (D * t + channel_of(h, j, lane, N)), out[i])
                         if PUTS and levels != 0:
                             block = t // TOKENS * (D // GROUP) + h * (N // GROUP) + j

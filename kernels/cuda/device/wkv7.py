@@ -31,6 +31,7 @@ from rwkv_cli.kernels.cuda.device.heads import (
     Form,
     added,
     channel_of,
+    norm_tokens,
     place_of,
     sizes_of,
     threads,
@@ -44,7 +45,7 @@ def wkv7(N: int, form: Form) -> Kernel:
     """The kernel for heads of size N, in one of its forms."""
     PUTS = form.puts
     TURNS, NP, WARPS, HELPERS, ROUNDS, STATE, CHANNELS, TILE, APART = sizes_of(N, form)
-    RAW, ALL, PARTS, SIZE, NOTHING = TURNS * CHANNELS, TILE * NP, LANES * APART, np.float32(N), np.float32(0)
+    RAW, ALL, PARTS, NOTHING, SHAPE = TURNS * CHANNELS, TILE * NP, LANES * APART, np.float32(0), (TURNS, CHANNELS, N)
     BOTH, ALL_PARTS, HELD, TWO = 2 * ALL, 2 * PARTS, STATE // PAIR, 2 * TURNS
     # Known when it is compiled: nothing is beyond a head of whole chunks, or of whole warps.
     WHOLE, FULL = N == NP, N % 32 == 0
@@ -159,22 +160,13 @@ def wkv7(N: int, form: Form) -> Kernel:
                         inside = token < min(TILE, end - start) and (FULL or j * 32 + lane < N)
                         out[i] = added(sums, at, APART) if inside else NOTHING
                         totals[turn] += out[i]
-                warp_sums(totals, TURNS)
+                norm_tokens(out, totals, (scale, shift), eps, SHAPE)
                 for turn in range(TURNS):
-                    mean, totals[turn] = totals[turn] / SIZE, NOTHING
-                    for j in range(CHANNELS):
-                        i = turn * CHANNELS + j
-                        if FULL or j * 32 + lane < N:
-                            out[i] -= mean
-                            totals[turn] += out[i] * out[i]
-                warp_sums(totals, TURNS)
-                for turn in range(TURNS):
-                    token, t = turn * WARPS + warp, start + turn * WARPS + warp
-                    inside, inverse = token < min(TILE, end - start), np.float32(1) / sqrt(totals[turn] / SIZE + eps)
+                    t = start + turn * WARPS + warp
+                    inside = turn * WARPS + warp < min(TILE, end - start)
                     for j in range(CHANNELS):
                         i = turn * CHANNELS + j
                         if inside and (FULL or j * 32 + lane < N):
-                            out[i] = out[i] * inverse * scale[j] + shift[j]
                             out[i] = (out[i] + last_bonus[i]) * gates[i]
                             put_f32(y + 4 * (D * t + channel_of(h, j, lane, N)), out[i])
                         if PUTS and levels != 0:
